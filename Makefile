@@ -1,0 +1,78 @@
+# Every target installs what it needs into .venv first, and is quick when that is already there.
+# Only Python 3.11 or newer is needed beforehand.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+REPORT ?= runs/demo
+
+.PHONY: help install demo test lint format types layers unit slow browser docs examples clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+# One stamp file for each set of extras: an installation is repeated only when a pin or a dependency changed.
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-base: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing dina-lrm into $(VENV)"
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-base
+	@echo "installing the development tools into $(VENV)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-base
+	@echo "installing the documentation tools into $(VENV)"
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+install: $(VENV)/.installed-dev  ## the package, editable, with the development tools
+
+demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/demo/report.html (five minutes, offline)
+	$(BIN)/python -m dina_lrm demo --output $(REPORT)
+
+test: lint types layers unit  ## everything a change must pass: about ten minutes on two cores
+
+lint: $(VENV)/.installed-dev  ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev  ## pyright: strict on core, standard elsewhere
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(VENV)/.installed-dev  ## the direction of imports
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed-dev  ## unit, parity, trajectory and end-to-end tests, and the doctests
+	$(BIN)/python -m pytest tests/unit src/dina_lrm tests/parity tests/trajectory tests/end_to_end --durations=20
+
+slow: $(VENV)/.installed-dev  ## the tests that take minutes each
+	$(BIN)/python -m pytest tests -m slow --durations=20
+
+browser: $(VENV)/.installed-dev  ## the report in headless Chromium, which must be installed
+	$(BIN)/python -m pytest tests/browser -m browser
+
+docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+examples: $(VENV)/.installed-base  ## run every script under examples/
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## remove what the targets above wrote, the environment included
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,71 @@
+"""DiNa-LRM: preference rewards read straight from noisy diffusion latents.
+
+>>> import dina_lrm
+>>> model = dina_lrm.RewardModel.from_pretrained("bundled")  # doctest: +SKIP
+>>> model.score("a red circle on a gray background", "picture.png").scores  # doctest: +SKIP
+
+Names are resolved on first use, so that importing the package costs nothing and loads no diffusers pipeline.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dina_lrm.errors import (
+    CheckpointError,
+    DinaError,
+    InvalidInputError,
+    MissingComponentError,
+    PromptWarning,
+    UntrainedModelError,
+)
+
+if TYPE_CHECKING:
+    from dina_lrm.models.backbone import BackboneFeatures, Conditioning
+    from dina_lrm.models.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
+    from dina_lrm.models.reward_model import RewardModel
+    from dina_lrm.models.scoring import RankedImage, ScoreOutput
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "RewardModel": "dina_lrm.models.reward_model",
+    "RankedImage": "dina_lrm.models.scoring",
+    "ScoreOutput": "dina_lrm.models.scoring",
+    "Conditioning": "dina_lrm.models.backbone",
+    "BackboneFeatures": "dina_lrm.models.backbone",
+    "RewardModelConfig": "dina_lrm.models.config",
+    "HeadConfig": "dina_lrm.models.config",
+    "LikelihoodConfig": "dina_lrm.models.config",
+    "Calibration": "dina_lrm.models.config",
+}
+
+__all__ = [
+    "BackboneFeatures",
+    "Calibration",
+    "CheckpointError",
+    "Conditioning",
+    "DinaError",
+    "HeadConfig",
+    "InvalidInputError",
+    "LikelihoodConfig",
+    "MissingComponentError",
+    "PromptWarning",
+    "RankedImage",
+    "RewardModel",
+    "RewardModelConfig",
+    "ScoreOutput",
+    "UntrainedModelError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dina_lrm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

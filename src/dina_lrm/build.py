@@ -1,0 +1,131 @@
+"""From a config to objects: the one place that knows both.
+
+Modules and functions elsewhere take plain values, so each can be used without a config.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from dina_lrm.config import ModelConfig, TrainConfig
+from dina_lrm.data.latents import LatentPairs, encode_pairs, mix_seeds
+from dina_lrm.data.pairs import Reject, read_pairs, write_rejects
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.training.trainer import StepMetrics, TrainResult, train
+
+__all__ = ["latent_pairs", "reward_model", "run_training", "shapes_pairs"]
+
+Log = Callable[[str], None]
+
+
+def reward_model(config: ModelConfig, likelihood: LikelihoodConfig | None = None, *, seed: int = 0) -> RewardModel:
+    """A new reward over `config.pipeline`; its untrained weights follow from `seed`."""
+    return RewardModel.initialize(
+        config.pipeline,
+        num_blocks=config.num_blocks,
+        image_taps=config.image_taps,
+        text_taps=config.text_taps,
+        tuning=config.tuning,
+        lora_rank=config.lora_rank if config.tuning == "lora" else 0,
+        lora_alpha=config.lora_alpha if config.tuning == "lora" else None,
+        head=config.head,
+        logistic=config.logistic,
+        likelihood=likelihood,
+        max_text_tokens=config.max_text_tokens,
+        seed=mix_seeds(seed, 4),
+    )
+
+
+def latent_pairs(
+    source: str,
+    model: RewardModel,
+    *,
+    num_prompts: int = 1000,
+    seed: int = 0,
+    image_root: str | None = None,
+    rejects_file: Path | None = None,
+    log: Log | None = None,
+) -> LatentPairs:
+    """Pairs of latents from "shapes", a latents file (.safetensors) or preference rows (.jsonl, .parquet).
+
+    Args:
+        num_prompts, seed: of shapes pairs; read only for them.
+        image_root: of relative paths in rows; read only for them.
+        rejects_file: where unusable rows are listed with their reason.
+        log: told what was found.
+    """
+    if source == "shapes":
+        return shapes_pairs(model, num_prompts=num_prompts, seed=seed)
+    match Path(source).suffix:
+        case ".safetensors":
+            return LatentPairs.load(source)
+        case ".jsonl" | ".parquet":
+            rows = read_pairs(source, image_root=image_root, check_images=False)
+            unreadable: list[Reject] = []
+            pairs = encode_pairs(model, rows.pairs, rejects=unreadable)
+            rejects = [*rows.rejects, *unreadable]
+            if rejects and rejects_file is not None:
+                write_rejects(rejects, rejects_file)
+            if log is not None:
+                where = f", listed in {rejects_file}" if rejects and rejects_file is not None else ""
+                log(f"{source}: {rows.summary()}; {len(unreadable)} pairs could not be encoded{where}")
+            return pairs
+        case _:
+            raise InvalidInputError(
+                f'pairs come from "shapes", a .safetensors file of latents, or .jsonl / .parquet rows; not {source!r}'
+            )
+
+
+def shapes_pairs(model: RewardModel, *, num_prompts: int, seed: int) -> LatentPairs:
+    """Simulated preference pairs of the bundled domain, made with the bundled pipeline, encoded by `model`."""
+    from dina_lrm.shapes.pairs import make_shapes_pairs  # loads the generator, which other sources do not need
+    from dina_lrm.shapes.pipeline import load_pipeline
+
+    return make_shapes_pairs(load_pipeline(), num_prompts=num_prompts, seed=seed).to_latents(model)
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    log: Log | None = None,
+    console: Console | None = None,
+) -> tuple[RewardModel, TrainResult]:
+    """A whole run: build the model, get the pairs, train.
+
+    Encoded pairs are kept in OUTPUT/pairs, so that a resumed run finds the same ones without making them
+    again.
+    """
+    likelihood = LikelihoodConfig(kind=config.loss.likelihood, slope=config.loss.slope, floor=config.loss.floor)
+    model = reward_model(config.model, likelihood, seed=config.seed)
+    output = None if config.output is None else Path(config.output)
+
+    def pairs(part: str, source: str, num_prompts: int, seed: int) -> LatentPairs:
+        stored = None if output is None or source.endswith(".safetensors") else output / "pairs" / f"{part}.safetensors"
+        if stored is not None and config.resume and stored.exists():
+            return LatentPairs.load(stored)
+        made = latent_pairs(
+            source,
+            model,
+            num_prompts=num_prompts,
+            seed=seed,
+            image_root=config.data.image_root,
+            rejects_file=None if output is None else output / f"rejects_{part}.jsonl",
+            log=log,
+        )
+        if log is not None:
+            log(f"{part}: {len(made)} pairs of {made.num_prompts} prompts")
+        if stored is not None:
+            made.save(stored)
+        return made
+
+    data = config.data
+    train_pairs = pairs("train", data.train, data.train_prompts, mix_seeds(config.seed, 5))
+    validation_pairs = None
+    if data.validation is not None:
+        validation_pairs = pairs("validation", data.validation, data.validation_prompts, mix_seeds(config.seed, 6))
+    result = train(config, model, train_pairs, validation_pairs, on_step=on_step, console=console)
+    return model, result

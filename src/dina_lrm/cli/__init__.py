@@ -1,0 +1,1 @@
+"""The command line, `dina-lrm`: one file a command, each loaded when it is asked for."""

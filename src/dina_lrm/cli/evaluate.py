@@ -1,0 +1,118 @@
+"""`dina-lrm evaluate`: accuracy with intervals, share of the Bayes-optimal, calibration; table and files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, parse_noise_levels
+
+if TYPE_CHECKING:
+    from dina_lrm.evaluation.benchmarks import EvaluationResult
+    from dina_lrm.evaluation.metrics import Interval
+
+TEST_STREAM = 7
+"""Sets the test captions' seed apart from those of training and validation pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a reward on a benchmark: at single noise levels, as ensembles, and its calibration."""
+
+    benchmark: Literal["shapes"] = "shapes"
+    """shapes: pictures of the bundled generator, simulated raters whose law is known."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
+    model is a folder, and runs/evaluation/BENCHMARK otherwise."""
+    pairs: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Encoded pairs (.safetensors) instead of new ones; written there when the file does not exist yet."""
+    num_prompts: int = 700
+    """Captions that test pairs are made of."""
+    noise_levels: NoiseLevels = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Single levels; the model's own default is always measured."""
+    ensembles: tuple[str, ...] = ("0.2,0.5,0.7",)
+    """Lists of levels, each measured joined as tokens and as a mean of scores."""
+    num_draws: int = 1
+    """More than 1 measures the default over that many noise draws too."""
+    seed: int = 0
+    """Of the test pairs and of the noise."""
+    batch_size: int = 128
+    """Images per call; no effect on the result."""
+    as_json: JsonFlag = False
+    """Print one JSON object instead of a table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = tyro.cli(Evaluate, prog="dina-lrm evaluate", args=arguments)
+    for name in ("num_prompts", "num_draws", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1; got {getattr(options, name)}")
+    ensembles = [parse_noise_levels(levels) for levels in options.ensembles]
+    model = options.model.load()
+
+    from dina_lrm.build import shapes_pairs
+    from dina_lrm.data.latents import LatentPairs, mix_seeds
+    from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
+
+    if options.pairs is not None and options.pairs.exists():
+        pairs = LatentPairs.load(options.pairs)
+    else:
+        log(f"making {options.benchmark} pairs of {options.num_prompts} captions")
+        pairs = shapes_pairs(
+            model, num_prompts=options.num_prompts, seed=mix_seeds(options.seed, TEST_STREAM)
+        )
+        if options.pairs is not None:
+            pairs.save(options.pairs)
+    with progress_bar("passes") as progress:
+        task = progress.add_task("measuring", total=None)
+        result = evaluate_latent_pairs(
+            model,
+            pairs,
+            noise_levels=options.noise_levels,
+            ensembles=ensembles,
+            num_draws=options.num_draws,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            benchmark=options.benchmark,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    folder = result.save(options.output or default_output(options))
+    if options.as_json:
+        print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
+        return 0
+    print_result(result)
+    log(f"{folder}: results.json, results.md, scores.parquet  ({result.seconds:.0f} s)")
+    return 0
+
+
+def default_output(options: Evaluate) -> Path:
+    folder = Path(options.model.model)
+    return (folder / "evaluation" if folder.is_dir() else Path("runs/evaluation")) / options.benchmark
+
+
+def print_result(result: "EvaluationResult") -> None:
+    """The table a person reads: each setting, what it costs, how good it is."""
+    title = f"{result.benchmark}: {result.num_pairs:,} pairs of {result.num_prompts:,} captions"
+    if result.bayes is not None:
+        title += f"; Bayes-optimal accuracy {percent(result.bayes.accuracy)}"
+    rows = [
+        [
+            item.setting.label + (" (default)" if item is result.default else ""),
+            str(item.setting.passes),
+            percent(item.accuracy),
+            percent(item.bayes_share),
+            f"{100 * item.reliability.expected_calibration_error:.1f}",
+        ]
+        for item in result.settings
+    ]
+    print_table(["noise levels", "passes", "accuracy %", "% of Bayes", "ECE %"], rows, title=title)
+
+
+def percent(interval: "Interval | None") -> str:
+    if interval is None:
+        return "-"
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -1,0 +1,32 @@
+"""Names for the tensors that travel through the package: one alias a concept, its axes in words.
+
+The annotations document always and are checked under test, where pytest turns jaxtyping and beartype on for
+the whole package. Axes that share a name inside one signature must have the same length. Numbers inside are
+float32 or wider unless a function says otherwise; what comes in may be bfloat16.
+"""
+
+from jaxtyping import Float, Int64, Real
+from torch import Tensor
+
+__all__ = ["Features", "Latents", "NoiseLevel", "Score", "TableIndex", "Target", "Votes"]
+
+Latents = Float[Tensor, "batch channel *frame height width"]
+"""Unpacked latents, already shifted and scaled; a picture has no frame axis, a video has one."""
+
+NoiseLevel = Float[Tensor, " batch"]
+"""sigma in [0, 1] per sample: 0 is clean, 1 is pure noise. Timesteps exist inside backbone adapters only."""
+
+Score = Float[Tensor, " batch"]
+"""Output of the head. It has no unit and no zero: only differences mean anything."""
+
+Target = Float[Tensor, " batch"]
+"""Share of votes for the chosen side, in [0, 1]; a plain label is 1."""
+
+Votes = Real[Tensor, " batch"]
+"""Number of raters who took one side, at least 0."""
+
+Features = Float[Tensor, "batch token dim"]
+"""Token sequence of one stream at one tap, or after aggregation."""
+
+TableIndex = Int64[Tensor, " batch"]
+"""Row of a scheduler's training table."""

@@ -1,0 +1,275 @@
+"""Preference rows: read from jsonl or parquet, expanded into pairs, with every bad row accounted for.
+
+A row holds `prompt` and either `chosen`, `rejected` (a path, or bytes in parquet) or `images` + `ranks`
+(1 is best, as in ImageReward and HPDv2); optionally `votes_chosen`, `votes_rejected`, `source`, `width`,
+`height`. A row that cannot be used never stops a run and never vanishes: it is counted and listed with
+its reason, and `num_rows` good and bad rows always add up.
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dina_lrm.errors import InvalidInputError
+
+__all__ = ["ImageSource", "PairRows", "PreferencePair", "Reject", "load_image", "read_pairs", "write_rejects"]
+
+ImageSource = Path | Image.Image | bytes
+"""An image that is on disk, in memory, or in a table cell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencePair:
+    """One comparison: for `prompt`, raters preferred `chosen` to `rejected`."""
+
+    prompt: str
+    chosen: ImageSource
+    rejected: ImageSource
+    votes_chosen: int | float | None = None
+    """Votes for `chosen`; may be fewer than for `rejected`, the share of votes is what is trained on."""
+    votes_rejected: int | float | None = None
+    """Votes for `rejected`."""
+    source: str | None = None
+    """Where the pair comes from: a data set or a subset, for accuracy by source."""
+    width: int | None = None
+    """Pixels, if the row says so; not used to resize."""
+    height: int | None = None
+    """Pixels, if the row says so; not used to resize."""
+
+    @property
+    def target(self) -> float:
+        """Share of votes for `chosen`: 1 without votes, 0.5 when raters were split evenly.
+
+        >>> PreferencePair(prompt="p", chosen=b"", rejected=b"", votes_chosen=12, votes_rejected=4).target
+        0.75
+        """
+        if self.votes_chosen is None or self.votes_rejected is None:
+            return 1.0
+        return self.votes_chosen / (self.votes_chosen + self.votes_rejected)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """One row, or one pair of a row, that cannot be used, and why."""
+
+    row: int
+    """Position in the file, from 0."""
+    reason: str
+    """What is wrong, naming the field and its value."""
+    prompt: str | None = None
+    """The prompt, where it can be read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRows:
+    """What a file of rows held: the pairs, the rejects, and the number of rows read."""
+
+    pairs: list[PreferencePair]
+    rejects: list[Reject]
+    num_rows: int
+
+    def summary(self) -> str:
+        """One line for a log: how many pairs, and rejects counted by the start of their reason."""
+        line = f"{len(self.pairs)} pairs from {self.num_rows} rows"
+        if self.rejects:
+            counts = Counter(reject.reason.split(":")[0] for reject in self.rejects)
+            line += f", {len(self.rejects)} rejected ("
+            line += ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) + ")"
+        return line
+
+
+class _BadRow(Exception):
+    """Raised inside this module for a row that becomes a reject."""
+
+
+def read_pairs(
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    check_images: bool = True,
+    rejects_file: str | Path | None = None,
+) -> PairRows:
+    """Read preference rows from `path` (.jsonl or .parquet).
+
+    Args:
+        path: the file of rows.
+        image_root: folder that relative image paths start from; None is the folder of `path`.
+        check_images: decode every image now, so that an unreadable one is a reject here and not later;
+            False looks only whether files exist.
+        rejects_file: where to list rejects as jsonl; written only when there are any.
+
+    A row of `images` + `ranks` gives one pair for every two images of different rank; two images of the
+    same rank are a reject, since nobody said which is better. Equal votes are kept: their target is 0.5.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of preference rows at {path}")
+    root = Path(image_root) if image_root is not None else path.parent
+    pairs: list[PreferencePair] = []
+    rejects: list[Reject] = []
+    num_rows = 0
+    for row_index, row in enumerate(_rows(path)):
+        num_rows += 1
+        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        prompt = prompt if isinstance(prompt, str) else None
+        try:
+            if isinstance(row, _Unreadable):
+                raise _BadRow(row.reason)
+            found, ties = _pairs_of_row(row, root, check_images)
+        except _BadRow as bad:
+            rejects.append(Reject(row=row_index, reason=str(bad), prompt=prompt))
+            continue
+        pairs.extend(found)
+        rejects.extend(Reject(row=row_index, reason=tie, prompt=prompt) for tie in ties)
+    if rejects_file is not None and rejects:
+        write_rejects(rejects, rejects_file)
+    return PairRows(pairs=pairs, rejects=rejects, num_rows=num_rows)
+
+
+def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
+    """List rejects as jsonl: row, reason, prompt. The file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for reject in rejects:
+            file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Decode an image into RGB; whatever fails is an `InvalidInputError` that says what."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"missing file: {name}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidInputError(f"unreadable image: {name} ({error})") from error
+
+
+# --- one row -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    reason: str
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any] | _Unreadable]:
+    match path.suffix:
+        case ".jsonl":
+            with path.open("rb") as file:
+                for line in file:
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                        yield _Unreadable(f"not JSON: {error}")
+                        continue
+                    yield row if isinstance(row, dict) else _Unreadable("not a JSON object: " + type(row).__name__)
+        case ".parquet":
+            import pyarrow.parquet as parquet  # here, since only this branch needs it
+
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+        case suffix:
+            raise InvalidInputError(f"preference rows are .jsonl or .parquet, not {suffix or 'without suffix'}: {path}")
+
+
+def _pairs_of_row(
+    row: Mapping[str, Any], root: Path, check_images: bool
+) -> tuple[list[PreferencePair], list[str]]:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _BadRow(f"no prompt: {prompt!r}")
+    common: dict[str, Any] = {
+        "prompt": prompt,
+        "source": row.get("source"),
+        "width": _whole(row, "width"),
+        "height": _whole(row, "height"),
+    }
+    is_pair = row.get("chosen") is not None or row.get("rejected") is not None
+    is_group = row.get("images") is not None or row.get("ranks") is not None
+    if is_pair == is_group:
+        raise _BadRow("needs chosen and rejected, or images and ranks: has " + ("both" if is_pair else "neither"))
+    if is_pair:
+        chosen, rejected = (_image(row.get(side), side, root, check_images) for side in ("chosen", "rejected"))
+        votes_chosen, votes_rejected = _votes(row)
+        pair = PreferencePair(
+            chosen=chosen, rejected=rejected, votes_chosen=votes_chosen, votes_rejected=votes_rejected, **common
+        )
+        return [pair], []
+
+    images, ranks = row.get("images"), row.get("ranks")
+    if not isinstance(images, Sequence) or not isinstance(ranks, Sequence) or len(images) != len(ranks):
+        raise _BadRow("images and ranks: need to be two lists of the same length")
+    if len(images) < 2:
+        raise _BadRow(f"images: needs at least 2, has {len(images)}")
+    numbers = [_number(rank, f"ranks[{i}]") for i, rank in enumerate(ranks)]
+    sources = [_image(image, f"images[{i}]", root, check_images) for i, image in enumerate(images)]
+    pairs: list[PreferencePair] = []
+    ties: list[str] = []
+    for first, second in itertools.combinations(range(len(images)), 2):
+        if numbers[first] == numbers[second]:
+            ties.append(f"tie: images {first} and {second} share rank {numbers[first]:g}")
+            continue
+        better, worse = (first, second) if numbers[first] < numbers[second] else (second, first)
+        pairs.append(PreferencePair(chosen=sources[better], rejected=sources[worse], **common))
+    return pairs, ties
+
+
+def _image(cell: Any, field: str, root: Path, check: bool) -> ImageSource:
+    if isinstance(cell, Mapping):  # the image cell of Hugging Face datasets
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str) and cell:
+        path = Path(cell) if Path(cell).is_absolute() else root / cell
+        if not path.is_file():
+            raise _BadRow(f"missing file: {field} = {cell}")
+        source: ImageSource = path
+    elif isinstance(cell, bytes) and cell:
+        source = cell
+    else:
+        raise _BadRow(f"no image: {field} is {'missing' if cell is None else type(cell).__name__}")
+    if check:
+        try:
+            load_image(source)
+        except InvalidInputError as error:
+            raise _BadRow(f"{error} in {field}") from error
+    return source
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _BadRow(f"not a number: {field} = {value!r}")
+    return float(value)
+
+
+def _whole(row: Mapping[str, Any], field: str) -> int | None:
+    value = row.get(field)
+    return None if value is None else int(_number(value, field))
+
+
+def _votes(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    given = [row.get(field) for field in ("votes_chosen", "votes_rejected")]
+    if given == [None, None]:
+        return None, None
+    chosen, rejected = (_number(row.get(field), field) for field in ("votes_chosen", "votes_rejected"))
+    if chosen < 0 or rejected < 0 or chosen + rejected == 0:
+        raise _BadRow(f"votes: {chosen:g} and {rejected:g} must be at least 0 and not both 0")
+    return chosen, rejected

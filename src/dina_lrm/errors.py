@@ -1,0 +1,29 @@
+"""The errors a user can cause. Each message names the thing, the value met and what is allowed.
+
+They also derive from the built-in a caller would guess (`ValueError`, `RuntimeError`), so that code which
+does not know this package can still catch them.
+"""
+
+
+class DinaError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class InvalidInputError(DinaError, ValueError):
+    """A prompt, picture, latent, noise level or setting outside its allowed range."""
+
+
+class CheckpointError(DinaError, ValueError):
+    """A checkpoint that is incomplete, damaged, or made for another backbone."""
+
+
+class MissingComponentError(DinaError, ValueError):
+    """The pipeline at hand lacks the part (text encoder, VAE, scheduler) that the request needs."""
+
+
+class UntrainedModelError(DinaError, RuntimeError):
+    """A request to score with weights that were never trained."""
+
+
+class PromptWarning(UserWarning):
+    """A prompt was used, but not all of it reached the encoder: words cut off, or words it does not know."""

@@ -1,0 +1,344 @@
+"""The plots of a result, as SVG that follows the page's light or dark colours, or as PNG.
+
+Functions take plain numbers, draw on the axes given or on new ones, and return the figure; `themed_svg` turns
+a figure into markup. Lines are drawn in placeholder colours that become CSS variables (`--ink`, `--series-1`,
+...), so one drawing serves both schemes. Figures are about as wide as a phone, because text in a drawing
+shrinks with it.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.figure import Figure
+
+from dina_lrm.evaluation.metrics import Interval
+
+INK, MUTED, RULE = "#0a0001", "#0a0002", "#0a0003"
+SERIES = ("#0a0011", "#0a0012", "#0a0013", "#0a0014")
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)},
+}
+"""Placeholder colours, which nobody would choose to see, and the CSS variables they become."""
+
+PRINTED = {
+    INK: "#1a1d21",
+    MUTED: "#5c6570",
+    RULE: "#d9dde2",
+    SERIES[0]: "#2456c9",
+    SERIES[1]: "#b8500a",
+    SERIES[2]: "#1d7a57",
+    SERIES[3]: "#8a3ba8",
+}
+"""The light scheme, for PNG files."""
+
+FIGURE_SIZE = (5.2, 3.7)
+MARKERS = ("o", "s", "D", "^")
+
+STYLE: Any = {
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and searched
+    "svg.hashsalt": "dina-lrm",
+}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Our settings for what is drawn inside; also a decorator."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyCurve:
+    """One model's accuracy at single noise levels, and of its ensemble of several."""
+
+    label: str
+    noise_levels: Sequence[float]
+    accuracy: Sequence[Interval]
+    ensemble: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityCurve:
+    """Pairs in bins of the stated probability: what was stated on average, and how often it came true."""
+
+    label: str
+    stated: Sequence[float]
+    observed: Sequence[Interval]
+    counts: Sequence[int]
+
+
+@figure_style()
+def accuracy_by_noise_level(
+    curves: Sequence[AccuracyCurve],
+    *,
+    bayes_accuracy: float | None = None,
+    chance: float = 0.5,
+    axes: Axes | None = None,
+) -> Figure:
+    """Accuracy against sigma with intervals; ensembles stand at the right, the Bayes rate is the ceiling."""
+    axes = axes or new_figure()
+    at_right = 1.1
+    for number, curve in enumerate(curves):
+        colour, marker = SERIES[number], MARKERS[number]
+        sigma, values = list(curve.noise_levels), [100 * point.value for point in curve.accuracy]
+        axes.fill_between(
+            sigma,
+            [100 * point.low for point in curve.accuracy],
+            [100 * point.high for point in curve.accuracy],
+            color=colour,
+            alpha=0.16,
+            linewidth=0,
+        )
+        axes.plot(sigma, values, color=colour, marker=marker, markersize=4.5, label=curve.label)
+        if curve.ensemble is not None:
+            point, x = curve.ensemble, at_right + 0.05 * (number - (len(curves) - 1) / 2)
+            spread = [[100 * (point.value - point.low)], [100 * (point.high - point.value)]]
+            axes.errorbar(
+                [x], [100 * point.value], spread, color=colour, marker=marker, markersize=5.5, capsize=3
+            )
+    if bayes_accuracy is not None:
+        axes.axhline(100 * bayes_accuracy, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"Bayes-optimal {100 * bayes_accuracy:.1f}",
+            (0, 100 * bayes_accuracy),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=INK,
+        )
+    axes.axhline(100 * chance, color=RULE, linewidth=1)
+    ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    labels = ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    if any(curve.ensemble is not None for curve in curves):
+        ticks, labels = [*ticks, at_right], [*labels[:-1], "", "ens."]
+    axes.set_xticks(ticks, labels)
+    axes.set_xlim(-0.04, at_right + 0.08 if len(ticks) > 6 else 1.04)
+    axes.set_ylim(100 * chance - 3, max(100 * (bayes_accuracy or 0) + 5, axes.get_ylim()[1]))
+    axes.set_xlabel("noise level σ")
+    axes.set_ylabel("pairs ranked right, %")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
+    return whole_figure(axes)
+
+
+@figure_style()
+def reliability_diagram(curves: Sequence[ReliabilityCurve], *, axes: Axes | None = None) -> Figure:
+    """Observed against stated probability; on the diagonal, a stated 80 % comes true in 80 of 100 pairs."""
+    axes = axes or new_figure()
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    for number, curve in enumerate(curves):
+        largest = max(curve.counts, default=1)
+        stated, observed = [100 * p for p in curve.stated], [100 * point.value for point in curve.observed]
+        below = [100 * (point.value - point.low) for point in curve.observed]
+        above = [100 * (point.high - point.value) for point in curve.observed]
+        axes.errorbar(
+            stated, observed, [below, above], color=SERIES[number], linewidth=1.4, elinewidth=1, alpha=0.9
+        )
+        areas = [12 + 80 * count / largest for count in curve.counts]
+        axes.scatter(
+            stated, observed, areas, color=SERIES[number], marker=MARKERS[number], label=curve.label, zorder=3
+        )
+    start = 50 if curves and min(min(curve.stated, default=1) for curve in curves) >= 0.5 else 0
+    axes.set_xlim(start - 1, 101)
+    axes.set_ylim(start - 4, 102)
+    axes.set_xlabel("stated probability, %")
+    axes.set_ylabel("came true, %")
+    legend = axes.legend(loc="upper left")
+    for handle in legend.legend_handles:
+        if handle is not None and hasattr(handle, "set_sizes"):
+            handle.set_sizes([36])  # pyright: ignore[reportAttributeAccessIssue]
+    return whole_figure(axes)
+
+
+@figure_style()
+def training_curve(
+    steps: Sequence[int],
+    accuracy: Sequence[float],
+    *,
+    ceiling: float | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """Accuracy of the training batches, as it was and smoothed."""
+    axes = axes or new_figure()
+    axes.plot(steps, percents(accuracy), color=SERIES[1], linewidth=1, alpha=0.25)
+    axes.plot(steps, percents(exponential_average(accuracy)), color=SERIES[1], label="running mean")
+    finish_curve(axes, ceiling)
+    return whole_figure(axes)
+
+
+@figure_style()
+def validation_curves(
+    steps: Sequence[int],
+    accuracy: Mapping[str, Sequence[float]],
+    *,
+    ceiling: float | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """Accuracy of held-out pairs while training, a line for each noise level."""
+    axes = axes or new_figure()
+    for number, (level, values) in enumerate(accuracy.items()):
+        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        axes.plot(steps, percents(values), color=colour, marker=marker, markersize=4.5, label=f"σ = {level}")
+    finish_curve(axes, ceiling)
+    return whole_figure(axes)
+
+
+def finish_curve(axes: Axes, ceiling: float | None) -> None:
+    """What every accuracy over time has in common."""
+    if ceiling is not None:
+        axes.axhline(100 * ceiling, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "Bayes-optimal",
+            (1, 100 * ceiling),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            color=INK,
+        )
+    axes.axhline(50, color=RULE, linewidth=1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(40, 100)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("pairs ranked right, %")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
+
+
+@figure_style()
+def utility_by_rank(utilities: Sequence[Sequence[float]], *, axes: Axes | None = None) -> Figure:
+    """Mean gold utility at each place, in the reward's order (as given) and in the judge's own."""
+    axes = axes or new_figure()
+    places = range(1, min(map(len, utilities)) + 1)
+    own = [sorted(group, reverse=True) for group in utilities]
+    for number, (label, groups) in enumerate((("reward's order", utilities), ("judge's order", own))):
+        means = [sum(group[place - 1] for group in groups) / len(groups) for place in places]
+        colour = SERIES[0] if number == 0 else MUTED
+        axes.plot(places, means, color=colour, marker=MARKERS[number], markersize=4.5, label=label)
+    axes.set_xticks(list(places))
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xlabel("place in the ranking")
+    axes.set_ylabel("gold judge, mean")
+    axes.legend(loc="lower left")
+    return whole_figure(axes)
+
+
+@figure_style()
+def agreement_scatter(
+    groups: Sequence[tuple[Sequence[float], Sequence[float]]], *, axes: Axes | None = None
+) -> Figure:
+    """Gold judge against reward; scores are centred within each caption, whose pictures are one group."""
+    axes = axes or new_figure()
+    for scores, judged in groups:
+        centre = sum(scores) / max(len(scores), 1)
+        axes.scatter([s - centre for s in scores], judged, 26, color=SERIES[0], alpha=0.55, linewidth=0)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xlabel("reward, minus its mean for the caption")
+    axes.set_ylabel("gold judge")
+    return whole_figure(axes)
+
+
+def percents(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+def exponential_average(values: Sequence[float], *, decay: float = 0.9) -> list[float]:
+    """A running average that starts without bias.
+
+    >>> exponential_average([1.0, 1.0, 1.0])
+    [1.0, 1.0, 1.0]
+    """
+    averages, total, weight = list[float](), 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        averages.append(total / weight)
+    return averages
+
+
+# --- drawing and saving ------------------------------------------------------------------------------------
+
+
+@figure_style()
+def new_figure(size: tuple[float, float] = FIGURE_SIZE) -> Axes:
+    """The axes of a new figure that belongs to no window and to no global state."""
+    figure = Figure(figsize=size, layout="constrained", facecolor="none")
+    return figure.add_subplot(facecolor="none")
+
+
+def whole_figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def themed_svg(figure: Figure, *, label: str) -> str:
+    """Markup for a page: colours are the page's variables, `label` is read to those who cannot see it."""
+    buffer = io.StringIO()
+    with figure_style():
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--sans)", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape_attribute(label)}"', 1)
+
+
+def save_png(figure: Figure, path: Any, *, dots_per_inch: int = 200) -> None:
+    """Write the figure with the light scheme's colours on white."""
+    for artist in figure.findobj():
+        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            recolour(artist, name)
+    with figure_style():
+        figure.savefig(path, dpi=dots_per_inch, facecolor="white")
+
+
+def recolour(artist: Any, name: str) -> None:
+    """Replace a placeholder colour of a matplotlib artist by the printed one; anything else is left alone."""
+    getter, setter = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+    if getter is None or setter is None:
+        return
+    value = getter()
+    try:
+        single = to_rgba(value if isinstance(value, str | tuple) else value[0])
+    except (TypeError, ValueError, IndexError):
+        return
+    printed = PRINTED.get(to_hex(single))
+    if printed is not None:
+        setter((*to_rgba(printed)[:3], single[3]))
+
+
+def escape_attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

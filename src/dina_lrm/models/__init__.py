@@ -1,0 +1,1 @@
+"""The reward model: a truncated diffusion backbone, a small head, encoders, checkpoints."""

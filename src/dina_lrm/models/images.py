@@ -1,0 +1,121 @@
+"""Pictures in, tensors in [0, 1] out: every kind a user may hold, at its own aspect ratio."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dina_lrm.errors import InvalidInputError
+
+Picture = Float[Tensor, "3 height width"]
+
+
+def as_pictures(images: Any) -> list[Picture]:
+    """One picture or many, as a list of float tensors (3, height, width) in [0, 1].
+
+    Each may be a path, encoded bytes, a PIL image, or a uint8 or float tensor (channel, height, width);
+    a tensor (batch, channel, height, width) counts as a list.
+    """
+    if isinstance(images, Tensor) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        images = [images]
+    if len(images) == 0:
+        raise InvalidInputError("no images were given")
+    return [as_picture(image, f"image {index}") for index, image in enumerate(images)]
+
+
+def as_picture(image: Any, name: str = "image") -> Picture:
+    """See `as_pictures`. Transparency becomes white, EXIF rotation is applied, grey gets three channels."""
+    from PIL import Image
+
+    if isinstance(image, Tensor):
+        return _from_tensor(image, name)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, name)
+    if isinstance(image, str | Path | bytes):
+        label = f"{name}: {str(image)!r}" if not isinstance(image, bytes) else f"{name} ({len(image)} bytes)"
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return _from_pil(opened, name)
+        except FileNotFoundError as error:
+            raise InvalidInputError(f"{label}: no such file") from error
+        except InvalidInputError:
+            raise
+        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
+            raise InvalidInputError(f"{label} is not a readable image ({error})") from error
+    raise InvalidInputError(
+        f"{name} is a {type(image).__name__}: give a path, PIL image, bytes, or uint8 or float tensor"
+    )
+
+
+def _from_pil(image: Any, name: str) -> Picture:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16- and 32-bit greyscale; PIL's own conversion would clip it
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F" and not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
+            raise InvalidInputError(f"{name} has floating pixels outside [0, 1]")
+        top = 1.0 if image.mode == "F" else 65535.0
+        grey = torch.from_numpy((values / top).clip(0, 1).astype(np.float32))
+        return grey.expand(3, -1, -1).contiguous()
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _from_tensor(image: Tensor, name: str) -> Picture:
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        raise InvalidInputError(
+            f"{name} has shape {tuple(image.shape)}: "
+            f"tensors must be (channel, height, width) with 1, 3 or 4 channels"
+        )
+    if image.dtype == torch.uint8:
+        image = image.float() / 255
+    elif not image.is_floating_point():
+        raise InvalidInputError(
+            f"{name} has dtype {image.dtype}: tensors must be uint8, or floating in [0, 1]"
+        )
+    else:
+        image = image.float()
+        low, high = (float(bound) for bound in image.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # also true of NaN
+            raise InvalidInputError(
+                f"{name} has values from {low:.3g} to {high:.3g}: float tensors must be in [0, 1]"
+            )
+    if image.shape[0] == 4:
+        colour, alpha = image[:3], image[3:]
+        return colour * alpha + (1 - alpha)
+    return image.expand(3, -1, -1)
+
+
+def fit(
+    picture: Picture, *, multiple: int, max_side: int, max_pixels: int | None = None, name: str = "image"
+) -> Float[Tensor, "3 new_height new_width"]:
+    """Shrink to the limits where needed and round the sides down to a multiple; never enlarge."""
+    height, width = picture.shape[1:]
+    scale = min(1.0, max_side / max(height, width))
+    if max_pixels is not None:
+        scale = min(scale, math.sqrt(max_pixels / (height * width)))
+    # The small addend keeps 0.1 * 640 = 63.999 from losing a whole multiple.
+    new_height, new_width = (int(side * scale / multiple + 1e-6) * multiple for side in (height, width))
+    if min(new_height, new_width) == 0:
+        raise InvalidInputError(
+            f"{name} of {height} x {width} pixels is too small or too narrow: "
+            f"both sides must come to at least {multiple} pixels within {max_side} a side"
+        )
+    if (new_height, new_width) == (height, width):
+        return picture
+    resized = F.interpolate(picture[None], size=(new_height, new_width), mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1)

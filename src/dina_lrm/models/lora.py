@@ -1,0 +1,182 @@
+"""LoRA on the backbone, through PEFT: which projections, merging for inference, and borrowing a shared one.
+
+Adapters are kept in float32 whatever the dtype of the backbone: they are the master weights of training.
+Their published names are those of a PEFT model around the kept parts: `base_model.model.transformer_...`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dina_lrm.models.weights import check_state
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Adapted by name suffix, so the second attention of dual blocks is included."""
+TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PUBLISHED_PREFIX = "base_model.model."
+
+
+def lora_config(rank: int, alpha: float, num_blocks: int, adapt_last_text: bool) -> Any:
+    """PEFT's config for the reward adapter.
+
+    Text projections of the last kept block are left out when that block's text stream is not read.
+    """
+    from peft import LoraConfig
+
+    last = f"transformer_blocks.{num_blocks - 1}.attn."
+    excluded = None if adapt_last_text else [last + name for name in TEXT_PROJECTIONS]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        target_modules=list(PROJECTIONS),
+        exclude_modules=excluded,
+        init_lora_weights="gaussian",
+    )
+
+
+class LoraAdapter:
+    """The reward's adapter inside a module that holds the backbone parts.
+
+    Merged, each base weight is swapped for W + (alpha / r) B A; the untouched originals are kept aside and
+    put back on unmerging, bit for bit. Whole parameters are swapped, never their contents, so a graph
+    recorded before still holds what it was computed with.
+
+    Args:
+        parts: holds `transformer_blocks`; changed in place.
+        idle: leave the new adapter switched off, for parts that belong to someone else.
+    """
+
+    def __init__(self, parts: nn.Module, config: Any, name: str = "default", *, idle: bool = False) -> None:
+        from peft import inject_adapter_in_model
+
+        trained_before = {id(parameter): parameter.requires_grad for parameter in parts.parameters()}
+        active_before = {id(layer): list(layer.active_adapters) for layer in tuner_layers(parts)}
+        inject_adapter_in_model(config, parts, adapter_name=name)
+        # PEFT freezes what it meets and activates what it adds: both are put back for what was there before.
+        for parameter in parts.parameters():
+            if id(parameter) in trained_before:
+                parameter.requires_grad_(trained_before[id(parameter)])
+        for layer in tuner_layers(parts):
+            if idle or id(layer) in active_before:
+                layer._active_adapter = active_before.get(id(layer), [])
+        self.name = name
+        self.config = config
+        self.layers = {key: layer for key, layer in _named_layers(parts) if name in layer.lora_A}
+        self._originals: dict[str, nn.Parameter] = {}
+        self._merged_from: Tensor | None = None
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [
+            getattr(layer, side)[self.name].weight
+            for layer in self.layers.values()
+            for side in ("lora_A", "lora_B")
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors under their published names."""
+        return {
+            f"{PUBLISHED_PREFIX}{key}.{side}.weight": getattr(layer, side)[self.name].weight.detach()
+            for key, layer in self.layers.items()
+            for side in ("lora_A", "lora_B")
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor], origin: str) -> None:
+        """All of the adapter or an error naming what does not fit."""
+        own = self.state_dict()
+        check_state(own, state, origin)
+        self.unmerge()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._originals)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapter into the base weights, or again if its values have changed since."""
+        values = torch.stack(torch._foreach_norm(list[Tensor](self.parameters())))
+        if self.merged and self._merged_from is not None and torch.equal(values, self._merged_from):
+            return
+        self.unmerge()
+        for key, layer in self.layers.items():
+            base = layer.get_base_layer()
+            original = base.weight
+            wide = torch.promote_types(original.dtype, torch.float32)
+            down, up = (getattr(layer, side)[self.name].weight for side in ("lora_A", "lora_B"))
+            delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
+            base.weight = nn.Parameter((original.to(wide) + delta).to(original.dtype), requires_grad=False)
+            layer.merged_adapters.append(self.name)
+            self._originals[key] = original
+        self._merged_from = values
+
+    def unmerge(self) -> None:
+        """Put the original base weights back."""
+        for key, original in self._originals.items():
+            layer = self.layers[key]
+            layer.get_base_layer().weight = original
+            layer.merged_adapters.remove(self.name)
+        self._originals = {}
+        self._merged_from = None
+
+
+def remove_adapter(parts: nn.Module, name: str) -> None:
+    """Take an adapter out again; layers left without any adapter become the plain layers they were."""
+    for key, layer in _named_layers(parts):
+        if name not in layer.lora_A:
+            continue
+        if name in layer.active_adapters:
+            layer._active_adapter = [other for other in layer.active_adapters if other != name]
+        layer.delete_adapter(name)
+        if not layer.lora_A:
+            parent, _, leaf = key.rpartition(".")
+            setattr(parts.get_submodule(parent), leaf, layer.get_base_layer())
+
+
+@contextlib.contextmanager
+def borrowed(parts: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Use someone else's modules with only `adapter` active (None: bare), and put their state back after.
+
+    Their weights count as constants meanwhile: a policy that trains them must get gradients through the
+    latents it made, not through the reward's own use of the same weights. An exception restores all the same.
+    """
+    layers = tuner_layers(parts)
+    fused = sorted({name for layer in layers for name in layer.merged_adapters})
+    if fused:
+        raise RuntimeError(
+            f"the shared transformer has adapters fused into its weights ({fused}): unfuse them first"
+        )
+    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    try:
+        for layer in layers:
+            layer._active_adapter = [adapter] if adapter in layer.lora_A else []
+            layer._disable_adapters = False
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for layer, active, disabled in states:
+            layer._active_adapter = active
+            layer._disable_adapters = disabled
+
+
+def tuner_layers(parts: nn.Module) -> list[Any]:
+    return [layer for _, layer in _named_layers(parts)]
+
+
+def _named_layers(parts: nn.Module) -> list[tuple[str, Any]]:
+    # By its attributes: importing PEFT takes a second, and a model without adapters needs none of it.
+    return [
+        (name, module)
+        for name, module in parts.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "_active_adapter")
+    ]

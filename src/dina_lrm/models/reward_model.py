@@ -1,0 +1,611 @@
+"""The reward model: backbone features of noisy latents, a head, and the ways to ask it for a score.
+
+Departures from the paper's code. Nothing random stays hidden: noise comes from a seed per sample, so a score
+is the same alone and in any batch. Nothing untrained scores: a missing or misfitting file is an error, and a
+fresh model refuses until it is told otherwise. All levels of an ensemble, for all samples, share backbone
+calls, and a prompt's text projection is computed once.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dina_lrm.core.ensemble import average_levels, mean_and_standard_error, unfold_levels
+from dina_lrm.core.noise import NoiseSchedule, seeded_noise
+from dina_lrm.core.tensors import Latents, Score
+from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
+from dina_lrm.models import loading
+from dina_lrm.models.backbone import (
+    BackboneFeatures,
+    Conditioning,
+    EmbeddedConditioning,
+    check_tensor,
+    rows_for,
+)
+from dina_lrm.models.checkpoint import Checkpoint, Layout, read_checkpoint, write_checkpoint
+from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
+from dina_lrm.models.encoders import Encoders
+from dina_lrm.models.head import LogisticSquash, RewardHead
+from dina_lrm.models.images import as_pictures
+from dina_lrm.models.lora import LoraAdapter
+from dina_lrm.models.scoring import (
+    NoiseLevels,
+    RankedImage,
+    ScoreOutput,
+    check_sigma,
+    preference_probability,
+    resolve_levels,
+    resolve_seeds,
+)
+from dina_lrm.models.sd3 import SD3Backbone
+from dina_lrm.models.weights import check_state
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class RewardModel(nn.Module):
+    """Scores how well people would like a picture for a prompt, from its noisy latents.
+
+    Make one with `from_pretrained` (to score) or `initialize` (to train). Latents are unpacked
+    `(batch, channel, height, width)`, already shifted and scaled; sigma is 0 for clean and 1 for pure noise.
+
+    LoRA is merged into the base weights while no gradient for it can be wanted: in eval mode, and with grad
+    mode off or the adapter frozen. It is unmerged otherwise. Merging and unmerging are exact.
+
+    Attributes:
+        trained: False refuses to score (see `allow_untrained`); a trainer sets it.
+        max_batch_size: latents in one backbone call, noise levels counted; more are done in turns.
+    """
+
+    def __init__(
+        self,
+        backbone: SD3Backbone,
+        head: RewardHead,
+        config: RewardModelConfig,
+        *,
+        adapter: LoraAdapter | None = None,
+        encoders: Encoders | None = None,
+        trained: bool = False,
+        allow_untrained: bool = False,
+        max_batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.squash = LogisticSquash().to(head.query_tokens) if config.logistic else None
+        self.config = config
+        self.adapter = adapter
+        self.encoders = encoders
+        self.trained = trained
+        self.allow_untrained = allow_untrained
+        self.max_batch_size = max_batch_size
+        self.training_step: int | None = None
+        self._merging = True
+        self._attached_to: Any = None
+        self.register_state_dict_pre_hook(_unmerge_first)
+        self.register_load_state_dict_pre_hook(_unmerge_first)
+
+    # ------------------------------------------------------------------------------------- making one
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reward: str | Path,
+        pipeline: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> "RewardModel":
+        """Load a trained reward, ready to score.
+
+        Args:
+            reward: "bundled", a folder or a hub id; published layout or ours.
+            pipeline: where the base weights and encoders come from: a folder, a hub id, or a diffusers
+                pipeline, whose transformer is never changed: a frozen backbone shares its modules, any other
+                copies the kept blocks (`attach` shares those too). None: the one named in the checkpoint.
+            device: CPU unless given (for a live pipeline: its own).
+            dtype: of the backbone and text encoders; float32 unless given (for a live pipeline: its own).
+                Head and LoRA are float32 at least.
+            variant: of the pipeline's weight files, such as "fp16". revision: of a reward on the hub.
+        """
+        checkpoint = read_checkpoint(reward, revision)
+        pipeline = checkpoint.config.backbone_id if pipeline is None else pipeline
+        if pipeline is None:
+            raise MissingComponentError(f"the checkpoint {reward} names no backbone: pass pipeline=...")
+        parts = loading.load(
+            checkpoint.config, pipeline, checkpoint, device=device, dtype=dtype, variant=variant
+        )
+        model = cls(**parts, trained=checkpoint.trained)
+        model.training_step = checkpoint.training_step
+        model._load(checkpoint)
+        return model.eval()
+
+    @classmethod
+    def initialize(
+        cls,
+        pipeline: Any,
+        *,
+        num_blocks: int | None = None,
+        image_taps: Sequence[int] | None = None,
+        text_taps: Sequence[int] | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        tuning: Tuning | None = None,
+        head: HeadConfig | None = None,
+        logistic: bool = False,
+        likelihood: LikelihoodConfig | None = None,
+        noise_levels: Sequence[float] = (0.4,),
+        max_text_tokens: int | None = None,
+        seed: int = 0,
+        allow_untrained: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> "RewardModel":
+        """A new reward model to be trained, in training mode.
+
+        Args:
+            pipeline: as in `from_pretrained`; with device="meta" also an `SD3Architecture`, to count or plan.
+            num_blocks: blocks kept; half of the transformer unless given.
+            image_taps, text_taps: thirds of the kept blocks unless given.
+            lora_rank: 0 freezes the backbone, or trains all of it with tuning="full". lora_alpha: twice the
+                rank unless given.
+            seed: of the head's and adapter's first weights.
+            allow_untrained: let it score with random weights.
+        """
+        config = loading.new_config(
+            pipeline,
+            num_blocks=num_blocks,
+            image_taps=image_taps,
+            text_taps=text_taps,
+            tuning=tuning or ("lora" if lora_rank else "frozen"),
+            lora_rank=lora_rank,
+            lora_alpha=2.0 * lora_rank if lora_alpha is None else float(lora_alpha),
+            head=head or HeadConfig(),
+            logistic=logistic,
+            likelihood=likelihood or LikelihoodConfig(),
+            noise_levels=tuple(float(level) for level in noise_levels),
+            max_text_tokens=max_text_tokens,
+        )
+        if config.tuning == "full" and dtype in HALF:
+            raise InvalidInputError(
+                f"tuning = 'full' keeps float32 master weights, not {dtype}: train under autocast"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = loading.load(config, pipeline, None, device=device, dtype=dtype, variant=variant)
+            return cls(**parts, allow_untrained=allow_untrained).train()
+
+    def attach(self, pipeline: Any) -> "RewardModel":
+        """Share the transformer of a live pipeline instead of holding base weights of our own.
+
+        For alignment, where policy and reward have the same base: the reward's LoRA becomes a named PEFT
+        adapter on the pipeline's transformer, switched on only while scoring, without the policy's adapters;
+        the policy's own state is put back afterwards, also after an error. The reward is frozen from here on.
+        `detach` undoes it. What it cannot do: a policy that trains the base weights themselves also changes
+        the reward, and adapters fused into the base are refused.
+        """
+        self._set_merged(False)
+        self.backbone, self.adapter = loading.attach(self, pipeline)
+        self._attached_to = pipeline
+        self.head.to(device=self.backbone.weight.device)
+        if self.squash is not None:
+            self.squash.to(device=self.backbone.weight.device)
+        self.encoders = loading.live_encoders(self, pipeline) or self.encoders
+        return self.requires_grad_(False).eval()
+
+    @property
+    def attached(self) -> bool:
+        """Is the transformer a live pipeline's own, with the reward as an adapter on it?"""
+        return self._attached_to is not None
+
+    def detach(self) -> "RewardModel":
+        """Take the adapter out of the attached pipeline, and go on with a copy of its base weights."""
+        if self._attached_to is not None:
+            self.backbone, self.adapter = loading.detach(self, self._attached_to)
+            self._attached_to = None
+        return self
+
+    # ------------------------------------------------------------------------------------- scoring
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: str | Sequence[str],
+        images: Any,
+        noise_levels: NoiseLevels = None,
+        seed: Any = 0,
+        *,
+        num_draws: int = 1,
+        ensemble: Literal["tokens", "scores"] = "tokens",
+        allow_untrained: bool | None = None,
+    ) -> ScoreOutput:
+        """Scores of pictures for prompts, pair by pair; one prompt or one picture serves all of the other.
+
+        Args:
+            images: paths, PIL images, bytes, uint8 or float tensors in [0, 1]; sizes may differ.
+            noise_levels: see `score_latents`.
+            seed: of the noise; an int for all, or one per picture.
+            num_draws: noise draws to average; more than one also gives standard errors.
+        """
+        self._require_trained(allow_untrained)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pictures = as_pictures(images)
+        batch = max(len(prompts), len(pictures))
+        if len(prompts) not in (1, batch) or len(pictures) not in (1, batch):
+            raise InvalidInputError(
+                f"{len(prompts)} prompts for {len(pictures)} images: give pairs, or one of either"
+            )
+        seeds = resolve_seeds(seed, batch)
+        levels = resolve_levels(noise_levels, self.config.noise_levels, batch)
+        unique = list(dict.fromkeys(prompts))
+        conditioning = self.encode_prompts(unique)
+        embedded = self._embed(conditioning)
+        prompt_rows = [unique.index(prompt) for prompt in prompts] * (batch // len(prompts))
+        latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
+        latents = latents * (batch // len(latents))
+        draws = torch.empty(num_draws, batch, dtype=self.head.dtype, device=self.device)
+        for rows in _equal_shapes(latents):
+            stacked = torch.stack([latents[row] for row in rows])
+            self.backbone.check_latents(stacked)
+            noise = seeded_noise(stacked.shape[1:], [seeds[row] for row in rows], num_draws=num_draws)
+            which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
+            for draw in range(num_draws):
+                draws[draw, rows] = self._score(
+                    stacked, embedded, which, levels[:, rows], noise[draw], ensemble
+                )
+        return ScoreOutput(*mean_and_standard_error(draws))
+
+    def score_latents(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise_levels: NoiseLevels = None,
+        noise: Tensor | None = None,
+        seed: Any = None,
+        *,
+        num_draws: int = 1,
+        ensemble: Literal["tokens", "scores"] = "tokens",
+        allow_untrained: bool | None = None,
+    ) -> Score:
+        """Scores of clean latents, (batch,); differentiable in them.
+
+        Args:
+            latents: (batch, channel, height, width), shifted and scaled, without noise.
+            conditioning: one row per latent, or a single row for all.
+            noise_levels: a number; a list of numbers for one ensemble over them; a tensor (batch,) for a
+                level per sample or (level, batch) for an ensemble per sample. None: the checkpoint's default.
+            noise: (batch, channel, height, width), used at every level; given, nothing is random.
+            seed: of the noise otherwise; an int for all samples, or one per sample. None: fresh noise.
+            num_draws: noise draws to average.
+            ensemble: join token sequences of the levels in the head ("tokens"), or average their scores.
+        """
+        self._require_trained(allow_untrained)
+        self.backbone.check_latents(latents)
+        self.backbone.check_conditioning(conditioning)
+        batch = latents.shape[0]
+        rows = rows_for(len(conditioning), batch, latents.device).to(self.device)
+        levels = resolve_levels(noise_levels, self.config.noise_levels, batch)
+        if noise is None:
+            draws = seeded_noise(latents.shape[1:], resolve_seeds(seed, batch), num_draws=num_draws)
+        else:
+            check_tensor(noise, "noise", 4, "the shape of the latents", finite=True)
+            if noise.shape != latents.shape or num_draws != 1:
+                raise InvalidInputError(
+                    f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(latents.shape)} and "
+                    f"num_draws = {num_draws}: give one noise sample per latent and one draw"
+                )
+            draws = noise[None]
+        embedded = self._embed(conditioning)
+        scores = [
+            self._score(latents.to(self.device), embedded, rows, levels, draw, ensemble) for draw in draws
+        ]
+        return torch.stack(scores).mean(dim=0)
+
+    def compare(
+        self,
+        prompt: str,
+        image_a: Any,
+        image_b: Any,
+        noise_levels: NoiseLevels = None,
+        seed: int = 0,
+        *,
+        num_draws: int = 1,
+    ) -> float:
+        """Probability that `image_a` is preferred to `image_b`, both seen through the same noise."""
+        pictures = [*as_pictures(image_a), *as_pictures(image_b)]
+        if len(pictures) != 2:
+            raise InvalidInputError(f"compare takes two images, not {len(pictures)}")
+        score_a, score_b = self.score(
+            prompt, pictures, noise_levels, seed, num_draws=num_draws
+        ).scores.tolist()
+        levels = resolve_levels(noise_levels, self.config.noise_levels, 2)[:, 0].double()
+        wanted = [round(level, 6) for level in levels.tolist()]
+        return preference_probability(score_a - score_b, wanted, self.config)
+
+    def rank(
+        self, prompt: str, images: Any, noise_levels: NoiseLevels = None, seed: int = 0, *, num_draws: int = 1
+    ) -> list[RankedImage]:
+        """Pictures from best to worst, with scores."""
+        scores = self.score(prompt, images, noise_levels, seed, num_draws=num_draws).scores.tolist()
+        ranked = [
+            RankedImage(index, image, score)
+            for index, (image, score) in enumerate(zip(images, scores, strict=True))
+        ]
+        return sorted(ranked, key=lambda item: -item.score)
+
+    # ------------------------------------------------------------------------------------- the raw module
+
+    def forward(self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor) -> Score:
+        """Scores of latents that are noisy already, as in training; (batch,).
+
+        Args:
+            sigma: (batch,), the level of each sample, snapped to the schedule's table for the timestep.
+        """
+        self._settle_adapter()
+        batch = noisy_latents.shape[0] if isinstance(noisy_latents, Tensor) and noisy_latents.ndim else 0
+        if not isinstance(sigma, Tensor) or sigma.shape != (batch,):
+            shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else type(sigma).__name__
+            raise InvalidInputError(f"sigma is {shape}: it must be a tensor ({batch},), one level per sample")
+        check_sigma(sigma, "sigma")
+        return self._squashed(self.score_features(self.backbone(noisy_latents, conditioning, sigma)))
+
+    def score_features(self, *levels: BackboneFeatures) -> Score:
+        """Head on the features of one noise level, or of several joined into one sequence; no logistic."""
+        tokens = [self.head.aggregate(level.image, level.text, level.temb) for level in levels]
+        image = torch.cat([image for image, _ in tokens], dim=1)
+        text = [text for _, text in tokens if text is not None]
+        return self.head.score_tokens(image, torch.cat(text, dim=1) if text else None)
+
+    def encode_prompts(self, prompts: str | Sequence[str]) -> Conditioning:
+        """Conditioning with one row per prompt, from the pipeline's own text encoders; cached per prompt."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return self._need_encoders("prompts", "text_encoder").encode_prompts(prompts, self.device)
+
+    def encode_images(self, images: Any, *, sample: bool = False, seed: Any = None) -> Latents:
+        """Clean latents of pictures of one size, shifted and scaled: the VAE's mean, or a sample."""
+        pictures = as_pictures(images)
+        seeds = resolve_seeds(seed, len(pictures)) if sample else None
+        latents = self._need_encoders("images", "vae").encode_images(pictures, self.device, seeds=seeds)
+        if len({latent.shape for latent in latents}) > 1:
+            sizes = sorted({tuple(latent.shape[1:]) for latent in latents})
+            raise InvalidInputError(
+                f"pictures give latents of different sizes {sizes}: encode them size by size"
+            )
+        return torch.stack(latents)
+
+    # ------------------------------------------------------------------------------------- state
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.backbone.schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.query_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone; head and adapter are at least float32."""
+        return self.backbone.weight.dtype
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameter counts by part; works on the meta device too."""
+        adapter = self.adapter.parameters() if self.adapter else []
+        adapter_ids = {id(parameter) for parameter in adapter}
+        with self._unmerged():
+            base = [p for p in self.backbone.parts.parameters() if id(p) not in adapter_ids]
+        parts = {
+            "head": sum(p.numel() for p in self.head.parameters()),
+            "lora": sum(p.numel() for p in adapter),
+            "logistic": sum(p.numel() for p in self.squash.parameters()) if self.squash else 0,
+            "backbone": sum(p.numel() for p in base),
+        }
+        return parts | {
+            "trainable": sum(p.numel() for p in self.trainable_parameters()),
+            "total": sum(parts.values()),
+        }
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        layout: Layout = "dina",
+        *,
+        training_step: int | None = None,
+        model_card: str | None = None,
+    ) -> Path:
+        """Write a checkpoint atomically.
+
+        Args:
+            layout: ours, or "published", which the paper's own code can read.
+            model_card: Markdown to add to README.md: data, recipe, measured figures.
+        """
+        step = self.training_step if training_step is None else training_step
+        with self._unmerged():
+            checkpoint = Checkpoint(
+                config=self.config,
+                head=_on_cpu(self.head.state_dict()),
+                logistic=_on_cpu(self.squash.state_dict()) if self.squash else None,
+                adapter=_on_cpu(self.adapter.state_dict()) if self.adapter else None,
+                backbone=_on_cpu(self.backbone.state_dict()) if self.config.tuning == "full" else None,
+                trained=self.trained,
+                training_step=step,
+                fingerprint=loading.fingerprint(self.backbone),
+            )
+        write_checkpoint(Path(folder), checkpoint, layout, model_card)
+        return Path(folder)
+
+    def merge(self) -> "RewardModel":
+        """Let inference merge LoRA into the base weights (the default)."""
+        self._merging = True
+        return self
+
+    def unmerge(self) -> "RewardModel":
+        """Keep LoRA apart from the base weights, also in eval mode, until `merge` is called."""
+        self._merging = False
+        self._set_merged(False)
+        return self
+
+    def train(self, mode: bool = True) -> "RewardModel":
+        if mode:
+            self._set_merged(False)
+        return super().train(mode)
+
+    def to(self, *args: Any, **kwargs: Any) -> "RewardModel":
+        """As in torch, except that a half-precision dtype is for the backbone's base weights only."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        if dtype not in HALF:
+            return super().to(*args, **kwargs)
+        self._set_merged(False)
+        super().to(device=device, non_blocking=non_blocking)
+        masters = {id(parameter) for parameter in self.adapter.parameters()} if self.adapter else set()
+        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
+            if id(tensor) not in masters and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+        return self
+
+    def half(self) -> "RewardModel":
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> "RewardModel":
+        return self.to(torch.bfloat16)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RewardModel":
+        self._set_merged(False)
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------------------------- inside
+
+    def _score(
+        self,
+        latents: Tensor,
+        embedded: EmbeddedConditioning,
+        rows: Tensor,
+        levels: Tensor,
+        noise: Tensor,
+        ensemble: str,
+    ) -> Score:
+        """Scores of (batch) latents at (level, batch) noise levels; `rows` says which prompt each reads."""
+        if ensemble not in ("tokens", "scores"):
+            raise InvalidInputError(f'ensemble = {ensemble!r}: it must be "tokens" or "scores"')
+        self._settle_adapter()
+        if ensemble == "scores" and len(levels) > 1:
+            each = [self._score(latents, embedded, rows, level[None], noise, "tokens") for level in levels]
+            return average_levels(torch.stack(each))
+        levels, noise = levels.to(self.device), noise.to(self.device)
+        step = max(1, self.max_batch_size // len(levels))
+        chunks = [slice(start, start + step) for start in range(0, len(latents), step)]
+        return torch.cat(
+            [
+                self._score_chunk(latents[s], embedded.index_select(rows[s]), levels[:, s], noise[s])
+                for s in chunks
+            ]
+        )
+
+    def _score_chunk(
+        self, latents: Tensor, embedded: EmbeddedConditioning, levels: Tensor, noise: Tensor
+    ) -> Score:
+        """All levels of a few samples: rows ordered level by level, then joined sample by sample."""
+        num_levels, batch = levels.shape
+        sigma = self.schedule.match(levels.flatten()).sigma
+        latents = latents.to(
+            torch.promote_types(latents.dtype, torch.float32)
+        )  # mixing is never in half precision
+        images, texts = [], []
+        for start in range(0, num_levels * batch, self.max_batch_size):
+            part = torch.arange(
+                start, min(start + self.max_batch_size, num_levels * batch), device=self.device
+            )
+            sample = part % batch
+            noisy = latents[sample]
+            if self.config.add_noise:
+                noisy = self.schedule.add_noise(noisy, noise[sample], sigma[part])
+            features = self.backbone.features(noisy, embedded.index_select(sample), sigma[part])
+            image, text = self.head.aggregate(features.image, features.text, features.temb)
+            images.append(image)
+            texts += [] if text is None else [text]
+        image = unfold_levels(torch.cat(images), num_levels)
+        text = unfold_levels(torch.cat(texts), num_levels) if texts else None
+        return self._squashed(self.head.score_tokens(image, text))
+
+    def _embed(self, conditioning: Conditioning) -> EmbeddedConditioning:
+        self._settle_adapter()
+        return self.backbone.embed(conditioning)
+
+    def _squashed(self, score: Score) -> Score:
+        return score if self.squash is None else self.squash(score)
+
+    def _need_encoders(self, what: str, component: str) -> Encoders:
+        if self.encoders is None:
+            raise MissingComponentError(
+                f"the pipeline has only a transformer and a scheduler, no {component}, so {what} cannot be "
+                f"encoded: give a complete pipeline, or use score_latents"
+            )
+        return self.encoders
+
+    def _require_trained(self, allow_untrained: bool | None) -> None:
+        if self.device.type == "meta":
+            raise UntrainedModelError("this model is on the meta device: it has shapes but no weights")
+        if self.device != self.backbone.weight.device:
+            raise InvalidInputError(
+                f"the head is on {self.device}, the backbone on {self.backbone.weight.device}: "
+                f"a shared transformer moves with its pipeline, so move both"
+            )
+        allowed = self.allow_untrained if allow_untrained is None else allow_untrained
+        if not self.trained and not allowed:
+            raise UntrainedModelError(
+                "this model has random weights, its scores would mean nothing: train it, or load one with "
+                "from_pretrained; allow_untrained=True scores all the same"
+            )
+
+    def _settle_adapter(self) -> None:
+        """Merge or unmerge LoRA, whichever the moment asks for."""
+        if self.adapter is None or self.backbone.shared or self.device.type == "meta":
+            return
+        gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters())
+        self._set_merged(self._merging and not self.training and not gradients)
+
+    def _set_merged(self, merged: bool) -> None:
+        if self.adapter is not None:
+            self.adapter.merge() if merged else self.adapter.unmerge()
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        self._set_merged(False)
+        yield  # the next score merges again
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Head, adapter and logistic out of a checkpoint; all of each, or an error."""
+        check_state(self.head.state_dict(), checkpoint.head, f"the reward head in {checkpoint.origin}")
+        self.head.load_state_dict(checkpoint.head)
+        if self.squash is not None and checkpoint.logistic is not None:
+            check_state(self.squash.state_dict(), checkpoint.logistic, f"the logistic in {checkpoint.origin}")
+            self.squash.load_state_dict(checkpoint.logistic)
+        if self.adapter is not None:
+            assert checkpoint.adapter is not None
+            self.adapter.load_state_dict(checkpoint.adapter, f"the LoRA adapter in {checkpoint.origin}")
+
+
+def _unmerge_first(model: RewardModel, *_: Any) -> None:
+    """State dicts hold the base weights and the adapter apart."""
+    model._set_merged(False)
+
+
+def _equal_shapes(latents: Sequence[Tensor]) -> list[list[int]]:
+    groups: dict[torch.Size, list[int]] = {}
+    for row, latent in enumerate(latents):
+        groups.setdefault(latent.shape, []).append(row)
+    return list(groups.values())
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}

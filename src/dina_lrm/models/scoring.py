@@ -1,0 +1,111 @@
+"""What callers may pass to the scoring methods, put into one form; and what they get back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dina_lrm.core.likelihood import win_probability
+from dina_lrm.core.tensors import Score
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.config import RewardModelConfig
+
+NoiseLevels = float | int | Sequence[float | int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """Scores of a batch of pictures."""
+
+    scores: Score
+    standard_errors: Score | None
+    """Of the mean over noise draws; None for a single draw."""
+
+
+@dataclass(frozen=True)
+class RankedImage:
+    """One picture of a ranking."""
+
+    index: int
+    """Its place in the list that was given."""
+    image: Any
+    score: float
+
+
+def resolve_levels(levels: NoiseLevels, default: Sequence[float], batch: int) -> Float[Tensor, "level batch"]:
+    """Noise levels as (level, batch): more than one row is an ensemble.
+
+    A number holds for all samples; a sequence of numbers is an ensemble; a tensor (batch,) gives each sample
+    its own level, a tensor (level, batch) its own ensemble.
+    """
+    if levels is None:
+        levels = list(default)
+    if isinstance(levels, Tensor):
+        if levels.ndim == 0:
+            resolved = levels.detach().expand(1, batch)
+        elif levels.ndim == 1 and levels.shape[0] == batch:
+            resolved = levels.detach()[None]
+        elif levels.ndim == 2 and levels.shape[1] == batch:
+            resolved = levels.detach()
+        else:
+            raise InvalidInputError(
+                f"noise_levels tensor has shape {tuple(levels.shape)}: it must be ({batch},), one per "
+                f"sample, or (level, {batch}); for an ensemble give a list of numbers"
+            )
+    else:
+        numbers = [levels] if isinstance(levels, int | float) else list(levels)
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+            raise InvalidInputError(
+                f"noise_levels = {levels!r}: give a number, a list of numbers or a tensor"
+            )
+        resolved = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, batch)
+    if resolved.shape[0] == 0:
+        raise InvalidInputError("noise_levels is empty: give at least one level")
+    resolved = resolved.to(torch.float32)
+    check_sigma(resolved, "noise_levels")
+    return resolved
+
+
+def check_sigma(sigma: Tensor, name: str) -> None:
+    """Every level in [0, 1]."""
+    outside = sigma[~((sigma >= 0) & (sigma <= 1))]
+    if outside.numel():
+        raise InvalidInputError(
+            f"{name} = {outside[0].item():.6g} is outside [0, 1] (0 is clean, 1 is pure noise)"
+        )
+
+
+def resolve_seeds(seed: Any, batch: int) -> list[int]:
+    """One seed per sample. An int is shared by all, so that a sample scores the same alone and in any batch.
+
+    None draws fresh ones from torch's global generator.
+    """
+    if seed is None:
+        return torch.randint(2**62, (batch,)).tolist()
+    if isinstance(seed, int):
+        seeds = [seed] * batch
+    else:
+        seeds = [int(value) for value in seed]
+    if len(seeds) != batch:
+        raise InvalidInputError(f"{len(seeds)} seeds for {batch} samples: give one int, or one per sample")
+    if any(not -(2**63) <= value < 2**64 for value in seeds):
+        raise InvalidInputError(f"seeds must fit into 64 bits: {seeds}")
+    return seeds
+
+
+def preference_probability(margin: float, levels: Sequence[float], config: RewardModelConfig) -> float:
+    """P(a preferred to b) for score_a - score_b = margin, scores being read at these noise levels.
+
+    With a stored calibration for these levels Phi(margin / scale); otherwise the training likelihood, with
+    the mean of v(sigma) over the levels of an ensemble.
+    """
+    likelihood, calibration = config.likelihood, config.calibration
+    kind: Any = "bradley_terry" if likelihood.kind == "bradley_terry_margin" else likelihood.kind
+    slope, floor = 0.0, sum(likelihood.slope * level**2 + likelihood.floor for level in levels) / len(levels)
+    if calibration is not None and sorted(calibration.noise_levels) == sorted(levels):
+        kind, floor = "thurstone", calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
+    lead = torch.tensor([margin], dtype=torch.float64)
+    return win_probability(lead, torch.zeros(1), likelihood=kind, slope=slope, floor=floor).item()

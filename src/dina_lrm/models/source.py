@@ -1,0 +1,138 @@
+"""Where a pipeline's parts come from: a diffusers pipeline object, a local folder, or a hub id.
+
+Parts are looked at one by one, so that scoring latents never loads (or downloads) a text encoder.
+"""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dina_lrm.errors import CheckpointError, MissingComponentError
+from dina_lrm.models.weights import TensorSource, from_folder, from_module
+
+BUNDLED = "bundled"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class PipelineSource:
+    """Uniform access to the components of a pipeline.
+
+    Args:
+        pipeline: "bundled", a folder, a hub id, or a live diffusers pipeline (by reference, never changed).
+        variant: weight files such as `diffusion_pytorch_model.fp16.safetensors`.
+    """
+
+    def __init__(self, pipeline: Any, *, variant: str | None = None, revision: str | None = None) -> None:
+        self.variant = variant
+        self.revision = revision
+        self.live: Any = None
+        self.folder: Path | None = None
+        self._index: dict[str, Any] | None = None
+        if isinstance(pipeline, str | Path):
+            self.name = str(pipeline)
+            self.folder = bundled_folder("pipeline") if self.name == BUNDLED else local_folder(pipeline)
+        elif hasattr(pipeline, "transformer"):
+            self.live = pipeline
+            self.name = str(getattr(pipeline, "name_or_path", None) or type(pipeline).__name__)
+        else:
+            raise MissingComponentError(
+                f"pipeline must be a diffusers pipeline with a transformer, a folder or a hub id, "
+                f"not {type(pipeline).__name__}"
+            )
+
+    def has(self, component: str) -> bool:
+        """Is there such a component, without loading it?"""
+        if self.live is not None:
+            return getattr(self.live, component, None) is not None
+        if self.folder is not None:
+            return (self.folder / component).is_dir()
+        return self.declares(component)
+
+    def declares(self, component: str) -> bool:
+        """Does model_index.json list the component as present?"""
+        return any(self._model_index().get(component) or [None])
+
+    def path(self, component: str) -> Path:
+        """Local folder of a component, downloaded if the source is a hub id."""
+        if self.folder is not None:
+            if not (self.folder / component).is_dir():
+                raise MissingComponentError(f"pipeline {self.name} has no {component}/ folder")
+            return self.folder / component
+        unwanted = ["*.bin", "*.msgpack", "*.onnx"]
+        if self.variant is None:
+            unwanted += ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"]
+        return download(self.name, [f"{component}/*"], unwanted, self.revision) / component
+
+    def config(self, component: str, file: str) -> dict[str, Any]:
+        """Configuration of a component, as a plain dict."""
+        if self.live is not None:
+            part = getattr(self.live, component, None)
+            if part is None:
+                raise MissingComponentError(f"pipeline {self.name} has no {component}")
+            return {"_class_name": type(part).__name__, **dict(part.config)}
+        return read_json(self.path(component) / file)
+
+    def transformer_weights(self) -> TensorSource:
+        if self.live is not None:
+            return from_module(self.live.transformer, f"the transformer of pipeline {self.name}")
+        return from_folder(self.path("transformer"), self.variant)
+
+    def _model_index(self) -> dict[str, Any]:
+        if self._index is None:
+            if self.folder is None:
+                folder = download(self.name, ["model_index.json"], None, self.revision)
+            else:
+                folder = self.folder
+            file = folder / "model_index.json"
+            self._index = read_json(file) if file.is_file() else {}
+        return self._index
+
+
+def local_folder(location: str | Path) -> Path | None:
+    """The folder, or None for something that can only be a hub id; anything else is an error."""
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(location, str) and _HUB_ID.fullmatch(location) and not path.exists():
+        return None
+    kind = "a file, not a folder" if path.exists() else "neither a folder nor a hub id like owner/name"
+    raise MissingComponentError(f"{str(location)!r} is {kind}")
+
+
+def bundled_folder(part: str) -> Path:
+    """Folder of the weights shipped inside the package."""
+    folder = Path(str(files("dina_lrm"))) / "shapes" / "weights" / part
+    if not folder.is_dir():
+        raise MissingComponentError(f"this installation carries no bundled {part} weights ({folder})")
+    return folder
+
+
+def download(repo: str, wanted: list[str], unwanted: list[str] | None, revision: str | None) -> Path:
+    """Files of a hub repository, from the local cache where they are there already."""
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, allow_patterns=wanted, ignore_patterns=unwanted, revision=revision
+            )
+        )
+    except Exception as error:  # the hub client raises its own, requests' and OS errors
+        raise MissingComponentError(
+            f"{repo!r} is not a local folder, and fetching {wanted} from the hub failed: {error}"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; missing or damaged is a CheckpointError naming the file."""
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"missing file {file}") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value

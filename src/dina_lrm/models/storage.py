@@ -1,0 +1,65 @@
+"""Writing a checkpoint folder so that a crash or a full disk never leaves half of one."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from dina_lrm.errors import InvalidInputError
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `target` once everything is on disk.
+
+    Written beside the target, flushed, then renamed. Until the rename the old folder is untouched; if
+    anything fails it stays, and what was written aside is removed.
+
+    Args:
+        owned: names that belong to a checkpoint. Anything else in the old folder (logs, training state)
+            is kept.
+    """
+    target = target.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise InvalidInputError(f"cannot save to {target}: it is a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    aside, old = (target.parent / f".{target.name}.{mark}.{kind}" for kind in ("new", "old"))
+    aside.mkdir()
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _flush(path)
+        if target.exists():
+            os.rename(target, old)
+            try:
+                os.rename(aside, target)
+            except OSError:
+                os.rename(old, target)
+                raise
+            for entry in old.iterdir():
+                if entry.name not in owned and not (target / entry.name).exists():
+                    os.rename(entry, target / entry.name)
+            shutil.rmtree(old)
+        else:
+            os.rename(aside, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

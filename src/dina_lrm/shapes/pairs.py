@@ -1,0 +1,185 @@
+"""Preference pairs of the shapes domain: judged pictures that simulated raters vote on.
+
+For every caption there are four candidates, so that a reward has to tell apart wrong content, poor drawing
+and damage:
+
+* `sample`     by the bundled pipeline with enough steps and guidance
+* `draft`      by the bundled pipeline with few steps and weak guidance
+* `render`     of the caption, or, half of the time, of a caption that differs in one respect
+* `corrupted`  a render as above that is blurred, noisy or faded to a random degree
+
+All six pairs of a caption's candidates are compared. Captions, pictures and votes depend on the seed alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from dina_lrm.data.latents import LatentPairs, encode_pairs
+from dina_lrm.data.pairs import PreferencePair
+from dina_lrm.shapes.judge import judge
+from dina_lrm.shapes.pipeline import generate
+from dina_lrm.shapes.raters import RaterPanel
+from dina_lrm.shapes.render import CORRUPTIONS, render
+from dina_lrm.shapes.scenes import CaptionSpec, change_attribute, sample_caption, sample_scene
+
+SAMPLE_SETTINGS = ((10, 2.5), (16, 4.0), (16, 6.0))
+DRAFT_SETTINGS = ((3, 1.0), (5, 1.0), (8, 1.0), (5, 3.0))
+"""(num_inference_steps, guidance_scale) of the generated candidates, one drawn for each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One picture for a caption: how it was made, and its gold utility."""
+
+    caption: str
+    image: Image.Image
+    origin: str
+    utility: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapesPairs:
+    """Pairs with votes, and what only a simulation knows of them."""
+
+    pairs: list[PreferencePair]
+    """`chosen` has the majority of the votes."""
+    bayes: np.ndarray
+    """(pair,) P(the majority prefers `chosen`) given both utilities; the optimal accuracy is mean max(p, 1 -
+    p)."""
+    candidates: list[Candidate]
+    """All pictures, four for each caption in turn."""
+
+    def to_latents(self, model: Any, **options: Any) -> LatentPairs:
+        """Encode with a reward model's encoders; `options` go to `encode_pairs`."""
+        return encode_pairs(model, self.pairs, bayes=self.bayes.tolist(), **options)
+
+
+def make_shapes_pairs(
+    pipeline: StableDiffusion3Pipeline,
+    *,
+    num_prompts: int,
+    seed: int,
+    panel: RaterPanel | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ShapesPairs:
+    """Six voted pairs for each of `num_prompts` captions.
+
+    Args:
+        pipeline: the generator whose pictures are compared.
+        seed: of captions, layouts, starting noise and votes.
+        panel: the raters; by default five of them.
+        on_progress: called with (generated pictures, all pictures to generate).
+    """
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts is at least 1; got {num_prompts}")
+    panel = panel or RaterPanel()
+    rng = np.random.default_rng(seed)
+    specs = _distinct_captions(rng, num_prompts)
+    seeds = rng.integers(2**31, size=(2, num_prompts))
+    drawn = [
+        _generate_mixed(pipeline, specs, settings, seeds[row], rng, _progress(on_progress, row, num_prompts))
+        for row, settings in enumerate((SAMPLE_SETTINGS, DRAFT_SETTINGS))
+    ]
+    candidates: list[Candidate] = []
+    for index, spec in enumerate(specs):
+        pictures = {"sample": drawn[0][index], "draft": drawn[1][index]}
+        pictures["render"] = _render_perhaps_wrong(rng, spec)
+        corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
+        pictures["corrupted"] = corrupt(_render_perhaps_wrong(rng, spec), float(rng.uniform(0.1, 1.0)), rng)
+        candidates += [
+            Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
+            for origin, image in pictures.items()
+        ]
+    return vote(candidates, panel, rng)
+
+
+def vote(candidates: Sequence[Candidate], panel: RaterPanel, rng: np.random.Generator) -> ShapesPairs:
+    """Let the panel compare every two candidates that share a caption and stand next to each other in the
+    list."""
+    pairs: list[PreferencePair] = []
+    bayes: list[float] = []
+    start = 0
+    while start < len(candidates):
+        stop = start + 1
+        while stop < len(candidates) and candidates[stop].caption == candidates[start].caption:
+            stop += 1
+        for first, second in combinations(candidates[start:stop], 2):
+            votes = int(panel.votes_for_a(first.utility, second.utility, rng))
+            if 2 * votes < panel.num_raters:
+                first, second, votes = second, first, panel.num_raters - votes
+            pairs.append(
+                PreferencePair(
+                    prompt=first.caption,
+                    chosen=first.image,
+                    rejected=second.image,
+                    votes_chosen=votes,
+                    votes_rejected=panel.num_raters - votes,
+                    source=f"{first.origin} over {second.origin}",
+                )
+            )
+            bayes.append(float(panel.majority_probability(first.utility, second.utility)))
+        start = stop
+    return ShapesPairs(pairs=pairs, bayes=np.asarray(bayes), candidates=list(candidates))
+
+
+def _distinct_captions(rng: np.random.Generator, num_prompts: int) -> list[CaptionSpec]:
+    specs: dict[CaptionSpec, None] = {}
+    while len(specs) < num_prompts:
+        specs[sample_caption(rng)] = None
+    return list(specs)
+
+
+def _render_perhaps_wrong(rng: np.random.Generator, spec: CaptionSpec) -> Image.Image:
+    shown = change_attribute(rng, spec) if rng.random() < 0.5 else spec
+    return render(sample_scene(rng, shown))
+
+
+def _generate_mixed(
+    pipeline: StableDiffusion3Pipeline,
+    specs: Sequence[CaptionSpec],
+    settings: Sequence[tuple[int, float]],
+    seeds: np.ndarray,
+    rng: np.random.Generator,
+    on_progress: Callable[[int], None],
+) -> list[Image.Image]:
+    """One picture for each caption, each with one of `settings`; captions of one setting are sampled
+    together."""
+    choice = rng.integers(len(settings), size=len(specs))
+    images: list[Image.Image | None] = [None] * len(specs)
+    done = 0
+    for index, (steps, guidance) in enumerate(settings):
+        for rows in np.array_split(
+            np.flatnonzero(choice == index), max(1, int((choice == index).sum()) // 32)
+        ):
+            if not len(rows):
+                continue
+            captions = [specs[row].caption for row in rows]
+            pictures = generate(
+                pipeline,
+                captions,
+                seeds[rows].tolist(),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                batch_size=64,
+            )
+            for row, picture in zip(rows, pictures, strict=True):
+                images[row] = picture
+            done += len(rows)
+            on_progress(done)
+    return [image for image in images if image is not None]
+
+
+def _progress(
+    report: Callable[[int, int], None] | None, part: int, num_prompts: int
+) -> Callable[[int], None]:
+    def tell(done: int) -> None:
+        if report is not None:
+            report(part * num_prompts + done, 2 * num_prompts)
+
+    return tell

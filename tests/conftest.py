@@ -1,0 +1,44 @@
+"""Shared fixtures: the folder of golden tensors, and tiny random pipelines built once a session."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import make_tiny_pipeline, tiny_transformer_only
+
+# Some libraries warn about themselves while being imported. Importing them here, once and quietly, leaves
+# "warnings are errors" in force for what the tests do.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
+
+GOLDEN_VARIABLE = "DINA_LRM_GOLDEN"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference tensors of the paper's code: ../shared/golden beside the repository, or $DINA_LRM_GOLDEN."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    folder = Path(os.environ.get(GOLDEN_VARIABLE, default))
+    if not (folder / "A_lora_dual").is_dir():
+        pytest.skip(f"no golden tensors at {folder}: set {GOLDEN_VARIABLE} to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete pipeline folder. Shared by all tests: do not change it, see `tests.tiny.copy_of`."""
+    return make_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with transformer/ and scheduler/ only."""
+    return tiny_transformer_only(tmp_path_factory.mktemp("tiny") / "backbone")

@@ -1,0 +1,216 @@
+"""`score` and `compare` around a model that is known: parsing, output, files of rows, resuming, rejects."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from dina_lrm.cli import score as score_command
+from dina_lrm.cli.main import main
+from tests.unit.cli.fakes import use_brightness_model
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Gray pictures of brightness 0, 0.2, 0.4, 0.6, 0.8."""
+    paths = []
+    for number in range(5):
+        path = tmp_path / f"gray{number}.png"
+        Image.new("RGB", (8, 8), (51 * number,) * 3).save(path)
+        paths.append(path)
+    return paths
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# --- images on the command line ----------------------------------------------------------------------------
+
+
+def test_table_ranks_in_the_order_given(pictures, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    monkeypatch.chdir(pictures[0].parent)
+    assert main(["score", "gray", "gray1.png", "gray4.png", "gray2.png"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    assert [(row[-2], row[-1]) for row in rows] == [("+0.200", "3"), ("+0.800", "1"), ("+0.400", "2")]
+
+
+def test_json_is_one_object_a_line(pictures, monkeypatch, capsys):
+    model = use_brightness_model(monkeypatch)
+    arguments = ["--noise-levels", "0.2,0.5", "--seed", "7", "--batch-size", "2", "--json"]
+    assert main(["score", "gray", *map(str, pictures[:3]), *arguments]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["score"] for record in records] == pytest.approx([0.0, 0.2, 0.4], abs=1e-6)
+    assert records[0]["noise_levels"] == [0.2, 0.5]
+    assert records[0]["standard_error"] is None
+    assert [len(call["prompts"]) for call in model.calls] == [2, 1]
+    assert {call["seed"] for call in model.calls} == {7}
+
+
+def test_draws_give_standard_errors(pictures, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    assert main(["score", "gray", str(pictures[0]), "--num-draws", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["standard_error"] == pytest.approx(0.01)
+
+
+def test_one_level_is_a_number_and_several_are_an_ensemble(pictures, monkeypatch):
+    model = use_brightness_model(monkeypatch, noise_levels=(0.3,))
+    main(["score", "gray", str(pictures[0])])
+    main(["score", "gray", str(pictures[0]), "--noise-levels", "0.2,0.5"])
+    assert [call["noise_levels"] for call in model.calls] == [0.3, [0.2, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gray"], "give a prompt and images"),
+        (["", "gray0.png"], "give a prompt and images"),
+        (["gray", "absent.png"], "absent.png"),
+        (["gray", "notes.txt"], "notes.txt"),
+        (["gray", "gray0.png", "--output", "x.parquet"], "--output goes with --input"),
+        (["gray", "gray0.png", "--noise-levels", "1.2"], "got 1.2"),
+        (["gray", "gray0.png", "--noise-levels", "nan"], "[0, 1]"),
+        (["gray", "gray0.png", "--noise-levels", "low"], "separated by commas"),
+        (["gray", "gray0.png", "--num-draws", "0"], "at least 1"),
+        (["--input", "rows.jsonl"], "--output"),
+        (["--input", "absent.jsonl", "--output", "x.parquet"], "absent.jsonl"),
+        (["--input", "notes.txt", "--output", "x.parquet"], ".jsonl or .parquet"),
+        (["--input", "rows.jsonl", "--output", "x.csv"], "x.csv"),
+        (["gray", "--input", "rows.jsonl", "--output", "x.parquet"], "leave out"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, pictures, tmp_path, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    (tmp_path / "notes.txt").write_text("no picture\n")
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": "gray1.png"}])
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.replace("│", " ").split())
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+# --- a file of rows ----------------------------------------------------------------------------------------
+
+
+BAD_ROWS = [
+    {"prompt": "gray", "image": "absent.png"},
+    {"prompt": " ", "image": "gray1.png"},
+    {"prompt": "gray"},
+    {"image": "gray1.png"},
+    {"prompt": "a forbidden word", "image": "gray1.png"},
+    {"prompt": 3, "image": "gray1.png"},
+    "{not json",
+    "[1, 2]",
+]
+
+
+def test_every_row_is_accounted_for(pictures, tmp_path, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    good = [{"prompt": "gray", "image": path.name} for path in pictures]
+    rows = write_rows(tmp_path / "rows.jsonl", [*good[:2], *BAD_ROWS, *good[2:]])
+    output = tmp_path / "scores.parquet"
+    assert main(["score", "--input", str(rows), "--output", str(output), "--json", "--batch-size", "4"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["rows"], summary["scored"], summary["rejected"]) == (13, 5, 8)
+
+    table = pyarrow.parquet.read_table(output).to_pylist()
+    assert [row["row"] for row in table] == list(range(13))
+    assert [row["score"] for row in table if row["error"] is None] == pytest.approx(
+        [0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-6
+    )
+    rejects = [json.loads(line) for line in Path(summary["rejects"]).read_text().splitlines()]
+    assert [reject["row"] for reject in rejects] == list(range(2, 10))
+    reasons = [
+        "missing file",
+        "empty",
+        "image is missing",
+        "prompt is missing",
+        "not allowed",
+        "type int",
+        "JSON",
+        "object",
+    ]
+    for reject, reason in zip(rejects, reasons, strict=True):
+        assert reason in reject["error"]
+    assert not output.with_name("scores.parquet.parts").exists()
+
+
+def test_images_inside_parquet(tmp_path, monkeypatch):
+    use_brightness_model(monkeypatch)
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (255, 255, 255)).save(buffer, format="PNG")
+    cells = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": b"torn", "path": None}]
+    table = pyarrow.table({"prompt": ["white", "white"], "image": cells})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    output = tmp_path / "scores.jsonl"
+    assert main(["score", "--input", str(tmp_path / "rows.parquet"), "--output", str(output)]) == 0
+    first, second = (json.loads(line) for line in output.read_text().splitlines())
+    assert first["score"] == pytest.approx(1.0)
+    assert second["score"] is None
+    assert "4 bytes" in second["error"]
+
+
+def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score_command, "ROWS_PER_PART", 2)
+    model = use_brightness_model(monkeypatch)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": path.name} for path in pictures])
+    output = tmp_path / "scores.parquet"
+    arguments = ["score", "--input", str(rows), "--output", str(output), "--batch-size", "1"]
+
+    healthy = model.score
+
+    def stop_at_the_fourth(*args, **settings):
+        if len(model.calls) == 3:
+            raise KeyboardInterrupt
+        return healthy(*args, **settings)
+
+    model.score = stop_at_the_fourth
+    assert main(arguments) == 130
+    assert not output.exists()
+    model.score = healthy
+    model.calls.clear()
+    assert main([*arguments, "--seed", "1"]) == 2  # other settings must not be mixed into it
+    assert "another seed" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert len(model.calls) == 3  # rows 2, 3 and 4: the first part was complete
+    assert "continuing after 2 of 5 rows" in capsys.readouterr().err
+    scores = pyarrow.parquet.read_table(output)["score"].to_pylist()
+    assert scores == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-6)
+
+
+def test_a_finished_output_is_not_overwritten_unasked(pictures, tmp_path, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": pictures[0].name}])
+    arguments = ["score", "--input", str(rows), "--output", str(tmp_path / "scores.jsonl")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_nothing_scored_is_an_error(tmp_path, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    rows = write_rows(tmp_path / "rows.jsonl", BAD_ROWS[:2])
+    assert main(["score", "--input", str(rows), "--output", str(tmp_path / "scores.jsonl")]) == 2
+    assert "no row" in capsys.readouterr().err
+
+
+# --- compare -----------------------------------------------------------------------------------------------
+
+
+def test_compare(pictures, monkeypatch, capsys):
+    use_brightness_model(monkeypatch)
+    assert main(["compare", "bright", str(pictures[4]), str(pictures[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["probability_a_preferred"] == pytest.approx(0.9)
+    assert main(["compare", "bright", str(pictures[4]), str(pictures[0])]) == 0
+    output = capsys.readouterr().out
+    assert "90.0%" in output
+    assert "10.0%" in output

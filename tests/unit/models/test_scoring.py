@@ -1,0 +1,289 @@
+"""Scores: the same alone and in any batch, reproducible, differentiable, and refused where they would lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dina_lrm import Calibration, Conditioning, InvalidInputError, RewardModel, UntrainedModelError
+from dina_lrm.core.noise import seeded_noise
+from tests.tiny import PROMPT, make_tiny_reward, tiny_conditioning, tiny_latents
+
+SIGMAS = [0.2, 0.5, 0.7]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone: Path) -> RewardModel:
+    return make_tiny_reward(tiny_backbone).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def complete(tiny_pipeline: Path) -> RewardModel:
+    return make_tiny_reward(tiny_pipeline).requires_grad_(False)
+
+
+def picture(seed: int, width: int = 24, height: int = 16) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def row(conditioning: Conditioning, index: int) -> Conditioning:
+    return conditioning.index_select(torch.tensor([index]))
+
+
+# --- independence of the batch ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [0.4, SIGMAS])
+def test_same_seed_same_score_alone_and_in_any_batch(model: RewardModel, levels: object) -> None:
+    latents, conditioning, seeds = tiny_latents(5), tiny_conditioning(5), [3, 1, 4, 1, 5]
+    together = model.score_latents(latents, conditioning, levels, seed=seeds)
+    for i in range(5):
+        alone = model.score_latents(latents[i : i + 1], row(conditioning, i), levels, seed=seeds[i])
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+    order = torch.tensor([4, 2, 0, 3, 1])
+    shuffled = model.score_latents(
+        latents[order], conditioning.index_select(order), levels, seed=[seeds[i] for i in order]
+    )
+    torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
+
+
+def test_one_int_seed_is_everyones(model: RewardModel) -> None:
+    latents = tiny_latents(1).expand(3, -1, -1, -1)
+    scores = model.score_latents(latents, tiny_conditioning(1), seed=7)
+    torch.testing.assert_close(scores, scores[:1].expand(3), atol=1e-6, rtol=0)
+
+
+def test_chunking_changes_nothing(tiny_backbone: Path) -> None:
+    model = make_tiny_reward(tiny_backbone).requires_grad_(False)
+    args = (tiny_latents(5), tiny_conditioning(5), SIGMAS)
+    whole = model.score_latents(*args, seed=0)
+    for model.max_batch_size in (1, 2, 4, 7):
+        torch.testing.assert_close(model.score_latents(*args, seed=0), whole, atol=1e-6, rtol=0)
+
+
+def test_no_call_exceeds_the_batch_limit_and_text_is_projected_once(tiny_backbone: Path) -> None:
+    model = make_tiny_reward(tiny_backbone).requires_grad_(False)
+    calls, projections = [], []
+    model.backbone.pos_embed.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    model.backbone.context_embedder.register_forward_hook(
+        lambda _, args, __: projections.append(len(args[0]))
+    )
+    model.score_latents(tiny_latents(4), tiny_conditioning(1), SIGMAS, seed=0)
+    assert calls == [12], "all levels of all samples in one call"
+    assert projections == [1], "one prompt, one projection"
+    calls.clear()
+    model.max_batch_size = 5
+    model.score_latents(tiny_latents(4), tiny_conditioning(1), SIGMAS, seed=0)
+    assert sum(calls) == 12
+    assert max(calls) <= 5
+
+
+# --- noise -------------------------------------------------------------------------------------------------
+
+
+def test_given_noise_leaves_nothing_random(model: RewardModel) -> None:
+    args = (tiny_latents(), tiny_conditioning(), 0.4, tiny_latents(seed=1))
+    torch.manual_seed(1)
+    first = model.score_latents(*args)
+    torch.manual_seed(2)
+    assert torch.equal(model.score_latents(*args), first)
+
+
+def test_seeded_noise_is_what_is_used(model: RewardModel) -> None:
+    latents, conditioning = tiny_latents(), tiny_conditioning()
+    noise = seeded_noise(latents.shape[1:], [5, 6, 7])[0]
+    by_hand = model.score_latents(latents, conditioning, 0.4, noise)
+    assert torch.equal(model.score_latents(latents, conditioning, 0.4, seed=[5, 6, 7]), by_hand)
+
+
+def test_fresh_noise_without_a_seed_follows_torchs_generator(model: RewardModel) -> None:
+    args = (tiny_latents(), tiny_conditioning(), 0.4)
+    torch.manual_seed(0)
+    first, second = model.score_latents(*args), model.score_latents(*args)
+    torch.manual_seed(0)
+    assert torch.equal(model.score_latents(*args), first)
+    assert not torch.equal(first, second)
+
+
+def test_scoring_leaves_torchs_generator_alone(model: RewardModel) -> None:
+    state = torch.random.get_rng_state()
+    model.score_latents(tiny_latents(), tiny_conditioning(), 0.4, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_draws_average_and_give_standard_errors(complete: RewardModel) -> None:
+    out = complete.score(PROMPT, picture(0), num_draws=4)
+    latents, conditioning = complete.encode_images(picture(0)), complete.encode_prompts(PROMPT)
+    noise = seeded_noise(latents.shape[1:], [0], num_draws=4)
+    draws = torch.cat([complete.score_latents(latents, conditioning, 0.4, one) for one in noise])
+    torch.testing.assert_close(out.scores[0], draws.mean(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.standard_errors[0], draws.std() / 2, atol=1e-6, rtol=0)
+    assert complete.score(PROMPT, picture(0)).standard_errors is None
+
+
+# --- noise levels ---------------------------------------------------------------------------------------------
+
+
+def test_level_per_sample(model: RewardModel) -> None:
+    latents, conditioning, noise = tiny_latents(), tiny_conditioning(), tiny_latents(seed=1)
+    mixed = model.score_latents(latents, conditioning, torch.tensor(SIGMAS), noise)
+    for i, level in enumerate(SIGMAS):
+        uniform = model.score_latents(latents, conditioning, level, noise)
+        torch.testing.assert_close(mixed[i], uniform[i], atol=1e-6, rtol=0)
+
+
+def test_ensembles_by_tokens_and_by_scores(model: RewardModel) -> None:
+    args = (tiny_latents(), tiny_conditioning())
+    noise = tiny_latents(seed=1)
+    single = torch.stack([model.score_latents(*args, level, noise) for level in SIGMAS])
+    averaged = model.score_latents(*args, SIGMAS, noise, ensemble="scores")
+    torch.testing.assert_close(averaged, single.mean(dim=0), atol=1e-6, rtol=0)
+    joined = model.score_latents(*args, SIGMAS, noise)
+    assert (joined - averaged).abs().max() > 1e-4, "a token ensemble is another function"
+    reordered = model.score_latents(*args, SIGMAS[::-1], noise)
+    torch.testing.assert_close(reordered, joined, atol=1e-6, rtol=0)
+    per_sample = torch.tensor(SIGMAS)[:, None].expand(3, 3)
+    torch.testing.assert_close(model.score_latents(*args, per_sample, noise), joined, atol=1e-6, rtol=0)
+
+
+def test_ensemble_by_hand_from_features(model: RewardModel) -> None:
+    latents, conditioning, noise = tiny_latents(), tiny_conditioning(), tiny_latents(seed=1)
+    features = []
+    for level in SIGMAS:
+        sigma = model.schedule.match(torch.full((3,), level)).sigma
+        features.append(model.backbone(model.schedule.add_noise(latents, noise, sigma), conditioning, sigma))
+    by_hand = model.score_features(*features)
+    torch.testing.assert_close(
+        model.score_latents(latents, conditioning, SIGMAS, noise), by_hand, atol=1e-6, rtol=0
+    )
+
+
+def test_default_levels_come_from_the_config(tiny_backbone: Path) -> None:
+    model = make_tiny_reward(tiny_backbone, noise_levels=SIGMAS).requires_grad_(False)
+    args, noise = (tiny_latents(), tiny_conditioning()), tiny_latents(seed=1)
+    assert torch.equal(model.score_latents(*args, noise=noise), model.score_latents(*args, SIGMAS, noise))
+
+
+def test_raw_forward_is_score_latents_without_the_mixing(model: RewardModel) -> None:
+    latents, conditioning, noise = tiny_latents(), tiny_conditioning(), tiny_latents(seed=1)
+    sigma = model.schedule.match(torch.full((3,), 0.4)).sigma
+    raw = model(model.schedule.add_noise(latents, noise, sigma), conditioning, sigma)
+    torch.testing.assert_close(raw, model.score_latents(latents, conditioning, 0.4, noise), atol=1e-6, rtol=0)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [0.4, [0.3, 0.8]])
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 0, "logistic": True}])
+def test_gradient_against_finite_differences(tiny_backbone: Path, levels: object, settings: dict) -> None:
+    model = make_tiny_reward(tiny_backbone, num_blocks=2, image_taps=(0, 2), text_taps=(1,), **settings)
+    model = model.double().requires_grad_(False)
+    latents = tiny_latents(1, 2, 4).double().requires_grad_()
+    noise, conditioning = tiny_latents(1, 2, 4, seed=1).double(), tiny_conditioning(1).to(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: model.score_latents(x, conditioning, levels, noise), (latents,))
+
+
+def test_half_precision_latents_are_mixed_in_float32(model: RewardModel) -> None:
+    latents, noise = tiny_latents().bfloat16(), tiny_latents(seed=1)
+    half = model.score_latents(latents, tiny_conditioning(), 0.4, noise)
+    full = model.score_latents(latents.float(), tiny_conditioning(), 0.4, noise)
+    assert torch.equal(half, full)
+
+
+# --- pictures and prompts ------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_many_sizes_in_one_call(complete: RewardModel, tmp_path: Path) -> None:
+    pictures = [picture(0), picture(1, 16, 40), picture(2), picture(3, 33, 47)]
+    pictures[2].save(tmp_path / "two.png")
+    together = complete.score(PROMPT, [pictures[0], pictures[1], tmp_path / "two.png", pictures[3]]).scores
+    for i, one in enumerate(pictures):
+        torch.testing.assert_close(complete.score(PROMPT, one).scores[0], together[i], atol=1e-5, rtol=0)
+
+
+def test_pairs_and_broadcasting(complete: RewardModel) -> None:
+    prompts, pictures = [PROMPT, "a green square"], [picture(0), picture(1)]
+    pairs = complete.score(prompts, pictures).scores
+    assert pairs.shape == (2,)
+    crossed = complete.score(prompts, picture(1)).scores
+    torch.testing.assert_close(crossed[1], pairs[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(complete.score(PROMPT, pictures).scores[0], pairs[0], atol=1e-5, rtol=0)
+    with pytest.raises(InvalidInputError, match="2 prompts for 3 images"):
+        complete.score(prompts, [*pictures, picture(2)])
+
+
+def test_rank_is_score_in_descending_order(complete: RewardModel) -> None:
+    pictures = [picture(seed) for seed in range(4)]
+    ranked = complete.rank(PROMPT, pictures)
+    scores = complete.score(PROMPT, pictures).scores.tolist()
+    assert [item.score for item in ranked] == sorted(scores, reverse=True)
+    assert all(item.image is pictures[item.index] and item.score == scores[item.index] for item in ranked)
+
+
+def test_compare_by_the_training_likelihood(complete: RewardModel) -> None:
+    a, b = picture(0), picture(1)
+    margin = complete.score(PROMPT, [a, b], SIGMAS).scores.diff().neg().item()
+    variance = sum(2 * level**2 + 0.05 for level in SIGMAS) / 3
+    by_hand = torch.special.ndtr(torch.tensor(margin / (2 * variance) ** 0.5, dtype=torch.float64)).item()
+    assert complete.compare(PROMPT, a, b, SIGMAS) == pytest.approx(by_hand, abs=1e-6)
+    assert complete.compare(PROMPT, a, b) + complete.compare(PROMPT, b, a) == pytest.approx(1)
+    assert complete.compare(PROMPT, a, a) == pytest.approx(0.5)
+
+
+def test_compare_by_a_stored_calibration(tiny_pipeline: Path) -> None:
+    from dataclasses import replace
+
+    model = make_tiny_reward(tiny_pipeline)
+    plain = model.compare(PROMPT, picture(0), picture(1))
+    model.config = replace(model.config, calibration=Calibration(noise_levels=(0.4,), scale=0.25))
+    margin = model.score(PROMPT, [picture(0), picture(1)]).scores.diff().neg().item()
+    by_hand = torch.special.ndtr(torch.tensor(margin / 0.25, dtype=torch.float64)).item()
+    assert model.compare(PROMPT, picture(0), picture(1)) == pytest.approx(by_hand, abs=1e-6)
+    assert model.compare(PROMPT, picture(0), picture(1), 0.2) != pytest.approx(by_hand, abs=1e-6)
+    assert plain != pytest.approx(by_hand, abs=1e-6)
+
+
+# --- random weights never score by accident ------------------------------------------------------------------------------
+
+
+def test_a_new_model_refuses_to_score(tiny_pipeline: Path) -> None:
+    model = RewardModel.initialize(tiny_pipeline, num_blocks=2, image_taps=(2,), text_taps=(), lora_rank=2)
+    calls = [
+        lambda: model.score_latents(tiny_latents(), tiny_conditioning()),
+        lambda: model.score(PROMPT, picture(0)),
+        lambda: model.compare(PROMPT, picture(0), picture(1)),
+        lambda: model.rank(PROMPT, [picture(0)]),
+    ]
+    for call in calls:
+        with pytest.raises(UntrainedModelError, match="random weights"):
+            call()
+    assert model.score(PROMPT, picture(0), allow_untrained=True).scores.isfinite().all()
+    model.allow_untrained = True
+    assert 0 <= calls[2]() <= 1
+
+
+def test_initialization_follows_its_seed(tiny_backbone: Path) -> None:
+    def head(seed: int) -> torch.Tensor:
+        return RewardModel.initialize(
+            tiny_backbone, num_blocks=1, lora_rank=2, seed=seed
+        ).head.agg_visual.weight
+
+    state = torch.random.get_rng_state()
+    assert torch.equal(head(0), head(0))
+    assert not torch.equal(head(0), head(1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_on_meta_counts_but_does_not_score(tiny_backbone: Path) -> None:
+    model = RewardModel.initialize(
+        tiny_backbone, num_blocks=2, lora_rank=2, device="meta", allow_untrained=True
+    )
+    real = RewardModel.initialize(tiny_backbone, num_blocks=2, lora_rank=2)
+    assert model.num_parameters() == real.num_parameters()
+    assert model.num_parameters()["trainable"] == sum(p.numel() for p in real.trainable_parameters())
+    with pytest.raises(UntrainedModelError, match="meta"):
+        model.score_latents(tiny_latents(), tiny_conditioning())
