@@ -23,7 +23,7 @@ from dina_lrm.evaluation.metrics import Interval
 
 CAPTIONS = (
     "a red circle on a gray background",
-    "a blue square left of a yellow triangle on a white background",
+    "a blue square to the left of a yellow triangle on a white background",
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from dina_lrm.config import ModelConfig, TrainConfig
 from dina_lrm.data.latents import LatentPairs, encode_pairs, mix_seeds
@@ -21,7 +22,9 @@ __all__ = ["latent_pairs", "reward_model", "run_training", "shapes_pairs"]
 Log = Callable[[str], None]
 
 
-def reward_model(config: ModelConfig, likelihood: LikelihoodConfig | None = None, *, seed: int = 0) -> RewardModel:
+def reward_model(
+    config: ModelConfig, likelihood: LikelihoodConfig | None = None, *, seed: int = 0
+) -> RewardModel:
     """A new reward over `config.pipeline`; its untrained weights follow from `seed`."""
     return RewardModel.initialize(
         config.pipeline,
@@ -48,6 +51,7 @@ def latent_pairs(
     image_root: str | None = None,
     rejects_file: Path | None = None,
     log: Log | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentPairs:
     """Pairs of latents from "shapes", a latents file (.safetensors) or preference rows (.jsonl, .parquet).
 
@@ -56,16 +60,17 @@ def latent_pairs(
         image_root: of relative paths in rows; read only for them.
         rejects_file: where unusable rows are listed with their reason.
         log: told what was found.
+        on_progress: called with (images done, images in all).
     """
     if source == "shapes":
-        return shapes_pairs(model, num_prompts=num_prompts, seed=seed)
+        return shapes_pairs(model, num_prompts=num_prompts, seed=seed, on_progress=on_progress)
     match Path(source).suffix:
         case ".safetensors":
             return LatentPairs.load(source)
         case ".jsonl" | ".parquet":
             rows = read_pairs(source, image_root=image_root, check_images=False)
             unreadable: list[Reject] = []
-            pairs = encode_pairs(model, rows.pairs, rejects=unreadable)
+            pairs = encode_pairs(model, rows.pairs, rejects=unreadable, on_progress=on_progress)
             rejects = [*rows.rejects, *unreadable]
             if rejects and rejects_file is not None:
                 write_rejects(rejects, rejects_file)
@@ -75,16 +80,26 @@ def latent_pairs(
             return pairs
         case _:
             raise InvalidInputError(
-                f'pairs come from "shapes", a .safetensors file of latents, or .jsonl / .parquet rows; not {source!r}'
+                'pairs come from "shapes", a .safetensors file of latents, or .jsonl / .parquet rows; '
+                f"not {source!r}"
             )
 
 
-def shapes_pairs(model: RewardModel, *, num_prompts: int, seed: int) -> LatentPairs:
-    """Simulated preference pairs of the bundled domain, made with the bundled pipeline, encoded by `model`."""
-    from dina_lrm.shapes.pairs import make_shapes_pairs  # loads the generator, which other sources do not need
+def shapes_pairs(
+    model: RewardModel,
+    *,
+    num_prompts: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentPairs:
+    """Simulated pairs of the bundled domain, made with the bundled pipeline and encoded by `model`."""
+    # Here, since only this source loads the generator.
+    from dina_lrm.shapes.pairs import make_shapes_pairs
     from dina_lrm.shapes.pipeline import load_pipeline
 
-    return make_shapes_pairs(load_pipeline(), num_prompts=num_prompts, seed=seed).to_latents(model)
+    pipeline = load_pipeline(device=str(model.device))
+    made = make_shapes_pairs(pipeline, num_prompts=num_prompts, seed=seed, on_progress=on_progress)
+    return made.to_latents(model)
 
 
 def run_training(
@@ -99,23 +114,33 @@ def run_training(
     Encoded pairs are kept in OUTPUT/pairs, so that a resumed run finds the same ones without making them
     again.
     """
-    likelihood = LikelihoodConfig(kind=config.loss.likelihood, slope=config.loss.slope, floor=config.loss.floor)
+    console = console or Console(stderr=True)
+    likelihood = LikelihoodConfig(
+        kind=config.loss.likelihood, slope=config.loss.slope, floor=config.loss.floor
+    )
     model = reward_model(config.model, likelihood, seed=config.seed)
     output = None if config.output is None else Path(config.output)
 
     def pairs(part: str, source: str, num_prompts: int, seed: int) -> LatentPairs:
-        stored = None if output is None or source.endswith(".safetensors") else output / "pairs" / f"{part}.safetensors"
+        stored = (
+            None
+            if output is None or source.endswith(".safetensors")
+            else output / "pairs" / f"{part}.safetensors"
+        )
         if stored is not None and config.resume and stored.exists():
             return LatentPairs.load(stored)
-        made = latent_pairs(
-            source,
-            model,
-            num_prompts=num_prompts,
-            seed=seed,
-            image_root=config.data.image_root,
-            rejects_file=None if output is None else output / f"rejects_{part}.jsonl",
-            log=log,
-        )
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            task = progress.add_task(f"{part} pairs", total=None)
+            made = latent_pairs(
+                source,
+                model,
+                num_prompts=num_prompts,
+                seed=seed,
+                image_root=config.data.image_root,
+                rejects_file=None if output is None else output / f"rejects_{part}.jsonl",
+                log=log,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
         if log is not None:
             log(f"{part}: {len(made)} pairs of {made.num_prompts} prompts")
         if stored is not None:
@@ -126,6 +151,8 @@ def run_training(
     train_pairs = pairs("train", data.train, data.train_prompts, mix_seeds(config.seed, 5))
     validation_pairs = None
     if data.validation is not None:
-        validation_pairs = pairs("validation", data.validation, data.validation_prompts, mix_seeds(config.seed, 6))
+        validation_pairs = pairs(
+            "validation", data.validation, data.validation_prompts, mix_seeds(config.seed, 6)
+        )
     result = train(config, model, train_pairs, validation_pairs, on_step=on_step, console=console)
     return model, result

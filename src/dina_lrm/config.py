@@ -9,7 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from dina_lrm.errors import InvalidInputError
@@ -50,7 +50,7 @@ class ModelConfig:
     """Rank of the adapters; read only when tuning = "lora"."""
     lora_alpha: float = 32.0
     """Adapters are scaled by lora_alpha / lora_rank; read only when tuning = "lora"."""
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = field(default_factory=HeadConfig)
     """The scoring head."""
     logistic: bool = False
     """Squash scores into (-2, 2) by a learned logistic curve."""
@@ -104,7 +104,9 @@ class NoiseConfig:
 class LossConfig:
     """From two scores and a noise level to a loss (see `core.likelihood`)."""
 
-    likelihood: Literal["thurstone", "thurstone_constant", "bradley_terry", "bradley_terry_margin"] = "thurstone"
+    likelihood: Literal["thurstone", "thurstone_constant", "bradley_terry", "bradley_terry_margin"] = (
+        "thurstone"
+    )
     """Noise-calibrated Thurstone is the method; the others are baselines."""
     loss: Literal["fidelity", "log_likelihood"] = "fidelity"
     """Fidelity loss (the paper's), or negative log-likelihood."""
@@ -160,17 +162,28 @@ class ValidationConfig:
     batch_size: int = 64
     """Pairs per forward; no effect on the result."""
 
+    @property
+    def candidates(self) -> list[tuple[float, ...]]:
+        """All that is measured: single levels, then ensembles."""
+        return [*((level,) for level in self.noise_levels), *self.ensembles]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run."""
 
     model: ModelConfig = ModelConfig()
+    """The reward to start from."""
     data: DataConfig = DataConfig()
+    """Where the pairs come from."""
     noise: NoiseConfig = NoiseConfig()
+    """Noise levels of training."""
     loss: LossConfig = LossConfig()
+    """Likelihood and loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer, learning rate, average of the weights."""
     validation: ValidationConfig = ValidationConfig()
+    """Measurements on validation pairs."""
 
     output: str | None = None
     """Folder of the run: the model, metrics.jsonl, best/ and last/. None writes nothing."""
@@ -185,6 +198,9 @@ class TrainConfig:
     whichever of steps and seconds is further on. The last validation comes on top."""
     batch_size: int = 32
     """Pairs per optimizer step, over all devices and accumulated parts."""
+    group_by_prompt: bool = False
+    """Keep the pairs of a prompt together, with one noise level and one noise sample for all of them, so that
+    an image is scored once however many of them it is in: 4 forwards, not 12, for the 6 pairs of 4 images."""
     accumulation_steps: int = 1
     """Parts a batch is cut into to save memory; does not change the gradient."""
     ensemble_fraction: float = 0.0
@@ -221,7 +237,9 @@ class TrainConfig:
             self.batch_size,
             f"a multiple of accumulation_steps = {self.accumulation_steps}",
         )
-        require(0.0 <= self.ensemble_fraction <= 1.0, "ensemble_fraction", self.ensemble_fraction, "in [0, 1]")
+        require(
+            0.0 <= self.ensemble_fraction <= 1.0, "ensemble_fraction", self.ensemble_fraction, "in [0, 1]"
+        )
         require(
             self.ensemble_fraction == 0.0 or (len(self.ensemble_sizes) > 0 and min(self.ensemble_sizes) >= 2),
             "ensemble_sizes",
@@ -230,15 +248,25 @@ class TrainConfig:
         )
         budget = self.time_budget_seconds
         require(budget is None or budget > 0, "time_budget_seconds", budget, "positive, or None")
-        for field in ("log_every", "checkpoint_every"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for period in ("log_every", "checkpoint_every"):
+            require(getattr(self, period) >= 1, period, getattr(self, period), "at least 1")
         require(self.validation.every >= 1, "validation.every", self.validation.every, "at least 1")
         levels = [*self.validation.noise_levels, *(s for e in self.validation.ensembles for s in e)]
         for sigma in levels:
             require(0.0 <= sigma <= 1.0, "validation noise level", sigma, "in [0, 1]")
         require(len(levels) > 0, "validation.noise_levels", levels, "at least one level or ensemble")
-        require(self.optimizer.learning_rate > 0, "optimizer.learning_rate", self.optimizer.learning_rate, "positive")
-        require(self.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", self.optimizer.warmup_steps, "at least 0")
+        require(
+            self.optimizer.learning_rate > 0,
+            "optimizer.learning_rate",
+            self.optimizer.learning_rate,
+            "positive",
+        )
+        require(
+            self.optimizer.warmup_steps >= 0,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            "at least 0",
+        )
         decay = self.optimizer.ema_decay
         require(decay is None or 0.0 <= decay < 1.0, "optimizer.ema_decay", decay, "in [0, 1), or None")
 
@@ -269,13 +297,17 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, path: str = "") 
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InvalidInputError(f"unknown config field {path + unknown[0]!r}; known here: {', '.join(sorted(hints))}")
+        raise InvalidInputError(
+            f"unknown config field {path + unknown[0]!r}; known here: {', '.join(sorted(hints))}"
+        )
 
     def typed(hint: Any, value: Any, where: str) -> Any:
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return from_dict(typing.cast(type, hint), value, path=where + ".")
         if typing.get_origin(hint) is types.UnionType and value is not None:
-            return typed(next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value, where)
+            return typed(
+                next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value, where
+            )
         if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
             return tuple(typed(typing.get_args(hint)[0], item, where) for item in value)
         return value

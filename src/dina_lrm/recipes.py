@@ -54,7 +54,8 @@ def shapes() -> TrainConfig:
         validation=ValidationConfig(every=200, max_pairs=400),
         output="runs/shapes",
         num_steps=2500,
-        batch_size=32,
+        batch_size=96,
+        group_by_prompt=True,
         ensemble_fraction=0.2,
         checkpoint_every=200,
     )
@@ -98,7 +99,9 @@ def shapes_quick() -> TrainConfig:
     return replace(
         base,
         data=replace(base.data, train_prompts=600, validation_prompts=100),
-        validation=replace(base.validation, every=50, noise_levels=(0.2, 0.4, 0.7), ensembles=(), max_pairs=200),
+        validation=replace(
+            base.validation, every=50, noise_levels=(0.2, 0.4, 0.7), ensembles=(), max_pairs=200
+        ),
         output="runs/shapes-quick",
         num_steps=400,
         time_budget_seconds=60.0,
@@ -166,7 +169,9 @@ def sd35m_12_layers_clean() -> TrainConfig:
 def sd35m_12_layers_logit_normal() -> TrainConfig:
     """sigma from the law that trained the generator, instead of uniform."""
     base = sd35m_12_layers()
-    return replace(base, noise=replace(base.noise, law="logit_normal"), output="runs/sd35m-12-layers-logit-normal")
+    return replace(
+        base, noise=replace(base.noise, law="logit_normal"), output="runs/sd35m-12-layers-logit-normal"
+    )
 
 
 # --- look-up -----------------------------------------------------------------------------------------------

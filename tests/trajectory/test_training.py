@@ -19,12 +19,15 @@ from dina_lrm.config import (
     ValidationConfig,
     from_dict,
 )
+from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.config import HeadConfig
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.training.trainer import StepMetrics, TrainResult, draw_step, loss_level, train
+from dina_lrm.training.step import PairScorer, draw_step, loss_level
+from dina_lrm.training.trainer import StepMetrics, TrainResult, train
 
 TEXT_TOKENS = 6
 
@@ -114,7 +117,10 @@ def margins(model: RewardModel, pairs: LatentPairs, levels: list[float]) -> Tens
 
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
 def test_loss_falls_and_only_what_should_train_moves(
-    tuning: str, new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs
+    tuning: str,
+    new_model: Callable[..., RewardModel],
+    train_pairs: LatentPairs,
+    validation_pairs: LatentPairs,
 ) -> None:
     model = new_model(tuning=tuning, lora_rank=2 if tuning == "lora" else 0)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -149,7 +155,9 @@ def test_the_trained_model_has_defaults_from_validation_and_loads_again(
     loaded = RewardModel.from_pretrained(tmp_path / "run", pipeline=str(tiny_backbone))
     assert loaded.config.calibration == model.config.calibration
     for levels in ([0.2], [0.2, 0.6]):
-        assert torch.equal(margins(loaded, validation_pairs, levels), margins(model, validation_pairs, levels))
+        assert torch.equal(
+            margins(loaded, validation_pairs, levels), margins(model, validation_pairs, levels)
+        )
     for name in ("best", "last"):
         RewardModel.from_pretrained(tmp_path / "run" / name, pipeline=str(tiny_backbone))
     evaluation = evaluate_latent_pairs(
@@ -159,7 +167,10 @@ def test_the_trained_model_has_defaults_from_validation_and_loads_again(
 
 
 def test_metrics_are_written_and_told(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs, tmp_path: Path
+    new_model: Callable[..., RewardModel],
+    train_pairs: LatentPairs,
+    validation_pairs: LatentPairs,
+    tmp_path: Path,
 ) -> None:
     told: list[StepMetrics] = []
     config = replace(CONFIG, output=str(tmp_path), num_steps=10, tensorboard=True)
@@ -177,11 +188,12 @@ def test_metrics_are_written_and_told(
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs, tmp_path: Path
+    new_model: Callable[..., RewardModel],
+    train_pairs: LatentPairs,
+    validation_pairs: LatentPairs,
+    tmp_path: Path,
 ) -> None:
-    """With validation and a checkpoint in between, dropout on, cosine rate and steps that train the ensemble."""
-    from dina_lrm.models.config import HeadConfig
-
+    """With validation and a checkpoint in between, dropout, cosine rate, steps that train the ensemble."""
     config = replace(
         CONFIG,
         num_steps=16,
@@ -209,15 +221,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     resumed = train(replace(part, resume=True), again, train_pairs, validation_pairs)
 
     assert_same(trained_values(whole), trained_values(again))
-    assert (resumed.best_step, resumed.best_accuracy) == (uninterrupted.best_step, uninterrupted.best_accuracy)
+    assert (resumed.best_step, resumed.best_accuracy) == (
+        uninterrupted.best_step,
+        uninterrupted.best_accuracy,
+    )
     assert resumed.validation == uninterrupted.validation
     assert resumed.calibration_scale == uninterrupted.calibration_scale
-    steps = [[json.loads(x)["step"] for x in (tmp_path / run / "metrics.jsonl").open()] for run in ("a", "b")]
-    assert steps[0] == steps[1]
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("a", "b")]
+    assert [json.loads(line)["step"] for line in lines[0]] == [json.loads(line)["step"] for line in lines[1]]
 
 
 def test_resume_refuses_other_settings_and_other_data(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs, tmp_path: Path
+    new_model: Callable[..., RewardModel],
+    train_pairs: LatentPairs,
+    validation_pairs: LatentPairs,
+    tmp_path: Path,
 ) -> None:
     config = replace(CONFIG, num_steps=2, output=str(tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match="no training state"):
@@ -237,8 +255,8 @@ def test_accumulating_two_halves_equals_one_batch(
     new_model: Callable[..., RewardModel], train_pairs: LatentPairs
 ) -> None:
     """Not bit for bit: sums are taken in another order. AdamW's own eps would turn the rounded sign of a
-    gradient of zero into a whole step, so it is raised here; then both the largest and the mean difference are
-    those of rounding."""
+    gradient of zero into a whole step, so it is raised here; then both the largest and the mean difference
+    are those of rounding."""
     config = replace(CONFIG, num_steps=10, optimizer=replace(CONFIG.optimizer, eps=1e-3))
     models = []
     for accumulation_steps in (1, 2, 4):
@@ -270,7 +288,12 @@ def test_validation_does_not_touch_training(
 ) -> None:
     with_validation, without = new_model(), new_model()
     config = replace(CONFIG, num_steps=10, keep="last")
-    train(replace(config, validation=replace(config.validation, every=3)), with_validation, train_pairs, validation_pairs)
+    train(
+        replace(config, validation=replace(config.validation, every=3)),
+        with_validation,
+        train_pairs,
+        validation_pairs,
+    )
     train(config, without, train_pairs)
     assert_same(trained_values(with_validation), trained_values(without))
 
@@ -317,6 +340,49 @@ def test_the_best_validation_is_kept_or_the_last(
         assert any(not torch.equal(v, trained_values(best)[n]) for n, v in trained_values(last).items())
 
 
+# --- pairs of one prompt together
+
+
+def test_sharing_images_changes_the_cost_and_not_the_scores(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
+) -> None:
+    """Four images of each prompt in all six pairs are scored once each, as every pair would be alone."""
+    combinations = torch.combinations(torch.arange(4))
+    chosen = torch.cat([combinations[:, 0] + 4 * prompt for prompt in range(3)])
+    rejected = torch.cat([combinations[:, 1] + 4 * prompt for prompt in range(3)])
+    prompt_index = torch.arange(3).repeat_interleave(6)
+    pairs = replace(
+        train_pairs,
+        chosen=chosen,
+        rejected=rejected,
+        prompt_index=prompt_index,
+        target=torch.ones(18),
+        bayes=None,
+    )
+    draws = draw_step(replace(CONFIG, batch_size=18), 0).shared(prompt_index * 6)
+    noise = seeded_noise(tuple(pairs.latents.shape[1:]), draws.noise_seeds)[0]
+    scorer = PairScorer(new_model().eval())
+    sigma = scorer.model.schedule.match(draws.sigma.flatten()).sigma.reshape(draws.sigma.shape)
+    together, alone = pairs.batch(range(18), draws=prompt_index), pairs.batch(range(18))
+    assert len(together.distinct) == 12
+    assert len(alone.distinct) == 36
+    with torch.no_grad():
+        for a, b in zip(scorer(together, noise, sigma), scorer(alone, noise, sigma), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_grouped_run_learns_and_does_not_depend_on_how_its_batch_is_cut(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs
+) -> None:
+    config = replace(CONFIG, group_by_prompt=True, num_steps=20)
+    whole, parts = new_model(), new_model()
+    curve = losses(train(config, whole, train_pairs, validation_pairs))
+    assert curve[-1] < curve[0]
+    train(replace(config, accumulation_steps=2), parts, train_pairs, validation_pairs)
+    for name, value in trained_values(whole).items():
+        torch.testing.assert_close(value, trained_values(parts)[name], atol=2e-4, rtol=0)
+
+
 # --- draws
 
 
@@ -342,7 +408,9 @@ def test_variance_of_several_levels_is_their_mean() -> None:
 # --- settings
 
 
-@pytest.mark.parametrize("likelihood", ["thurstone", "thurstone_constant", "bradley_terry", "bradley_terry_margin"])
+@pytest.mark.parametrize(
+    "likelihood", ["thurstone", "thurstone_constant", "bradley_terry", "bradley_terry_margin"]
+)
 @pytest.mark.parametrize("loss", ["fidelity", "log_likelihood"])
 def test_every_likelihood_trains(
     likelihood: str, loss: str, new_model: Callable[..., RewardModel], train_pairs: LatentPairs
@@ -369,14 +437,18 @@ def test_votes_against_the_chosen_side_pull_the_other_way(
         target=torch.full((64,), 0.2),
     )
     straight = replace(train_pairs, target=torch.full((64,), 0.8))
-    curves = [losses(train(replace(CONFIG, num_steps=5, log_every=1), new_model(), p)) for p in (straight, swapped)]
+    curves = [
+        losses(train(replace(CONFIG, num_steps=5, log_every=1), new_model(), p)) for p in (straight, swapped)
+    ]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     majority = replace(CONFIG, num_steps=5, log_every=1, data=DataConfig(labels="majority"))
     plain = losses(train(replace(CONFIG, num_steps=5, log_every=1), new_model(), train_pairs))
     assert losses(train(majority, new_model(), straight)) == plain
 
 
-def test_bfloat16_keeps_float32_weights(new_model: Callable[..., RewardModel], train_pairs: LatentPairs) -> None:
+def test_bfloat16_keeps_float32_weights(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
+) -> None:
     model = new_model()
     config = replace(CONFIG, num_steps=4, log_every=1, accumulation_steps=2)
     result = train(replace(config, precision="bfloat16"), model, train_pairs)
@@ -386,14 +458,20 @@ def test_bfloat16_keeps_float32_weights(new_model: Callable[..., RewardModel], t
 
 
 def test_a_time_budget_stops_cleanly(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs, tmp_path: Path
+    new_model: Callable[..., RewardModel],
+    train_pairs: LatentPairs,
+    validation_pairs: LatentPairs,
+    tmp_path: Path,
 ) -> None:
     config = replace(CONFIG, num_steps=10**6, time_budget_seconds=0.5, output=str(tmp_path))
     result = train(config, new_model(), train_pairs, validation_pairs)
     assert result.stopped_by == "time_budget"
     assert 1 <= result.steps < 10**6
     assert result.noise_levels is not None
-    assert json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"] == result.steps
+    assert (
+        json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"]
+        == result.steps
+    )
 
 
 def test_divergence_is_an_error_that_says_so(

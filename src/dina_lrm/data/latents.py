@@ -42,6 +42,10 @@ class PairBatch:
     pooled_prompt_embeds: Float[Tensor, "batch pooled"] | None
     attention_mask: Tensor | None
     target: Float[Tensor, " batch"]
+    distinct: Int64[Tensor, " distinct"]
+    """Rows of [latents_chosen; latents_rejected] that have to be scored: an image once per noise draw."""
+    position: Int64[Tensor, " sides"]
+    """Of each of the 2 x batch sides, where in `distinct` its image stands."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -74,7 +78,9 @@ class LatentPairs:
     def __post_init__(self) -> None:
         num_images, num_prompts = len(self.latents), len(self.prompts)
         if self.latents.ndim != 4:
-            raise InvalidInputError(f"latents have shape {tuple(self.latents.shape)}: need (image, channel, height, width)")
+            raise InvalidInputError(
+                f"latents have shape {tuple(self.latents.shape)}: need (image, channel, height, width)"
+            )
         for name in ("prompt_embeds", "pooled_prompt_embeds", "attention_mask"):
             table = getattr(self, name)
             if table is not None and len(table) != num_prompts:
@@ -103,9 +109,23 @@ class LatentPairs:
         """Prompts that at least one pair uses: the number of clusters in a bootstrap."""
         return len(self.prompt_index.unique())
 
-    def batch(self, indices: Tensor | Sequence[int], *, device: torch.device | str | None = None) -> PairBatch:
-        """Gather the pairs of these indices, in this order, as float32."""
+    def batch(
+        self,
+        indices: Tensor | Sequence[int],
+        *,
+        draws: Int64[Tensor, " batch"] | None = None,
+        device: torch.device | str | None = None,
+    ) -> PairBatch:
+        """Gather the pairs of these indices, in this order, as float32.
+
+        Args:
+            draws: which noise draw each pair uses. Pairs of one prompt and one draw share what is computed
+                for an image that is in several of them. None: every pair has a draw of its own.
+        """
         rows = torch.as_tensor(indices, dtype=torch.int64)
+        own = torch.arange(len(rows)) if draws is None else draws
+        sides = torch.stack([own.repeat(2), torch.cat([self.chosen[rows], self.rejected[rows]])], dim=1)
+        distinct, position = first_occurrences(sides)
 
         def gather(table: Tensor | None, index: Tensor) -> Any:
             if table is None:
@@ -122,6 +142,8 @@ class LatentPairs:
             pooled_prompt_embeds=gather(self.pooled_prompt_embeds, prompt),
             attention_mask=gather(self.attention_mask, prompt),
             target=gather(self.target, rows),
+            distinct=distinct if device is None else distinct.to(device),
+            position=position if device is None else position.to(device),
         )
 
     def subset(self, indices: Tensor | Sequence[int]) -> "LatentPairs":
@@ -175,14 +197,16 @@ class LatentPairs:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise InvalidInputError(f"{path} is not a readable safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise InvalidInputError(f"{path} holds {metadata.get('format')!r}, not {_FORMAT!r}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(tensors) - known)
-        missing = sorted({"latents", "prompt_embeds", "prompt_index", "chosen", "rejected", "target"} - set(tensors))
+        missing = sorted(
+            {"latents", "prompt_embeds", "prompt_index", "chosen", "rejected", "target"} - set(tensors)
+        )
         if unknown or missing:
             raise InvalidInputError(f"{path}: missing tensors {missing}, unknown tensors {unknown}")
         return cls(prompts=json.loads(metadata["prompts"]), **tensors)
@@ -202,22 +226,42 @@ def mix_seeds(*parts: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_order(num_pairs: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_pairs, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))
 
 
-def batch_indices(num_pairs: int, batch_size: int, *, seed: int, step: int) -> Int64[Tensor, " batch"]:
+def first_occurrences(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first occurrence of each distinct row, and for every row which of these it equals.
+
+    >>> first_occurrences(torch.tensor([7, 7, 3, 7, 3]))
+    (tensor([2, 0]), tensor([1, 1, 0, 1, 0]))
+    """
+    member = values.unique(dim=0, return_inverse=True)[1]
+    first = torch.full((int(member.max()) + 1,), len(values))
+    return first.scatter_reduce_(0, member, torch.arange(len(values)), "amin"), member
+
+
+def batch_indices(
+    num_pairs: int, batch_size: int, *, seed: int, step: int, groups: Int64[Tensor, " pair"] | None = None
+) -> Int64[Tensor, " batch"]:
     """Which pairs are in the batch of `step`: a pure function, the same on every machine and worker.
 
     Epochs follow one another without a gap, each in an order of its own, so a batch may hold the end of
     one and the start of the next, and every pair is seen exactly once per epoch:
     position p = step * batch_size + i is entry p mod num_pairs of the order of epoch p div num_pairs.
+    With `groups`, such as prompts, the groups are shuffled, and the pairs of one stay together.
     """
     if num_pairs < 1:
         raise InvalidInputError("there are no pairs to draw a batch from")
+
+    def epoch_order(epoch: int) -> Tensor:
+        if groups is None:
+            return _permutation(num_pairs, seed, epoch)
+        return _permutation(int(groups.max()) + 1, seed, epoch)[groups].argsort(stable=True)
+
     start, stop = step * batch_size, (step + 1) * batch_size
     parts = [
-        _epoch_order(num_pairs, seed, epoch)[max(start - epoch * num_pairs, 0) : stop - epoch * num_pairs]
+        epoch_order(epoch)[max(start - epoch * num_pairs, 0) : stop - epoch * num_pairs]
         for epoch in range(start // num_pairs, (stop - 1) // num_pairs + 1)
     ]
     return torch.cat(parts)
@@ -298,7 +342,8 @@ def encode_pairs(
         if len(sizes) > 1:
             listed = ", ".join(f"{height}x{width}" for height, width in sizes)
             raise InvalidInputError(
-                f"images of {len(sizes)} sizes ({listed}) do not fit one table of latents; pass size=(height, width)"
+                f"images of {len(sizes)} sizes ({listed}) do not fit one table of latents; "
+                "pass size=(height, width)"
             )
         if images:
             seeds = [mix_seeds(seed, row) for row in kept] if sample else None
@@ -315,10 +360,13 @@ def encode_pairs(
     if len(good) < len(pairs):
         bad = [i for i in range(len(pairs)) if chosen[i] not in encoded or rejected[i] not in encoded]
         listed = [
-            Reject(row=i, reason=problems.get(chosen[i]) or problems[rejected[i]], prompt=pairs[i].prompt) for i in bad
+            Reject(row=i, reason=problems.get(chosen[i]) or problems[rejected[i]], prompt=pairs[i].prompt)
+            for i in bad
         ]
         if rejects is None:
-            raise InvalidInputError(f"{len(bad)} of {len(pairs)} pairs cannot be encoded, first: {listed[0].reason}")
+            raise InvalidInputError(
+                f"{len(bad)} of {len(pairs)} pairs cannot be encoded, first: {listed[0].reason}"
+            )
         rejects.extend(listed)
     if not good:
         raise InvalidInputError(f"none of {len(pairs)} pairs can be encoded")

@@ -182,14 +182,20 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any] | _Unreadable]:
                     except (json.JSONDecodeError, UnicodeDecodeError) as error:
                         yield _Unreadable(f"not JSON: {error}")
                         continue
-                    yield row if isinstance(row, dict) else _Unreadable("not a JSON object: " + type(row).__name__)
+                    yield (
+                        row
+                        if isinstance(row, dict)
+                        else _Unreadable("not a JSON object: " + type(row).__name__)
+                    )
         case ".parquet":
             import pyarrow.parquet as parquet  # here, since only this branch needs it
 
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
                 yield from batch.to_pylist()
         case suffix:
-            raise InvalidInputError(f"preference rows are .jsonl or .parquet, not {suffix or 'without suffix'}: {path}")
+            raise InvalidInputError(
+                f"preference rows are .jsonl or .parquet, not {suffix or 'without suffix'}: {path}"
+            )
 
 
 def _pairs_of_row(
@@ -207,12 +213,20 @@ def _pairs_of_row(
     is_pair = row.get("chosen") is not None or row.get("rejected") is not None
     is_group = row.get("images") is not None or row.get("ranks") is not None
     if is_pair == is_group:
-        raise _BadRow("needs chosen and rejected, or images and ranks: has " + ("both" if is_pair else "neither"))
+        raise _BadRow(
+            "needs chosen and rejected, or images and ranks: has " + ("both" if is_pair else "neither")
+        )
     if is_pair:
-        chosen, rejected = (_image(row.get(side), side, root, check_images) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            _image(row.get(side), side, root, check_images) for side in ("chosen", "rejected")
+        )
         votes_chosen, votes_rejected = _votes(row)
         pair = PreferencePair(
-            chosen=chosen, rejected=rejected, votes_chosen=votes_chosen, votes_rejected=votes_rejected, **common
+            chosen=chosen,
+            rejected=rejected,
+            votes_chosen=votes_chosen,
+            votes_rejected=votes_rejected,
+            **common,
         )
         return [pair], []
 

@@ -74,23 +74,36 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; NaN, which JSON does not have, becomes None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("scores", "pairs")}
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("scores", "pairs")
+        }
         return _plain(values)
 
     def to_markdown(self) -> str:
-        """A table: one row a setting, with accuracy, its interval, the share of the optimum and calibration."""
+        """A table: one row a setting, with accuracy, its interval, share of the optimum, calibration."""
         lines = [f"**{self.benchmark}**: {self.num_pairs} pairs of {self.num_prompts} prompts."]
         if self.bayes is not None:
             lines.append(f"Bayes-optimal accuracy {100 * self.bayes.accuracy.value:.1f} %.")
         lines += [
             "",
-            "| noise levels | passes | accuracy % | 95 % interval | % of Bayes | 95 % interval | ECE % | log-loss |",
+            "| noise levels | passes | accuracy % | 95 % interval | % of Bayes | 95 % interval | ECE % "
+            "| log-loss |",
             "|---|--:|--:|---|--:|---|--:|--:|",
         ]
         for result in self.settings:
             name = result.setting.label + (" (default)" if result is self.default else "")
-            cells = [name, str(result.setting.passes), *_percent(result.accuracy), *_percent(result.bayes_share)]
-            cells += [f"{100 * result.reliability.expected_calibration_error:.1f}", f"{result.reliability.log_loss:.3f}"]
+            cells = [
+                name,
+                str(result.setting.passes),
+                *_percent(result.accuracy),
+                *_percent(result.bayes_share),
+            ]
+            cells += [
+                f"{100 * result.reliability.expected_calibration_error:.1f}",
+                f"{result.reliability.log_loss:.3f}",
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", f"Intervals resample prompts. Equal scores count as {self.ties}."]
         return "\n".join(lines) + "\n"
@@ -99,7 +112,9 @@ class EvaluationResult:
         """Write results.json, results.md and scores.parquet (one row a pair, raw scores of every setting)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+        _write(
+            folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
+        )
         _write(folder / "results.md", self.to_markdown().encode())
         self._write_scores(folder / "scores.parquet")
         return folder

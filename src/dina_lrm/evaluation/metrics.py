@@ -101,7 +101,9 @@ def pair_correctness(
     return np.where(votes == 0.5, np.nan, correct)
 
 
-def pairwise_accuracy(margin: ArrayLike, target: ArrayLike | None = None, *, ties: Ties = "wrong") -> Accuracy:
+def pairwise_accuracy(
+    margin: ArrayLike, target: ArrayLike | None = None, *, ties: Ties = "wrong"
+) -> Accuracy:
     """Share of pairs whose preferred side has the higher score.
 
     Args:
@@ -184,7 +186,9 @@ def cluster_bootstrap(
     denominator = np.ones_like(numerator) if reference is None else np.asarray(reference, dtype=np.float64)
     labels = np.asarray(clusters)
     if not (numerator.shape == denominator.shape == labels.shape):
-        raise ValueError(f"{numerator.size} values, {denominator.size} references, {labels.size} clusters: must match")
+        raise ValueError(
+            f"{numerator.size} values, {denominator.size} references, {labels.size} clusters: must match"
+        )
     counted = ~(np.isnan(numerator) | np.isnan(denominator))
     if not counted.any():
         return Interval(value=float("nan"), low=float("nan"), high=float("nan"), confidence=confidence)
@@ -196,7 +200,9 @@ def cluster_bootstrap(
         return Interval(value=value, low=float("nan"), high=float("nan"), confidence=confidence)
 
     def ratio(above: NDArray[np.float64], below: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        return above.sum(axis=axis) / below.sum(axis=axis)
+        total = below.sum(axis=axis)
+        # A resample in which nothing is possible has reached all of it.
+        return np.divide(above.sum(axis=axis), total, out=np.ones_like(total), where=total > 0)
 
     result: Any = stats.bootstrap(
         (above, below),

@@ -141,7 +141,9 @@ def _scores(
     latents = pairs.latents[rows].to(model.device, model.dtype)
     conditioning = Conditioning(
         prompt_embeds=pairs.prompt_embeds[prompts],
-        pooled_prompt_embeds=None if pairs.pooled_prompt_embeds is None else pairs.pooled_prompt_embeds[prompts],
+        pooled_prompt_embeds=None
+        if pairs.pooled_prompt_embeds is None
+        else pairs.pooled_prompt_embeds[prompts],
         attention_mask=None if pairs.attention_mask is None else pairs.attention_mask[prompts],
     ).to(model.device, model.dtype)
     noise = noise.to(model.device)
@@ -155,7 +157,12 @@ def _scores(
 
 
 def measure(
-    setting: Setting, scores: PairScores, pairs: LatentPairs, *, ties: Ties = "wrong", scale: float | None = None
+    setting: Setting,
+    scores: PairScores,
+    pairs: LatentPairs,
+    *,
+    ties: Ties = "wrong",
+    scale: float | None = None,
 ) -> SettingResult:
     """Turn scores into accuracy, shares of the optimum, calibration and stability.
 
@@ -236,7 +243,11 @@ def noise_sweep(
     stored = model.config.calibration
     results = []
     for setting in settings:
-        own = stored is not None and setting.combine == "tokens" and set(stored.noise_levels) == set(setting.noise_levels)
+        own = (
+            stored is not None
+            and setting.combine == "tokens"
+            and set(stored.noise_levels) == set(setting.noise_levels)
+        )
         scale = stored.scale if own and stored is not None else None
         results.append(measure(setting, scores[setting.label], pairs, ties=ties, scale=scale))
     return results, {setting.label: scores[setting.label] for setting in settings}

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ ADAPTER_FOLDER = "backbone_adapter"
 OWNED = ("config.json", "README.md", HEAD_FILE, BACKBONE_FILE, ADAPTER_FOLDER, *published.OWNED)
 EDITABLE = ("backbone_id", "noise_levels", "calibration", "max_text_tokens", "likelihood")
 """Settings of config.json that may be changed by hand: they say how to use the weights, not what they are."""
-Layout = Literal["dina", "published"]
+LAYOUTS = ("dina", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,9 @@ def read_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
     )
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: Layout, card: str | None = None) -> None:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str, card: str | None = None) -> None:
     """Write atomically; an existing checkpoint is replaced only once the new one is complete on disk."""
-    if layout not in ("dina", "published"):
+    if layout not in LAYOUTS:
         raise InvalidInputError(f'layout = {layout!r}: it must be "dina" or "published"')
     with replaced_folder(folder, OWNED) as aside:
         if layout == "dina":

@@ -26,7 +26,7 @@ from dina_lrm.models.backbone import (
     check_tensor,
     rows_for,
 )
-from dina_lrm.models.checkpoint import Checkpoint, Layout, read_checkpoint, write_checkpoint
+from dina_lrm.models.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
 from dina_lrm.models.encoders import Encoders
 from dina_lrm.models.head import LogisticSquash, RewardHead
@@ -135,12 +135,12 @@ class RewardModel(nn.Module):
         image_taps: Sequence[int] | None = None,
         text_taps: Sequence[int] | None = None,
         lora_rank: int = 0,
-        lora_alpha: float | None = None,
+        lora_alpha: float | int | None = None,
         tuning: Tuning | None = None,
         head: HeadConfig | None = None,
         logistic: bool = False,
         likelihood: LikelihoodConfig | None = None,
-        noise_levels: Sequence[float] = (0.4,),
+        noise_levels: Sequence[float | int] = (0.4,),
         max_text_tokens: int | None = None,
         seed: int = 0,
         allow_untrained: bool = False,
@@ -189,7 +189,8 @@ class RewardModel(nn.Module):
         adapter on the pipeline's transformer, switched on only while scoring, without the policy's adapters;
         the policy's own state is put back afterwards, also after an error. The reward is frozen from here on.
         `detach` undoes it. What it cannot do: a policy that trains the base weights themselves also changes
-        the reward, and adapters fused into the base are refused.
+        the reward, and adapters fused into the base are refused. PEFT freezes the base only when it adds the
+        first adapter, so add the policy's before attaching, or freeze the base yourself.
         """
         self._set_merged(False)
         self.backbone, self.adapter = loading.attach(self, pipeline)
@@ -418,7 +419,7 @@ class RewardModel(nn.Module):
     def save_pretrained(
         self,
         folder: str | Path,
-        layout: Layout = "dina",
+        layout: str = "dina",
         *,
         training_step: int | None = None,
         model_card: str | None = None,

@@ -67,9 +67,10 @@ class SD3Architecture:
                 f"this checkpoint needs an SD3Transformer2DModel, the pipeline has a {kind}"
             )
         names = [entry.name for entry in dataclasses.fields(cls)]
-        values = {name: config[name] for name in names if name in config}
+        values: dict[str, Any] = {name: config[name] for name in names if name in config}
+        values["dual_attention_layers"] = tuple(values.get("dual_attention_layers") or ())
         try:
-            return cls(**values | {"dual_attention_layers": tuple(config.get("dual_attention_layers") or ())})
+            return cls(**values)
         except TypeError as error:
             raise CheckpointError(f"the transformer's config lacks entries: {error}") from error
 

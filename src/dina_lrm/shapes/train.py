@@ -30,9 +30,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from dina_lrm.core.attention import PlainAttention
 from dina_lrm.shapes import networks
 from dina_lrm.shapes.render import CORRUPTIONS, render
 from dina_lrm.shapes.scenes import CANVAS, sample_caption, sample_scene
@@ -91,26 +91,6 @@ class PipelineTrainConfig:
     """Generator steps whose EMA weights are kept apart, as weaker base models for alignment experiments."""
     device: str = "cpu"
     seed: int = 0
-
-
-class PlainAttention(TorchFunctionMode):
-    """While active, unmasked scaled dot-product attention is two matrix products and a softmax.
-
-    On CPUs the fused kernel's backward pass takes a third of a training step at this size (about a hundred
-    tokens); the plain form is four times faster in bfloat16. Same values up to rounding.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (
-            func is not F.scaled_dot_product_attention
-            or kwargs.get("attn_mask") is not None
-            or len(args) != 3
-        ):
-            return func(*args, **kwargs)
-        query, key, value = args
-        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        return (query @ key.transpose(-1, -2) * scale).softmax(dim=-1).to(value.dtype) @ value
 
 
 @dataclass

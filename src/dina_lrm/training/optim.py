@@ -14,7 +14,14 @@ from torch import nn
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["Schedule", "adamw", "float32_masters", "learning_rate_factor", "set_learning_rate", "weight_average"]
+__all__ = [
+    "Schedule",
+    "adamw",
+    "float32_masters",
+    "learning_rate_factor",
+    "set_learning_rate",
+    "weight_average",
+]
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -118,5 +125,6 @@ def set_learning_rate(optimizer: Any, factor: float) -> float:
 
 
 def weight_average(parameters: Sequence[nn.Parameter], decay: float) -> EMAModel:
-    """Exponential moving average, from diffusers: after n steps its decay is min(decay, (1 + n) / (10 + n))."""
+    """Exponential moving average, from diffusers; after n steps its decay is min(decay, (1 + n) / (10 +
+    n))."""
     return EMAModel(parameters, decay=decay, foreach=True)

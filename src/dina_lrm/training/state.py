@@ -61,7 +61,10 @@ def save_state(
         tensors |= {f"average.{n}": value for n, value in zip(parameters, average.shadow_params, strict=True)}
     if best is not None:
         tensors |= {f"best.{name}": value for name, value in zip(parameters, best, strict=True)}
-    save_file({name: value.cpu().clone().contiguous() for name, value in tensors.items()}, folder / "tensors.safetensors")
+    save_file(
+        {name: value.cpu().clone().contiguous() for name, value in tensors.items()},
+        folder / "tensors.safetensors",
+    )
     write_file(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
 
 

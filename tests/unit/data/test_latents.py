@@ -63,7 +63,15 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     pairs.save(tmp_path / "deep" / "pairs.safetensors")
     loaded = LatentPairs.load(tmp_path / "deep" / "pairs.safetensors")
     assert loaded.prompts == pairs.prompts
-    for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "prompt_index", "chosen", "target", "bayes"):
+    for name in (
+        "latents",
+        "prompt_embeds",
+        "pooled_prompt_embeds",
+        "prompt_index",
+        "chosen",
+        "target",
+        "bayes",
+    ):
         assert torch.equal(getattr(loaded, name), getattr(pairs, name))
     assert loaded.attention_mask is None
     assert loaded.fingerprint() == pairs.fingerprint()
@@ -133,7 +141,9 @@ def test_every_epoch_holds_every_pair_once_whatever_the_batch_size(num_pairs: in
     num_epochs = 3
     steps = -(-num_pairs * num_epochs // batch_size)
     stream = torch.cat([batch_indices(num_pairs, batch_size, seed=1, step=step) for step in range(steps)])
-    assert all(len(batch_indices(num_pairs, batch_size, seed=1, step=step)) == batch_size for step in range(steps))
+    assert all(
+        len(batch_indices(num_pairs, batch_size, seed=1, step=step)) == batch_size for step in range(steps)
+    )
     for epoch in range(num_epochs):
         part = stream[epoch * num_pairs : (epoch + 1) * num_pairs]
         assert sorted(part.tolist()) == list(range(num_pairs))
@@ -159,9 +169,39 @@ def test_batch_size_does_not_change_the_stream() -> None:
     assert torch.equal(whole, halves)
 
 
+def test_groups_stay_together_and_are_shuffled() -> None:
+    groups = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 3])
+    epochs = [groups[batch_indices(9, 9, seed=0, step=step, groups=groups)].tolist() for step in range(4)]
+    for order in epochs:
+        runs = [group for i, group in enumerate(order) if i == 0 or order[i - 1] != group]
+        assert sorted(runs) == [0, 1, 2, 3]
+    assert len({tuple(order) for order in epochs}) > 1
+
+
 def test_no_pairs_is_an_error() -> None:
     with pytest.raises(InvalidInputError, match="no pairs"):
         batch_indices(0, 4, seed=0, step=0)
+
+
+# --- images that are in several pairs
+
+
+def test_pairs_of_one_draw_share_their_images_and_others_do_not() -> None:
+    pairs = replace(
+        make_pairs(),
+        prompt_index=torch.tensor([0, 0, 0, 1, 1, 1]),
+        chosen=torch.tensor([0, 0, 1, 0, 4, 4]),
+        rejected=torch.tensor([1, 2, 2, 5, 5, 6]),
+    )
+    alone = pairs.batch(range(6))
+    assert alone.distinct.tolist() == list(range(12))
+    shared = pairs.batch(range(6), draws=pairs.prompt_index)
+    assert len(shared.distinct) == 3 + 4  # image 0 is in both prompts, and counts for each
+    sides = torch.cat([shared.latents_chosen, shared.latents_rejected])
+    assert torch.equal(sides[shared.distinct][shared.position], sides)
+    assert torch.equal(
+        pairs.prompt_index.repeat(2)[shared.distinct][shared.position], pairs.prompt_index.repeat(2)
+    )
 
 
 def test_mixed_seeds_do_not_collide() -> None:
@@ -178,9 +218,14 @@ class FakeModel:
     def __init__(self) -> None:
         self.num_images = 0
 
-    def encode_images(self, images: list[Image.Image], *, sample: bool = False, seed: object = None) -> torch.Tensor:
+    def encode_images(
+        self, images: list[Image.Image], *, sample: bool = False, seed: object = None
+    ) -> torch.Tensor:
         self.num_images += len(images)
-        means = torch.tensor(np.stack([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images])) / 255
+        means = (
+            torch.tensor(np.stack([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images]))
+            / 255
+        )
         means[means[:, 2] > 0.99] = float("nan")  # blue images break this encoder
         return means[:, :, None, None].expand(-1, -1, 2, 2)
 

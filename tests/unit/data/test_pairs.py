@@ -46,8 +46,12 @@ def test_a_plain_row(folder: Path) -> None:
     assert (pair.source, pair.width, pair.height, pair.target) == ("test", 64, 48, 1.0)
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "target"), [(3, 1, 0.75), (1, 3, 0.25), (2, 2, 0.5), (5, 0, 1.0)])
-def test_votes_become_a_share_even_below_one_half(folder: Path, chosen: int, rejected: int, target: float) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "target"), [(3, 1, 0.75), (1, 3, 0.25), (2, 2, 0.5), (5, 0, 1.0)]
+)
+def test_votes_become_a_share_even_below_one_half(
+    folder: Path, chosen: int, rejected: int, target: float
+) -> None:
     rows = read_pairs(write_jsonl(folder, [GOOD | {"votes_chosen": chosen, "votes_rejected": rejected}]))
     assert rows.pairs[0].target == target
 
@@ -55,7 +59,10 @@ def test_votes_become_a_share_even_below_one_half(folder: Path, chosen: int, rej
 def test_ranks_give_every_strict_pair_and_list_the_ties(folder: Path) -> None:
     row = {"prompt": "p", "images": ["a.png", "b.png", "c.png"], "ranks": [2, 1, 2]}
     rows = read_pairs(write_jsonl(folder, [row]))
-    assert [(pair.chosen.name, pair.rejected.name) for pair in rows.pairs] == [("b.png", "a.png"), ("b.png", "c.png")]
+    assert [(pair.chosen.name, pair.rejected.name) for pair in rows.pairs] == [
+        ("b.png", "a.png"),
+        ("b.png", "c.png"),
+    ]
     assert [reject.reason for reject in rows.rejects] == ["tie: images 0 and 2 share rank 2"]
 
 
@@ -71,8 +78,8 @@ BAD_ROWS = {
     "no image: rejected is missing": {"prompt": "p", "chosen": "a.png"},
     "unreadable image": GOOD | {"rejected": "broken.png"},
     "unreadable image: ": GOOD | {"chosen": "cut.png"},
-    "not a number: votes_chosen = nan": '{"prompt": "p", "chosen": "a.png", "rejected": "b.png", "votes_chosen": NaN, '
-    '"votes_rejected": 1}',
+    "not a number: votes_chosen = nan": '{"prompt": "p", "chosen": "a.png", "rejected": "b.png", '
+    '"votes_chosen": NaN, "votes_rejected": 1}',
     "not a number: votes_rejected = None": GOOD | {"votes_chosen": 3},
     "votes: 0 and 0": GOOD | {"votes_chosen": 0, "votes_rejected": 0},
     "votes: -1 and 3": GOOD | {"votes_chosen": -1, "votes_rejected": 3},

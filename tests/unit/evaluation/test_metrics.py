@@ -128,9 +128,10 @@ def test_fit_scale_is_equivariant_and_symmetric() -> None:
 
 
 def test_fit_scale_stays_finite_where_there_is_no_optimum() -> None:
-    assert fit_scale(torch.ones(5), torch.ones(5)) == pytest.approx(1e-3, rel=0.01) or fit_scale(
-        torch.ones(5), torch.ones(5)
-    ) < 0.2  # any small spread is equally likely once every pair is certain
+    assert (
+        fit_scale(torch.ones(5), torch.ones(5)) == pytest.approx(1e-3, rel=0.01)
+        or fit_scale(torch.ones(5), torch.ones(5)) < 0.2
+    )  # any small spread is equally likely once every pair is certain
     assert fit_scale(-torch.ones(5), torch.ones(5)) > 100
     with pytest.raises(ValueError, match="no pairs"):
         fit_scale(torch.ones(0), torch.ones(0))

@@ -62,7 +62,7 @@ def test_sigma_of_the_raw_module(model: RewardModel) -> None:
 
 @pytest.mark.parametrize("levels", [[], torch.zeros(2), torch.zeros(2, 2), [True], ["0.4"]])
 def test_malformed_levels(model: RewardModel, levels: object) -> None:
-    with pytest.raises((InvalidInputError, TypeError), match="noise_levels|levels"):
+    with pytest.raises((InvalidInputError, TypeError), match="levels"):
         model.score_latents(tiny_latents(), tiny_conditioning(), levels, seed=0)
 
 

@@ -26,7 +26,7 @@ def model(tiny_pipeline: Path) -> RewardModel:
     return make_tiny_reward(tiny_pipeline).requires_grad_(False)
 
 
-# --- text ---------------------------------------------------------------------------------------------------
+# --- text
 
 
 def test_embeddings_are_the_pipelines_own(model: RewardModel, pipeline) -> None:
@@ -69,7 +69,7 @@ def test_the_cache_forgets_the_least_recently_used(
 
 def test_t5_length(tiny_pipeline: Path) -> None:
     model = make_tiny_reward(tiny_pipeline, max_text_tokens=7)
-    assert model.encode_prompts(PROMPT).prompt_embeds.shape[1] == MAX_TOKENS + 7
+    assert model.encode_prompts("a red circle").prompt_embeds.shape[1] == MAX_TOKENS + 7
 
 
 def test_a_pipeline_saved_without_t5(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_pipeline_saved_without_t5(tiny_pipeline: Path, tmp_path: Path) -> Non
     assert embeds[:, :MAX_TOKENS, :64].any()
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- pictures
 
 
 def gradient(height: int = 16, width: int = 24) -> np.ndarray:

@@ -49,7 +49,9 @@ def test_masters_are_float32() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warmup_is_linear_under_every_schedule(schedule: optim.Schedule) -> None:
-    factors = [optim.learning_rate_factor(s, num_steps=100, schedule=schedule, warmup_steps=5) for s in range(6)]
+    factors = [
+        optim.learning_rate_factor(s, num_steps=100, schedule=schedule, warmup_steps=5) for s in range(6)
+    ]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 

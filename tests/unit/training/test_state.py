@@ -39,7 +39,9 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
 
     again, other_optimizer, other_average = make()
     steps(again, other_optimizer, other_average, 90, 91)  # it must not matter what was there before
-    position, found = state.load_state(tmp_path, dict(again.named_parameters()), other_optimizer, other_average)
+    position, found = state.load_state(
+        tmp_path, dict(again.named_parameters()), other_optimizer, other_average
+    )
     assert position == POSITION
     assert found is not None
     assert all(torch.equal(a, b) for a, b in zip(found, best, strict=True))
@@ -56,7 +58,9 @@ def test_another_model_and_damage_are_errors(tmp_path: Path) -> None:
     state.save_state(tmp_path, POSITION, dict(model.named_parameters()), optimizer, average, None)
     other = nn.Sequential(nn.Linear(3, 5), nn.RMSNorm(5), nn.Linear(5, 1))
     with pytest.raises(CheckpointError, match=r"do not fit this model.*0\.weight"):
-        state.load_state(tmp_path, dict(other.named_parameters()), optim.adamw(other, learning_rate=1.0), None)
+        state.load_state(
+            tmp_path, dict(other.named_parameters()), optim.adamw(other, learning_rate=1.0), None
+        )
     tensors = tmp_path / "training_state" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="damaged"):

@@ -1,0 +1,39 @@
+"""Attention as plain matrix products, for training on CPUs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["PlainAttention"]
+
+
+class PlainAttention(TorchFunctionMode):
+    """While active, unmasked scaled dot-product attention is two matrix products and a softmax.
+
+    On CPUs the fused kernel's bfloat16 backward pass is slow: with 104 tokens, 3 heads of 64 and a batch of
+    64, one layer's forward and backward took 38 ms fused and 11 ms in the plain form (two cores). Same values
+    up to rounding.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or not _is_plain(options):
+            return func(*args, **options)
+        query, key, value = args
+        scale = options.get("scale") or query.shape[-1] ** -0.5
+        return (query @ key.transpose(-1, -2) * scale).softmax(dim=-1).to(value.dtype) @ value
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """No mask, no dropout, not causal, no grouped heads."""
+    return options.get("attn_mask") is None and not any(
+        options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")
+    )

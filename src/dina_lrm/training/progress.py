@@ -1,0 +1,157 @@
+"""What a run tells while it goes on: metrics.jsonl, TensorBoard, a progress bar, the caller."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dina_lrm.training.state import write_file
+
+__all__ = ["Reporter", "StepMetrics", "Window"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl: means since the last line, or a validation."""
+
+    step: int
+    seconds: float
+    """Since the start of the run, stops not counted."""
+    loss: float | None = None
+    accuracy: float | None = None
+    """Of training pairs, at the noise levels drawn."""
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    """Before clipping, of the last step."""
+    pairs_per_second: float | None = None
+    epoch: float | None = None
+    validation: dict[str, float] | None = None
+    """Accuracy of each candidate, "0.4" or "0.2+0.5+0.7", with averaged weights; set on validations only."""
+
+
+class Window:
+    """Loss and accuracy since the last line of metrics, without waiting for the device at every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._open()
+
+    def _open(self) -> None:
+        self.sums = torch.zeros(5, device=self.device)
+        self.started = time.perf_counter()
+
+    def add(self, loss: Tensor, margin: Tensor, target: Tensor) -> None:
+        """One part of a batch."""
+        counted = target != 0.5
+        right = ((margin > 0) == (target > 0.5)) & (margin != 0) & counted
+        one = loss.new_tensor(1.0)
+        self.sums += torch.stack([loss, one, right.sum(), counted.sum(), one * len(margin)])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
+
+    def close(self, accelerator: Accelerator) -> tuple[float, float, float]:
+        """Mean loss, accuracy, pairs per second; starts the next window."""
+        sums: Any = accelerator.reduce(self.sums, reduction="sum")
+        loss, parts, right, counted, pairs = sums.tolist()
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        self._open()
+        return loss / parts, right / max(counted, 1.0), pairs / seconds
+
+
+class Reporter:
+    """Keeps the history of a run and passes every line of it on.
+
+    Args:
+        output: folder of metrics.jsonl and tensorboard/; None writes nothing.
+        total: optimizer steps, for the bar, which is drawn on terminals only.
+        tensorboard: write TensorBoard files, when it is installed.
+        on_step: called with every line.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        total: int,
+        *,
+        tensorboard: bool,
+        console: Console,
+        on_step: Callable[[StepMetrics], None] | None,
+    ) -> None:
+        self.history: list[StepMetrics] = []
+        self.log_file = None if output is None else output / "metrics.jsonl"
+        self.on_step = on_step
+        self.board = _board(output) if tensorboard and output is not None else None
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=total, status="")
+        self.training = self.validation = ""
+
+    def start(self, step: int) -> None:
+        """Begin the log at `step`: lines of an earlier attempt that go beyond it are taken back."""
+        if self.log_file is None or not self.log_file.exists():
+            return
+        lines = self.log_file.read_text(encoding="utf-8").splitlines() if step > 0 else []
+        self.history = [StepMetrics(**entry) for line in lines if (entry := json.loads(line))["step"] <= step]
+        write_file(self.log_file, "".join(_line(metrics) for metrics in self.history).encode())
+
+    def __enter__(self) -> None:
+        self.progress.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+        if self.board is not None:
+            self.board.close()
+
+    def tell(self, metrics: StepMetrics) -> None:
+        """One line, everywhere."""
+        self.history.append(metrics)
+        if self.log_file is not None:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(_line(metrics))
+        if self.board is not None:
+            for key in ("loss", "accuracy", "learning_rate", "gradient_norm", "pairs_per_second"):
+                if (value := getattr(metrics, key)) is not None:
+                    self.board.add_scalar(f"train/{key}", value, metrics.step)
+            for label, accuracy in (metrics.validation or {}).items():
+                self.board.add_scalar(f"validation/accuracy at {label}", accuracy, metrics.step)
+        if metrics.loss is not None and metrics.accuracy is not None:
+            self.training = f"loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.1%}"
+        if metrics.validation:
+            label, accuracy = max(metrics.validation.items(), key=lambda item: item[1])
+            self.validation = f"  validation {accuracy:.1%} at {label}"
+        self.progress.update(self.task, completed=metrics.step, status=self.training + self.validation)
+        if self.on_step is not None:
+            self.on_step(metrics)
+
+
+def _line(metrics: StepMetrics) -> str:
+    return json.dumps({key: value for key, value in asdict(metrics).items() if value is not None}) + "\n"
+
+
+def _board(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # an extra
+    except ImportError:
+        return None
+    return SummaryWriter(str(output / "tensorboard"))

@@ -1,0 +1,109 @@
+"""One optimizer step, seen from the batch: what is drawn for it, and how its pairs are scored.
+
+The variance of a step that concatenates noise levels is the mean of v over them. Since v is linear in
+sigma^2, that is v at the root mean square of the levels (`loss_level`).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dina_lrm.config import TrainConfig
+from dina_lrm.core.ensemble import unfold_levels
+from dina_lrm.core.noise import sample_noise_levels
+from dina_lrm.core.tensors import NoiseLevel, Score
+from dina_lrm.data.latents import PairBatch, mix_seeds
+from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.reward_model import RewardModel
+
+__all__ = ["PairScorer", "StepDraws", "draw_step", "loss_level"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDraws:
+    """Everything random in one optimizer step, for the whole batch."""
+
+    sigma: Float[Tensor, "level batch"]
+    """One row unless this step trains the ensemble; not yet matched to the backbone's table."""
+    noise_seeds: list[int]
+    """One per pair."""
+
+    def shared(self, draw_of: Tensor) -> "StepDraws":
+        """The same with pair i given the draws of pair `draw_of[i]`."""
+        return StepDraws(
+            sigma=self.sigma[:, draw_of], noise_seeds=[self.noise_seeds[pair] for pair in draw_of.tolist()]
+        )
+
+
+def draw_step(config: TrainConfig, step: int) -> StepDraws:
+    """Noise levels and noise seeds of a step: a function of (config.seed, step) and of nothing else."""
+    generator = torch.Generator().manual_seed(mix_seeds(config.seed, 0, step))
+    seeds = torch.randint(2**62, (config.batch_size,), generator=generator).tolist()
+    num_levels = 1
+    if torch.rand((), generator=generator).item() < config.ensemble_fraction:
+        sizes = config.ensemble_sizes
+        num_levels = sizes[int(torch.randint(len(sizes), (), generator=generator))]
+    law = asdict(config.noise)
+    sigma = sample_noise_levels(law.pop("law"), num_levels * config.batch_size, generator=generator, **law)
+    return StepDraws(sigma=sigma.reshape(num_levels, config.batch_size), noise_seeds=seeds)
+
+
+class PairScorer(nn.Module):
+    """Scores both sides of pairs in one forward: the module that is compiled and distributed.
+
+    Everything that trains goes through `forward`, so a distributed wrapper sees every gradient.
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def tokens(
+        self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Head tokens of every distinct latent at its pair's levels; rows are (level, latent)."""
+        num_levels, num_pairs = sigma.shape
+        backbone = self.model.backbone
+        pair = batch.distinct % num_pairs  # one of the pairs that a latent is in: they share draw and prompt
+        latents = torch.cat([batch.latents_chosen, batch.latents_rejected])[batch.distinct]
+        latents = latents.repeat(num_levels, 1, 1, 1)
+        sigmas = sigma[:, pair].reshape(-1)
+        if self.model.config.add_noise:
+            latents = backbone.schedule.add_noise(latents, noise[pair].repeat(num_levels, 1, 1, 1), sigmas)
+        conditioning = Conditioning(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask)
+        embedded = backbone.embed(conditioning)  # once per pair, then shared by latents and levels
+        features = backbone.features(latents, embedded.index_select(pair.repeat(num_levels)), sigmas)
+        return self.model.head.aggregate(features.image, features.text, features.temb)
+
+    def scores(
+        self, tokens: tuple[Tensor, Tensor | None], num_levels: int, batch: PairBatch
+    ) -> tuple[Score, Score]:
+        """Scores of (chosen, rejected) from the tokens of one or more levels."""
+        image, text = tokens
+        score = self.model.head.score_tokens(
+            unfold_levels(image, num_levels), None if text is None else unfold_levels(text, num_levels)
+        )
+        if self.model.squash is not None:
+            score = self.model.squash(score)
+        chosen, rejected = score.float()[batch.position].chunk(2)
+        return chosen, rejected
+
+    def forward(
+        self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]
+    ) -> tuple[Score, Score]:
+        """Both sides of each pair get `noise` and `sigma` of the pair; sigma is matched already.
+
+        Pairs of `batch` that share a draw must have been given equal noise and sigma.
+        """
+        return self.scores(self.tokens(batch, noise, sigma), len(sigma), batch)
+
+
+def loss_level(sigma: Float[Tensor, "level batch"]) -> NoiseLevel:
+    """The one level whose variance is the mean of v over several: their root mean square.
+
+    >>> loss_level(torch.tensor([[0.6], [0.8]])) ** 2
+    tensor([0.5000])
+    """
+    return sigma[0] if len(sigma) == 1 else sigma.square().mean(dim=0).sqrt()

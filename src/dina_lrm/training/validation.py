@@ -1,0 +1,101 @@
+"""Accuracy at several noise levels while training, and what it is measured on.
+
+Validation sees the same pairs and the same noise every time (the reference draws fresh noise), so two numbers
+of one run differ by the weights alone.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from dina_lrm.core.noise import seeded_noise
+from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.training.step import PairScorer
+
+__all__ = ["Levels", "accuracy", "fixed_sample", "levels_label", "validation_margins"]
+
+Levels = tuple[float, ...]
+"""One noise level, or several that make a token-level ensemble."""
+
+
+@torch.no_grad()
+def validation_margins(
+    scorer: PairScorer,
+    pairs: LatentPairs,
+    candidates: Sequence[Levels],
+    *,
+    accelerator: Accelerator,
+    precision: Callable[[], AbstractContextManager[None]],
+    batch_size: int,
+    seed: int,
+) -> tuple[dict[Levels, Tensor], Tensor]:
+    """Margins of every candidate, and the targets, of pairs that are spread over the devices.
+
+    Every level goes through the backbone once; single levels and ensembles read the same tokens.
+
+    Args:
+        scorer: not wrapped for distribution, its model in evaluation mode.
+        precision: the context of a forward pass.
+        seed: of the noise, which follows from it and the prompt, so that an image is scored once.
+    """
+    device = accelerator.device
+    levels = sorted({level for candidate in candidates for level in candidate})
+    matched = scorer.model.schedule.match(torch.tensor(levels)).sigma.tolist()
+    own = torch.arange(len(pairs))[accelerator.process_index :: accelerator.num_processes]
+    shape = tuple(pairs.latents.shape[1:])
+    margins: dict[Levels, list[float]] = {candidate: [] for candidate in candidates}
+    for rows in own.split(batch_size):
+        prompts = pairs.prompt_index[rows]
+        batch = pairs.batch(rows, draws=prompts, device=device)
+        noise = seeded_noise(shape, [mix_seeds(seed, 1, prompt) for prompt in prompts.tolist()])[0].to(device)
+        with precision():
+            tokens = {
+                level: scorer.tokens(batch, noise, torch.full((1, len(rows)), sigma, device=device))
+                for level, sigma in zip(levels, matched, strict=True)
+            }
+            for candidate in candidates:
+                image = torch.cat([tokens[level][0] for level in candidate])
+                text = [stream for level in candidate if (stream := tokens[level][1]) is not None]
+                joined = (image, torch.cat(text) if text else None)
+                chosen, rejected = scorer.scores(joined, len(candidate), batch)
+                margins[candidate] += (chosen - rejected).tolist()
+    gathered = gather_object([(margins, pairs.target[own].tolist())])
+    return (
+        {
+            candidate: torch.tensor([m for part, _ in gathered for m in part[candidate]])
+            for candidate in candidates
+        },
+        torch.tensor([target for _, part in gathered for target in part]),
+    )
+
+
+def accuracy(margin: Tensor, target: Tensor) -> float:
+    """Strict, as in `evaluation.metrics`: equal scores are wrong, pairs on which raters split do not count.
+
+    >>> accuracy(torch.tensor([1.0, 0.0, -1.0, -1.0, 5.0]), torch.tensor([1.0, 1.0, 1.0, 0.2, 0.5]))
+    0.5
+    """
+    counted = target != 0.5
+    right = ((margin > 0) == (target > 0.5)) & (margin != 0)
+    return right[counted].double().mean().item() if bool(counted.any()) else float("nan")
+
+
+def fixed_sample(pairs: LatentPairs, num: int, *, seed: int) -> LatentPairs:
+    """At most `num` pairs, always the same ones, in their order."""
+    if len(pairs) <= num:
+        return pairs
+    generator = torch.Generator().manual_seed(mix_seeds(seed, 3))
+    return pairs.subset(torch.randperm(len(pairs), generator=generator)[:num].sort().values)
+
+
+def levels_label(levels: Levels) -> str:
+    """How a candidate is called in metrics.
+
+    >>> levels_label((0.2, 0.5))
+    '0.2+0.5'
+    """
+    return "+".join(f"{level:g}" for level in levels)

@@ -1,0 +1,25 @@
+"""Importing the package costs nothing, and even its classes load no pipeline library."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import sys, time, torch
+start = time.perf_counter()
+import dina_lrm
+{access}
+seconds = time.perf_counter() - start
+heavy = {{"diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "gradio", "ray"}}
+print(seconds, sorted(heavy & {{name.split(".")[0] for name in sys.modules}}))
+"""
+
+
+@pytest.mark.parametrize("access", ["", "dina_lrm.RewardModel, dina_lrm.Conditioning"])
+def test_import_loads_no_pipeline_library(access: str) -> None:
+    command = [sys.executable, "-c", PROBE.format(access=access)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, heavy = output.split(maxsplit=1)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 2.0, "0.1 s on an idle machine; the bound leaves room for a busy one"

@@ -1,0 +1,86 @@
+"""Configs and recipes: complete, serialisable, strict about names, true to the paper."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dina_lrm.config import LossConfig, OptimizerConfig, TrainConfig, ValidationConfig, from_dict, to_dict
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.recipes import recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_survives_json(name: str) -> None:
+    config = recipe(name)
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert config.output is not None
+    assert Path(config.output).name == name
+
+
+def test_the_published_recipe_has_the_published_values() -> None:
+    config = recipe("sd35m-12-layers")
+    model = config.model
+    assert (model.num_blocks, model.image_taps, model.text_taps) == (12, (4, 8, 12), (4, 8, 12))
+    assert (model.tuning, model.lora_rank, model.lora_alpha) == ("lora", 64, 128.0)
+    assert (model.head.num_queries, model.head.num_attention_heads, model.head.width) == (4, 8, None)
+    assert (config.optimizer.learning_rate, config.optimizer.ema_decay) == (5e-5, 0.995)
+    assert config.noise.law == "uniform"
+    loss = config.loss
+    assert (loss.likelihood, loss.loss, loss.slope, loss.floor) == ("thurstone", "fidelity", 2.0, 0.05)
+
+
+def test_a_variant_differs_only_where_it_says() -> None:
+    base, variant = recipe("shapes"), recipe("shapes-constant-variance")
+    assert variant.loss.likelihood == "thurstone_constant"
+    assert dataclasses.replace(variant, loss=base.loss, output=base.output) == base
+
+
+def test_an_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(InvalidInputError, match=r"'shape'; known: shapes, .*sd35m-12-layers"):
+        recipe("shape")
+
+
+def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(InvalidInputError, match=r"optimizer\.lr"):
+        from_dict(TrainConfig, {"optimizer": {"lr": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, "num_steps = 0: must be at least 1"),
+        ({"batch_size": 10, "accumulation_steps": 4}, "multiple of accumulation_steps = 4"),
+        ({"ensemble_fraction": 1.5}, r"ensemble_fraction = 1.5: must be in \[0, 1\]"),
+        ({"ensemble_fraction": 0.5, "ensemble_sizes": (1,)}, "sizes of at least 2"),
+        ({"time_budget_seconds": 0.0}, "must be positive"),
+        ({"validation": ValidationConfig(noise_levels=(1.2,))}, r"noise level = 1.2: must be in \[0, 1\]"),
+        ({"validation": ValidationConfig(noise_levels=(), ensembles=())}, "at least one level"),
+        ({"optimizer": OptimizerConfig(learning_rate=0.0)}, "must be positive"),
+        ({"optimizer": OptimizerConfig(ema_decay=1.0)}, r"in \[0, 1\)"),
+    ],
+)
+def test_values_out_of_range_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        TrainConfig(**change)
+
+
+def test_every_field_explains_itself() -> None:
+    """A string under each field: it is the help of the command line."""
+    import ast
+
+    import dina_lrm.config as module
+
+    tree = ast.parse(Path(module.__file__).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert documented, f"{node.name}.{ast.unparse(field.target)}"
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LossConfig().slope = 1.0  # type: ignore[misc]
