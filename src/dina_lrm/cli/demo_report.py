@@ -360,8 +360,8 @@ def disagreement_section(results: DemoResults) -> Section:
         title="Where it is wrong",
         blocks=[
             Paragraph(
-                text=f"The worst disagreement above, for “{caption}”: the reward prefers the left "
-                "picture, the judge the right one. A generator trained against this reward would learn to make more "
+                text=f"The worst disagreement above, for “{caption}”: the reward prefers the left picture, "
+                "the judge the right one. A generator trained against this reward would learn to make more "
                 "of the left."
             ),
             Gallery(
