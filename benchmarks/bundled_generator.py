@@ -1,10 +1,11 @@
-"""How good is the bundled generator? The gold judge's full-match rate, by number of objects and sampler settings.
+"""How good is the bundled generator? The gold judge's full-match rate, by number of objects and sampler
+settings.
 
     python benchmarks/bundled_generator.py [--num-captions 200] [--pipeline FOLDER]
         [--output benchmarks/results/bundled_generator.json] [--grid docs/assets/samples.png]
 
-Captions and starting noise follow from the seed; they are not those of any training run. "plain" calls the pipeline
-with nothing but the caption: 28 steps, guidance 7, T5 prompts padded to 256 tokens.
+Captions and starting noise follow from the seed; they are not those of any training run. "plain" calls the
+pipeline with nothing but the caption: 28 steps, guidance 7, T5 prompts padded to 256 tokens.
 """
 
 import json
@@ -54,7 +55,8 @@ def main(options: Options) -> None:
         pictures = generate(pipeline, captions, seeds)
         seconds = time.perf_counter() - started
         verdicts = [judge(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-        rows.append(row(f"{NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE:g}", num_objects, verdicts, seconds))
+        sampler = f"{NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE:g}"
+        rows.append(row(sampler, num_objects, verdicts, seconds))
         shown += list(zip(captions, pictures, verdicts, strict=True))[:8]
         print(json.dumps(rows[-1]), flush=True)
         if options.plain_captions and num_objects < 3:
@@ -66,7 +68,12 @@ def main(options: Options) -> None:
             rows.append(row("plain call", num_objects, verdicts, seconds))
             print(json.dumps(rows[-1]), flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    environment = {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     options.output.write_text(json.dumps({"rows": rows, "environment": environment}, indent=2) + "\n")
     options.grid.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(shown).save(options.grid)
@@ -78,7 +85,9 @@ def draw_captions(num_objects: int, count: int) -> list[str]:
     return [sample_caption(rng, num_objects=num_objects).caption for _ in range(count)]
 
 
-def plain_call(pipeline: StableDiffusion3Pipeline, captions: list[str], seeds: list[int]) -> list[Image.Image]:
+def plain_call(
+    pipeline: StableDiffusion3Pipeline, captions: list[str], seeds: list[int]
+) -> list[Image.Image]:
     """The pipeline with its own defaults."""
     pictures: list[Image.Image] = []
     for start in range(0, len(captions), 16):
@@ -104,8 +113,10 @@ def row(sampler: str, num_objects: int, verdicts: Sequence[Judgement], seconds: 
     }
 
 
-def draw_grid(shown: Sequence[tuple[str, Image.Image, Judgement]], columns: int = 8, scale: int = 2) -> Image.Image:
-    """Pictures with their captions below; a frame marks those that miss a stated fact."""
+def draw_grid(
+    shown: Sequence[tuple[str, Image.Image, Judgement]], columns: int = 8, scale: int = 2
+) -> Image.Image:
+    """Pictures with their captions below; an orange frame marks those that miss a stated fact."""
     side, text, gap = 64 * scale, 58, 8
     lines = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, lines * (side + text + gap) + gap), "white")
@@ -115,7 +126,8 @@ def draw_grid(shown: Sequence[tuple[str, Image.Image, Judgement]], columns: int 
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
         frame = (150, 150, 150) if verdict.full_match else (214, 96, 20)
         draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), outline=frame, width=2)
-        draw.multiline_text((left, top + side + 5), wrap(caption, 23), fill=(40, 40, 40), font_size=10, spacing=1)
+        place = (left, top + side + 5)
+        draw.multiline_text(place, wrap(caption, 23), fill=(40, 40, 40), font_size=10, spacing=1)
     return sheet
 
 

@@ -41,9 +41,9 @@ class Demo:
     """Folder for report.html, results.json and the freshly trained reward."""
     train_seconds: float = 70.0
     """Time for training, evaluation not counted."""
-    train_prompts: int = 700
+    train_prompts: int = 260
     """Captions that training pairs are made of."""
-    test_prompts: int = 350
+    test_prompts: int = 140
     """Captions, never trained on, that both rewards are measured on."""
     num_samples: int = 12
     """Pictures in the first gallery."""

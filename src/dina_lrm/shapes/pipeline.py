@@ -29,7 +29,7 @@ def load_pipeline(
     """Load the bundled pipeline, or another one of its kind from `folder`, without progress bars."""
     with _quiet_loading():
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder or bundled_pipeline_folder(), torch_dtype=dtype, local_files_only=True
+            folder or bundled_pipeline_folder(), dtype=dtype, local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

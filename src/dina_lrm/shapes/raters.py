@@ -17,7 +17,7 @@ class RaterPanel:
 
     num_raters: int = 5
     """Votes for each pair; odd, so that there is always a majority."""
-    noise_std: float = 0.08
+    noise_std: float = 0.12
     """Standard deviation, in units of utility, with which one rater perceives one picture."""
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ class PipelineTrainConfig:
     kl_weight: float = 2e-4
     """Weight of the KL divergence (nats per latent value) beside the reconstruction error per pixel value."""
     pool_size: int = 60_000
-    """Renders whose latents the generator is trained on."""
+    """Renders whose latents the generator is trained on; other stages make 12,000 at most."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     sigma_mean: float = 0.3
@@ -244,7 +244,7 @@ def train_vae(run: PipelineTrainConfig) -> None:
     torch.manual_seed(run.seed)
     vae = networks.build_vae().to(run.device)
     fit = Fit("vae", run.vae, run, {"vae": vae})
-    pictures, _ = render_pool(12_000, seed=run.seed + 1, corrupted_fraction=0.25)
+    pictures, _ = render_pool(min(run.pool_size, 12_000), seed=run.seed + 1, corrupted_fraction=0.25)
 
     def loss_of_step(fit: Fit) -> dict[str, Tensor]:
         generator = fit.generator()
@@ -291,7 +291,7 @@ def train_clip(run: PipelineTrainConfig) -> None:
     temperature = nn.ParameterDict({"log_scale": nn.Parameter(torch.full((2,), 2.0))}).to(run.device)
     modules = {"text_encoder": texts[0], "text_encoder_2": texts[1], "image_encoder": image_encoder}
     fit = Fit("clip", run.clip, run, modules | {"temperature": temperature})
-    pictures, captions = render_pool(12_000, seed=run.seed + 2)
+    pictures, captions = render_pool(min(run.pool_size, 12_000), seed=run.seed + 2)
     ids = token_ids(captions)
 
     def loss_of_step(fit: Fit) -> dict[str, Tensor]:
@@ -402,9 +402,9 @@ def assemble(
     tokenizer = networks.build_tokenizer()
     half = torch.bfloat16
     pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel.from_pretrained(source / "transformer", torch_dtype=half),
+        transformer=SD3Transformer2DModel.from_pretrained(source / "transformer", dtype=half),
         scheduler=networks.build_scheduler(),
-        vae=AutoencoderKL.from_pretrained(run.output / "vae" / "vae", torch_dtype=half),
+        vae=AutoencoderKL.from_pretrained(run.output / "vae" / "vae", dtype=half),
         text_encoder=CLIPTextModelWithProjection.from_pretrained(
             run.output / "clip/text_encoder", dtype=half
         ),

@@ -1,0 +1,93 @@
+"""The bundled pipeline's recipe, a few steps long: it resumes exactly and diffusers loads the result."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dina_lrm.shapes.networks import MAX_TOKENS
+from dina_lrm.shapes.pipeline import generate, load_pipeline
+from dina_lrm.shapes.train import PipelineTrainConfig, StageConfig, main, step_generator, token_ids
+
+
+def tiny_run(output: Path, **settings: object) -> PipelineTrainConfig:
+    short = StageConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+    config = PipelineTrainConfig(
+        output=output,
+        vae=short,
+        clip=short,
+        generator=StageConfig(steps=4, batch_size=4, learning_rate=1e-3, warmup_steps=1),
+        pool_size=24,
+        checkpoint_every=2,
+        keep_steps=(2,),
+    )
+    return replace(config, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> PipelineTrainConfig:
+    config = tiny_run(tmp_path_factory.mktemp("run"))
+    main(config)
+    return config
+
+
+def test_the_result_is_a_pipeline_that_samples(run: PipelineTrainConfig) -> None:
+    pipeline = load_pipeline(run.output / "pipeline")
+    captions = [
+        "a red circle on a gray background",
+        "a blue cross above a green square on a white background",
+    ]
+    together = generate(pipeline, captions, [3, 4], num_inference_steps=2, guidance_scale=3.0)
+    alone = generate(pipeline, captions[1:], [4], num_inference_steps=2, guidance_scale=3.0)
+    assert together[0].size == (64, 64)
+    assert np.abs(np.asarray(together[1], dtype=int) - np.asarray(alone[0], dtype=int)).max() <= 1
+
+
+def test_stages_log_their_losses_and_keep_an_early_checkpoint(run: PipelineTrainConfig) -> None:
+    rows = [json.loads(line) for line in (run.output / "generator" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["loss"] > 0
+    assert (run.output / "generator" / "step_2" / "transformer" / "config.json").exists()
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(run: PipelineTrainConfig, tmp_path: Path) -> None:
+    for part in ("vae", "clip"):
+        (tmp_path / part).symlink_to(run.output / part)
+    whole = StageConfig(steps=4, batch_size=4, learning_rate=1e-3, warmup_steps=1, decay_fraction=0.25)
+    stopped = replace(whole, steps=2, decay_fraction=0.0)
+    for stage in (stopped, whole):  # the second starts from the checkpoint that the first left at step 2
+        main(tiny_run(tmp_path, stages=("generator",), generator=stage, keep_steps=()))
+    other = tmp_path / "uninterrupted"
+    other.mkdir()
+    for part in ("vae", "clip"):
+        (other / part).symlink_to(run.output / part)
+    main(tiny_run(other, stages=("generator",), generator=whole, keep_steps=()))
+    states = [torch.load(path / "generator" / "state.pt", weights_only=True) for path in (tmp_path, other)]
+    assert states[0]["step"] == states[1]["step"] == 4
+    for name, module in states[0]["modules"].items():
+        for key, value in module.items():
+            assert torch.equal(value, states[1]["modules"][name][key]), (name, key)
+
+
+def test_a_finished_run_is_not_trained_again(run: PipelineTrainConfig) -> None:
+    state = run.output / "vae" / "state.pt"
+    before = state.stat().st_mtime_ns
+    main(replace(run, stages=("vae",)))
+    assert state.stat().st_mtime_ns == before
+
+
+def test_draws_depend_on_seed_stage_and_step_alone() -> None:
+    draw = torch.randn(3, generator=step_generator(0, "vae", 5))
+    assert torch.equal(draw, torch.randn(3, generator=step_generator(0, "vae", 5)))
+    for other in ((1, "vae", 5), (0, "clip", 5), (0, "vae", 6)):
+        assert not torch.equal(draw, torch.randn(3, generator=step_generator(*other)))
+
+
+def test_every_caption_of_the_grammar_fits_the_encoders() -> None:
+    ids = token_ids(["a small red circle to the right of a small blue square on a black background", ""])
+    assert ids.shape == (2, MAX_TOKENS)
+    assert (ids[0] != 0).sum() == 18
+    assert ids[1, :2].tolist() == [2, 3]
