@@ -92,7 +92,8 @@ def plain_call(
     pictures: list[Image.Image] = []
     for start in range(0, len(captions), 16):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + 16]]
-        pictures += pipeline(prompt=captions[start : start + 16], generator=generators).images
+        output: Any = pipeline(prompt=captions[start : start + 16], generator=generators)
+        pictures += output.images
     return pictures
 
 

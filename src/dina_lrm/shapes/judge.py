@@ -8,6 +8,7 @@ better generator from a hacked reward.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -125,7 +126,7 @@ def read_picture(image: Image.Image | np.ndarray) -> Reading:
     objects = []
     for index, colour in enumerate(COLOURS):
         mask = coloured & (nearest == index)
-        labels, count = ndimage.label(mask)
+        labels, count = cast("tuple[np.ndarray, int]", ndimage.label(mask))
         for label in range(1, count + 1):
             component = labels == label
             if component.sum() >= MIN_AREA:
@@ -170,7 +171,7 @@ def _cleanness(pixels: np.ndarray, objects: tuple[ReadObject, ...], background: 
     covered = np.zeros((CANVAS, CANVAS), dtype=bool)
     for item in objects:
         covered |= coverage(item.best_shape, item.x, item.y, item.radius) > 0
-    around = ndimage.binary_dilation(covered, iterations=2)
+    around = np.asarray(ndimage.binary_dilation(covered, iterations=2), dtype=bool)
     if not around.any() or around.all():
         return float(np.exp(-np.sqrt(error.mean()) / CLEANNESS_SCALE))
     residual = 0.5 * (np.sqrt(error[around].mean()) + np.sqrt(error[~around].mean()))

@@ -4,6 +4,8 @@ Every class is the one Stable Diffusion 3.5 uses, only small, so that the folder
 `StableDiffusion3Pipeline`. One word-level tokenizer serves the three text encoders.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -51,12 +53,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_vae() -> AutoencoderKL:
     """Image (3, 64, 64) in [-1, 1] to latents (16, 16, 16)."""
+    sizes: Any = {  # diffusers annotates these as tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 48, 96),
+    }
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 48, 96),
+        **sizes,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -120,7 +125,6 @@ def build_t5_encoder() -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
             pad_token_id=PAD,
             eos_token_id=END,
-            decoder_start_token_id=PAD,
         )
     )
 

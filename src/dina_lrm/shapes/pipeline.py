@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -75,7 +76,7 @@ def generate(
     images: list[Image.Image] = []
     for start in range(0, len(captions), batch_size):
         rows = slice(start, start + batch_size)
-        output = pipeline(
+        output: Any = pipeline(
             prompt=list(captions[rows]),
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[rows]],
             num_inference_steps=num_inference_steps,

@@ -226,8 +226,10 @@ def change_attribute(rng: np.random.Generator, spec: CaptionSpec) -> CaptionSpec
     objects = list(spec.objects)
     index = int(rng.integers(len(objects)))
     if kind == "relation":
-        opposite = dict(zip(RELATIONS, (RELATIONS[1], RELATIONS[0], RELATIONS[3], RELATIONS[2]), strict=True))
-        return replace(spec, relation=opposite[spec.relation or RELATIONS[0]])
+        opposite = (
+            RELATIONS.index(spec.relation or "above") ^ 1
+        )  # left and right, above and below are neighbours
+        return replace(spec, relation=RELATIONS[opposite])
     if kind == "background":
         return replace(spec, background=_other(rng, tuple(BACKGROUNDS), spec.background))
     if kind == "count":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class Fit:
             if self.name == "generator" and self.step in self.run.keep_steps:
                 with self.averaged():
                     for key, module in self.modules.items():
-                        module.save_pretrained(self.folder / f"step_{self.step}" / key)
+                        cast(Any, module).save_pretrained(self.folder / f"step_{self.step}" / key)
         log.close()
 
     def averaged(self) -> "_Averaged":
@@ -242,7 +242,8 @@ def to_model_range(pictures: np.ndarray | Tensor, device: str = "cpu") -> Tensor
 def train_vae(run: PipelineTrainConfig) -> None:
     """Stage 1."""
     torch.manual_seed(run.seed)
-    vae = networks.build_vae().to(run.device)
+    vae: Any = networks.build_vae()
+    vae.to(run.device)
     fit = Fit("vae", run.vae, run, {"vae": vae})
     pictures, _ = render_pool(min(run.pool_size, 12_000), seed=run.seed + 1, corrupted_fraction=0.25)
 
@@ -266,7 +267,7 @@ def train_vae(run: PipelineTrainConfig) -> None:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, device: str, batch_size: int = 64) -> Tensor:
+def encode_pictures(vae: Any, pictures: np.ndarray, device: str, batch_size: int = 64) -> Tensor:
     """Posterior means, neither shifted nor scaled: float32 (batch, 16, 16, 16) on the CPU."""
     rows = []
     for start in range(0, len(pictures), batch_size):
@@ -286,11 +287,17 @@ def token_ids(captions: Sequence[str]) -> Tensor:
 def train_clip(run: PipelineTrainConfig) -> None:
     """Stage 2."""
     torch.manual_seed(run.seed + 1)
-    texts = [networks.build_clip_text_encoder().to(run.device) for _ in range(2)]
-    image_encoder = networks.build_clip_image_encoder().to(run.device)
+    texts: list[Any] = [networks.build_clip_text_encoder() for _ in range(2)]
+    image_encoder: Any = networks.build_clip_image_encoder()
     temperature = nn.ParameterDict({"log_scale": nn.Parameter(torch.full((2,), 2.0))}).to(run.device)
-    modules = {"text_encoder": texts[0], "text_encoder_2": texts[1], "image_encoder": image_encoder}
-    fit = Fit("clip", run.clip, run, modules | {"temperature": temperature})
+    modules: dict[str, Any] = {
+        "text_encoder": texts[0],
+        "text_encoder_2": texts[1],
+        "image_encoder": image_encoder,
+    }
+    for module in modules.values():
+        module.to(run.device)
+    fit = Fit("clip", run.clip, run, {**modules, "temperature": temperature})
     pictures, captions = render_pool(min(run.pool_size, 12_000), seed=run.seed + 2)
     ids = token_ids(captions)
 
@@ -321,7 +328,8 @@ def latent_pool(run: PipelineTrainConfig) -> tuple[Tensor, Tensor]:
     if cached.exists():
         saved = torch.load(cached, weights_only=True)
         return saved["latents"], saved["ids"]
-    vae = AutoencoderKL.from_pretrained(run.output / "vae" / "vae").to(run.device)
+    vae: Any = AutoencoderKL.from_pretrained(run.output / "vae" / "vae")
+    vae.to(run.device)
     pictures, captions = render_pool(run.pool_size, seed=run.seed + 3)
     latents = (
         encode_pictures(vae, pictures, run.device) - vae.config.shift_factor
@@ -348,12 +356,15 @@ def train_generator(run: PipelineTrainConfig) -> None:
     """Stage 3."""
     latents, ids = latent_pool(run)
     empty = token_ids([""])
-    clips = [
-        CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / name).to(run.device).eval()
+    clips: list[Any] = [
+        CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / name).eval()
         for name in ("text_encoder", "text_encoder_2")
     ]
     torch.manual_seed(run.seed + 2)
-    transformer, t5 = networks.build_transformer().to(run.device), networks.build_t5_encoder().to(run.device)
+    transformer: Any = networks.build_transformer()
+    t5: Any = networks.build_t5_encoder()
+    for module in (transformer, t5, *clips):
+        module.to(run.device)
     muon_of = ("transformer.transformer_blocks", "text_encoder_3.encoder") if run.optimizer == "muon" else ()
     fit = Fit("generator", run.generator, run, {"transformer": transformer, "text_encoder_3": t5}, muon_of)
 
@@ -389,8 +400,8 @@ def train_generator(run: PipelineTrainConfig) -> None:
 
     fit.train(loss_of_step)
     with fit.averaged():
-        for key, module in fit.modules.items():
-            module.save_pretrained(fit.folder / key)
+        transformer.save_pretrained(fit.folder / "transformer")
+        t5.save_pretrained(fit.folder / "text_encoder_3")
 
 
 def assemble(
@@ -399,7 +410,7 @@ def assemble(
     """Stage 4: the pipeline folder in bfloat16; `generator_folder` picks a kept checkpoint instead of the
     last."""
     source = generator_folder or run.output / "generator"
-    tokenizer = networks.build_tokenizer()
+    tokenizer: Any = networks.build_tokenizer()  # one word-level tokenizer in all three places
     half = torch.bfloat16
     pipeline = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel.from_pretrained(source / "transformer", dtype=half),
