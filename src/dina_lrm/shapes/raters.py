@@ -7,8 +7,10 @@ vote, and with it the accuracy of the best possible predictor, is known exactly.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import binom, norm
+
+Utility = float | np.ndarray
+"""Gold utility of one picture, or of many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,18 +30,16 @@ class RaterPanel:
         if not self.noise_std > 0:
             raise ValueError(f"noise_std is above 0; got {self.noise_std}")
 
-    def vote_probability(self, utility_a: npt.ArrayLike, utility_b: npt.ArrayLike) -> np.ndarray:
+    def vote_probability(self, utility_a: Utility, utility_b: Utility) -> np.ndarray:
         """P(one rater votes for a) = Phi((u_a - u_b) / (sqrt(2) noise_std))."""
         return np.asarray(norm.cdf(np.subtract(utility_a, utility_b) / (np.sqrt(2.0) * self.noise_std)))
 
-    def majority_probability(self, utility_a: npt.ArrayLike, utility_b: npt.ArrayLike) -> np.ndarray:
+    def majority_probability(self, utility_a: Utility, utility_b: Utility) -> np.ndarray:
         """P(most raters vote for a); the Bayes-optimal accuracy is the mean of max(p, 1 - p) over pairs."""
         return np.asarray(
             binom.sf(self.num_raters // 2, self.num_raters, self.vote_probability(utility_a, utility_b))
         )
 
-    def votes_for_a(
-        self, utility_a: npt.ArrayLike, utility_b: npt.ArrayLike, rng: np.random.Generator
-    ) -> np.ndarray:
+    def votes_for_a(self, utility_a: Utility, utility_b: Utility, rng: np.random.Generator) -> np.ndarray:
         """Number of votes for a, of `num_raters`."""
         return np.asarray(rng.binomial(self.num_raters, self.vote_probability(utility_a, utility_b)))

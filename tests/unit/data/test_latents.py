@@ -188,13 +188,13 @@ def test_no_pairs_is_an_error() -> None:
 
 def test_pairs_of_one_draw_share_their_images_and_others_do_not() -> None:
     pairs = replace(
-        make_pairs(),
+        make_pairs(6),
         prompt_index=torch.tensor([0, 0, 0, 1, 1, 1]),
         chosen=torch.tensor([0, 0, 1, 0, 4, 4]),
         rejected=torch.tensor([1, 2, 2, 5, 5, 6]),
     )
     alone = pairs.batch(range(6))
-    assert alone.distinct.tolist() == list(range(12))
+    assert sorted(alone.distinct.tolist()) == list(range(12))
     shared = pairs.batch(range(6), draws=pairs.prompt_index)
     assert len(shared.distinct) == 3 + 4  # image 0 is in both prompts, and counts for each
     sides = torch.cat([shared.latents_chosen, shared.latents_rejected])
