@@ -39,11 +39,11 @@ class Demo:
 
     output: Path = Path("runs/demo")
     """Folder for report.html, results.json and the freshly trained reward."""
-    train_seconds: float = 70.0
+    train_seconds: float = 60.0
     """Time for training, evaluation not counted."""
-    train_prompts: int = 260
+    train_prompts: int = 200
     """Captions that training pairs are made of."""
-    test_prompts: int = 140
+    test_prompts: int = 100
     """Captions, never trained on, that both rewards are measured on."""
     num_samples: int = 12
     """Pictures in the first gallery."""
@@ -139,7 +139,7 @@ def run_demo(options: Demo) -> "DemoResults":
     for model, label in ((shipped, "shipped"), (fresh, "fresh")):
         with watch.stage(f"measuring the {label} reward") as amount:
             result = evaluate_latent_pairs(
-                model, test_pairs, noise_levels=(0.05, 0.2, 0.4, 0.6, 0.8), seed=options.seed
+                model, test_pairs, noise_levels=(0.05, 0.2, 0.4, 0.5, 0.7, 0.85), seed=options.seed
             )
             amount.append(f"{len(test_pairs):,} pairs, {len(result.settings)} settings")
             measured.append(result)

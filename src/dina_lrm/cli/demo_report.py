@@ -416,10 +416,8 @@ def token_ensemble(result: EvaluationResult) -> SettingResult | None:
 
 
 def shown_settings(result: EvaluationResult) -> list[SettingResult]:
-    """The default, the other single levels in steps of 0.2, and the ensembles, once each."""
-    wanted = [result.default]
-    wanted += [item for item in result.sweep if round(10 * item.setting.noise_levels[0]) % 2 == 0]
-    wanted += result.ensembles
+    """The default, the other single levels, and the ensembles, once each."""
+    wanted = [result.default, *result.sweep, *result.ensembles]
     return list({item.setting.label: item for item in wanted}.values())
 
 

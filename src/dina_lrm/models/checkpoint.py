@@ -152,6 +152,7 @@ def model_card(checkpoint: Checkpoint, text: str | None) -> str:
             "",
             "```python",
             "import dina_lrm",
+            "",
             f'model = dina_lrm.RewardModel.from_pretrained("this/folder", pipeline="{config.backbone_id}")',
             'model.score("a prompt", "picture.png").scores',
             "```",
