@@ -87,7 +87,10 @@ def draw_rankings(figure: Any, seed: int) -> None:
                 color=figures.MUTED, size=9,
             )  # fmt: skip
             if place == 0:
-                axes.set_title(f"“{caption}”, the reward's order", loc="left", size=11)
+                title = axes.text(
+                    0.0, 1.05, f"“{caption}”, the reward's order", transform=axes.transAxes, size=11
+                )
+                title.set_in_layout(False)  # it runs over the next pictures' columns
 
 
 def draw_accuracy(axes: Any, results: dict[str, Any]) -> None:

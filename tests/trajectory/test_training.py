@@ -374,13 +374,20 @@ def test_sharing_images_changes_the_cost_and_not_the_scores(
 def test_a_grouped_run_learns_and_does_not_depend_on_how_its_batch_is_cut(
     new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs
 ) -> None:
-    config = replace(CONFIG, group_by_prompt=True, num_steps=20)
-    whole, parts = new_model(), new_model()
-    curve = losses(train(config, whole, train_pairs, validation_pairs))
+    config = replace(CONFIG, group_by_prompt=True, num_steps=20, ensemble_fraction=0.2)
+    curve = losses(train(config, new_model(), train_pairs, validation_pairs))
     assert curve[-1] < curve[0]
-    train(replace(config, accumulation_steps=2), parts, train_pairs, validation_pairs)
-    for name, value in trained_values(whole).items():
-        torch.testing.assert_close(value, trained_values(parts)[name], atol=2e-4, rtol=0)
+
+    config = replace(
+        config, num_steps=10, optimizer=replace(CONFIG.optimizer, eps=1e-3)
+    )  # as for plain batches
+    whole, parts = new_model(), new_model()
+    train(config, whole, train_pairs)
+    train(replace(config, accumulation_steps=2), parts, train_pairs)
+    values = trained_values(parts)
+    differences = torch.cat([(v - values[name]).abs().flatten() for name, v in trained_values(whole).items()])
+    assert differences.max() < 2e-5
+    assert differences.mean() < 1e-7
 
 
 # --- draws

@@ -242,6 +242,7 @@ def quality_section(results: DemoResults) -> Section:
         for item in shown_settings(reward.result)
     ]
     result = results.shipped.result
+    best_possible = percent(bayes.accuracy.value) if bayes else ""
     return Section(
         title="How good they are",
         blocks=[
@@ -249,8 +250,9 @@ def quality_section(results: DemoResults) -> Section:
             Plots(
                 plots=[
                     Plot(
-                        svg=figures.themed_svg(accuracy, label="Accuracy at each noise level, for both "
-                        "rewards"),
+                        svg=figures.themed_svg(
+                            accuracy, label="Accuracy at each noise level, for both rewards"
+                        ),
                         caption="Accuracy at single noise levels, with 95% intervals; at the right, the "
                         "ensemble of several levels at once. Too little noise hides what the denoiser knows, "
                         "too much hides the picture.",
@@ -264,17 +266,22 @@ def quality_section(results: DemoResults) -> Section:
             ),
             Table(
                 headers=[
-                    "reward and noise "
-                    "level", "accuracy", "95% interval", "of Bayes", "95% interval", "calibration error",
+                    "reward",
+                    "noise level",
+                    "accuracy",
+                    "95% interval",
+                    "of Bayes",
+                    "95% interval",
+                    "ECE",
                 ],
                 rows=rows,
-                caption=f"On {result.num_pairs:,} pairs of {result.num_prompts:,} captions that neither "
-                "reward has seen."
-                + (" The best possible accuracy on these votes is "
-                f"{percent(bayes.accuracy.value)}." if bayes else ""),
+                text_columns=2,
+                caption=f"On {result.num_pairs:,} pairs of {result.num_prompts:,} captions drawn for it. "
+                "ECE is the expected calibration error."
+                + (f" The best possible accuracy on these votes is {best_possible}." if bayes else ""),
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def ranking_section(results: DemoResults) -> Section:

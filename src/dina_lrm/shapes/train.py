@@ -416,15 +416,11 @@ def assemble(
         transformer=SD3Transformer2DModel.from_pretrained(source / "transformer", dtype=half),
         scheduler=networks.build_scheduler(),
         vae=AutoencoderKL.from_pretrained(run.output / "vae" / "vae", dtype=half),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(
-            run.output / "clip/text_encoder", dtype=half
-        ),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / "text_encoder"),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-            run.output / "clip/text_encoder_2", dtype=half
-        ),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / "text_encoder_2"),
         tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel.from_pretrained(source / "text_encoder_3", dtype=half),
+        text_encoder_3=T5EncoderModel.from_pretrained(source / "text_encoder_3"),
         tokenizer_3=tokenizer,
     )
     folder = run.output / name

@@ -131,3 +131,11 @@ def test_ensemble_is_reported_whichever_way_it_goes(results, bonus, words):
     ensemble = replace(result.ensembles[0], accuracy=accuracy)
     changed = replace(results, shipped=replace(results.shipped, result=replace(result, ensembles=[ensemble])))
     assert words in demo_report.verdict(changed)
+
+
+def test_every_row_of_a_table_has_its_headers(page):
+    for table in re.findall(r"<table>.*?</table>", page, flags=re.DOTALL):
+        rows = [
+            len(re.findall(r"<t[hd]", row)) for row in re.findall(r"<tr>.*?</tr>", table, flags=re.DOTALL)
+        ]
+        assert len(set(rows)) == 1
