@@ -4,7 +4,7 @@ import dina_lrm
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import generate, load_pipeline
 
-caption = "a large red circle on a gray background"
+caption = "a big red circle on a gray background"
 pipeline = load_pipeline()
 pictures = [
     generate(pipeline, [caption], [seed], num_inference_steps=steps, guidance_scale=3.0)[0]
