@@ -39,11 +39,11 @@ class Demo:
 
     output: Path = Path("runs/demo")
     """Folder for report.html, results.json and the freshly trained reward."""
-    train_seconds: float = 60.0
+    train_seconds: float = 90.0
     """Time for training, evaluation not counted."""
-    train_prompts: int = 200
+    train_prompts: int = 130
     """Captions that training pairs are made of."""
-    test_prompts: int = 100
+    test_prompts: int = 80
     """Captions, never trained on, that both rewards are measured on."""
     num_samples: int = 12
     """Pictures in the first gallery."""
@@ -275,7 +275,7 @@ def demo_recipe(options: Demo) -> "TrainConfig":
 
 
 def faster_precision() -> Literal["float32", "bfloat16"]:
-    """The arithmetic in which this machine multiplies faster: CPUs differ by up to three, either way."""
+    """The arithmetic in which this machine multiplies faster; CPUs differ by a factor of three either way."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:

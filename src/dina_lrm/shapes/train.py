@@ -425,6 +425,10 @@ def assemble(
     )
     folder = run.output / name
     pipeline.save_pretrained(folder)
+    for path in folder.glob("*/config.json"):  # where the parts came from is nobody's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
