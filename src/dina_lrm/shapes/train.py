@@ -425,7 +425,7 @@ def assemble(
     )
     folder = run.output / name
     pipeline.save_pretrained(folder)
-    for path in folder.glob("*/config.json"):  # where the parts came from is nobody's business
+    for path in folder.glob("*/config.json"):  # diffusers records the path each part was loaded from
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")

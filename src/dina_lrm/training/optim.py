@@ -125,6 +125,5 @@ def set_learning_rate(optimizer: Any, factor: float) -> float:
 
 
 def weight_average(parameters: Sequence[nn.Parameter], decay: float) -> EMAModel:
-    """Exponential moving average, from diffusers; after n steps its decay is min(decay, (1 + n) / (10 +
-    n))."""
+    """Moving average, from diffusers; after n steps its decay is min(decay, (1 + n) / (10 + n))."""
     return EMAModel(parameters, decay=decay, foreach=True)
