@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.pictures import upright_rgb
 
 __all__ = ["ImageSource", "PairRows", "PreferencePair", "Reject", "load_image", "read_pairs", "write_rejects"]
 
@@ -149,15 +150,18 @@ def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Decode an image into RGB; whatever fails is an `InvalidInputError` that says what."""
+    """Decode an image as scoring does (`pictures.upright_rgb`); whatever fails is an `InvalidInputError` that
+    says what."""
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return upright_rgb(source)
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return upright_rgb(image)
     except FileNotFoundError as error:
         raise InvalidInputError(f"missing file: {name}") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"unreadable image: {name} ({error})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidInputError(f"unreadable image: {name} ({error})") from error
 

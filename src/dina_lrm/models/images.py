@@ -33,7 +33,7 @@ def as_pictures(images: Any) -> list[Picture]:
 
 
 def as_picture(image: Any, name: str = "image") -> Picture:
-    """See `as_pictures`. Transparency becomes white, EXIF rotation is applied, grey gets three channels."""
+    """See `as_pictures`; a PIL image is taken as `pictures.upright_rgb` takes it."""
     from PIL import Image
 
     if isinstance(image, Tensor):
@@ -57,21 +57,9 @@ def as_picture(image: Any, name: str = "image") -> Picture:
 
 
 def _from_pil(image: Any, name: str) -> Picture:
-    from PIL import Image, ImageOps
+    from dina_lrm.pictures import upright_rgb
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16- and 32-bit greyscale; PIL's own conversion would clip it
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode == "F" and not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
-            raise InvalidInputError(f"{name} has floating pixels outside [0, 1]")
-        top = 1.0 if image.mode == "F" else 65535.0
-        grey = torch.from_numpy((values / top).clip(0, 1).astype(np.float32))
-        return grey.expand(3, -1, -1).contiguous()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(upright_rgb(image, name))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 

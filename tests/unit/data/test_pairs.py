@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image, read_pairs, write_rejects
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.images import as_picture
 
 
 def png(color: str = "red") -> bytes:
@@ -161,3 +163,18 @@ def test_write_rejects_leaves_no_partial_file(tmp_path: Path) -> None:
 
 def test_target_without_votes_is_one() -> None:
     assert PreferencePair(prompt="p", chosen=b"x", rejected=b"y").target == 1.0
+
+
+def test_a_picture_is_trained_on_as_it_is_scored(tmp_path: Path) -> None:
+    """A turned photograph, a transparent drawing and a deep grey scan: the same pixels on both paths."""
+    ramp = np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.dstack([ramp, ramp[..., 0]])).save(tmp_path / "transparent.png")
+    Image.fromarray(ramp[..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    for name, size in (("turned.png", (16, 24)), ("transparent.png", (24, 16)), ("deep.png", (24, 16))):
+        loaded = load_image(tmp_path / name)
+        assert loaded.size == size
+        expected = (as_picture(tmp_path / name) * 255).round().byte().permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(np.asarray(loaded), expected)
