@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.shapes.fit import PipelineTrainConfig, StageConfig, step_generator
 from dina_lrm.shapes.networks import MAX_TOKENS
 from dina_lrm.shapes.pipeline import generate, load_pipeline
-from dina_lrm.shapes.train import PipelineTrainConfig, StageConfig, main, step_generator, token_ids
+from dina_lrm.shapes.train import main, token_ids
 
 
 def tiny_run(output: Path, **settings: object) -> PipelineTrainConfig:
@@ -77,6 +80,33 @@ def test_a_finished_run_is_not_trained_again(run: PipelineTrainConfig) -> None:
     before = state.stat().st_mtime_ns
     main(replace(run, stages=("vae",)))
     assert state.stat().st_mtime_ns == before
+
+
+def test_a_new_run_starts_from_an_assembled_pipeline(run: PipelineTrainConfig, tmp_path: Path) -> None:
+    source = run.output / "pipeline"
+    still = StageConfig(steps=1, batch_size=4, learning_rate=0.0, warmup_steps=1)
+    main(tiny_run(tmp_path, stages=("generator", "assemble"), generator=still, initial=source))
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        (weights,) = (source / part).glob("*.safetensors")
+        before, after = load_file(weights), load_file(tmp_path / "pipeline" / part / weights.name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), part
+
+
+def test_a_run_that_keeps_the_vae_does_not_train_one(run: PipelineTrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="vae and clip are kept"):
+        main(tiny_run(tmp_path, stages=("vae",), initial=run.output / "pipeline"))
+    with pytest.raises(InvalidInputError, match="has no folder vae/"):
+        main(tiny_run(tmp_path, stages=("generator",), initial=tmp_path / "nothing"))
+
+
+def test_the_layout_is_learned_beside_the_flow(run: PipelineTrainConfig) -> None:
+    state = torch.load(run.output / "generator" / "state.pt", weights_only=True)
+    assert {"transformer", "text_encoder_3", "readout"} == set(state["modules"])
+    rows = [json.loads(line) for line in (run.output / "generator" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == pytest.approx(
+        rows[-1]["flow"] + run.layout_weight * rows[-1]["layout"], abs=1e-4
+    )
 
 
 def test_draws_depend_on_seed_stage_and_step_alone() -> None:
