@@ -12,7 +12,7 @@ from dina_lrm.data.latents import mix_seeds
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.shapes.pipeline import bundled_pipeline_folder
 from dina_lrm.shapes.render import render
-from dina_lrm.shapes.scenes import parse_caption, sample_scene
+from dina_lrm.shapes.scenes import change_attribute, parse_caption, sample_caption, sample_scene
 
 CAPTION = "a big red circle on a gray background"
 
@@ -49,6 +49,17 @@ def test_scores_do_not_depend_on_the_batch(model: dina_lrm.RewardModel) -> None:
     for image, score in zip(images, together, strict=True):
         alone = model.score(CAPTION, image, noise_levels=[0.2, 0.5, 0.7], seed=3).scores
         assert abs(float(alone[0]) - float(score)) < 1e-5
+
+
+def test_most_renders_that_fit_score_above_ones_with_a_wrong_attribute(model: dina_lrm.RewardModel) -> None:
+    """78 % of 150 did when this was written: background at chance, shape, colour and size nine in ten."""
+    rng = np.random.default_rng(5)
+    specs = [sample_caption(rng, num_objects=1) for _ in range(150)]
+    captions = [spec.caption for spec in specs]
+    right = [render(sample_scene(rng, spec)) for spec in specs]
+    wrong = [render(sample_scene(rng, change_attribute(rng, spec))) for spec in specs]
+    margin = model.score(captions, right, seed=0).scores - model.score(captions, wrong, seed=0).scores
+    assert (margin > 0).float().mean() >= 0.7
 
 
 def test_words_and_lengths_beyond_the_encoder_are_told(model: dina_lrm.RewardModel) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+import dina_lrm
 from dina_lrm.cli.main import main
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
@@ -141,13 +142,16 @@ def test_a_model_that_is_none_is_one_clear_error(model, folder, monkeypatch, cap
 
 
 def test_the_console_script(folder):
-    """As a user runs it, in its own process: the bundled reward tells a right picture from a wrong one."""
+    """As a user runs it, in its own process: it prints the library's scores of the bundled reward."""
     rng = np.random.default_rng(5)
     spec = sample_caption(rng, num_objects=1)
-    for name, scene in (("right", spec), ("wrong", change_attribute(rng, spec))):
-        render(sample_scene(rng, scene)).save(folder / f"{name}.png")
+    names = [folder / name for name in ("right.png", "wrong.png")]
+    for name, scene in zip(names, (spec, change_attribute(rng, spec)), strict=True):
+        render(sample_scene(rng, scene)).save(name)
     command = [sys.executable, "-m", "dina_lrm", "score", spec.caption, "right.png", "wrong.png", "--json"]
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    right, wrong = (json.loads(line)["score"] for line in finished.stdout.splitlines())
-    assert right > wrong
+    printed = [json.loads(line)["score"] for line in finished.stdout.splitlines()]
+    expected = dina_lrm.RewardModel.from_pretrained("bundled").score(spec.caption, names, seed=0).scores
+    assert printed == pytest.approx(expected.tolist(), abs=1e-5)
+    assert abs(printed[0] - printed[1]) > 1e-3
