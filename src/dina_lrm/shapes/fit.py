@@ -80,8 +80,8 @@ class PipelineTrainConfig:
     keep_steps: tuple[int, ...] = (1500,)
     """Generator steps whose EMA weights are kept apart, as weaker base models for alignment experiments."""
     initial: Path | None = None
-    """Pipeline folder of an earlier run, such as the bundled one, that the generator's weights start from;
-    its VAE and its text encoders are kept. None starts from random weights."""
+    """Pipeline folder of an earlier run, such as the bundled one: denoiser and T5 encoder start from its
+    weights, its VAE and CLIP text encoders are kept. None starts from random weights."""
     device: str = "cpu"
     seed: int = 0
 

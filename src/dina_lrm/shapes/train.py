@@ -189,9 +189,11 @@ def train_generator(run: PipelineTrainConfig) -> None:
         for name in ("text_encoder", "text_encoder_2")
     ]
     torch.manual_seed(run.seed + 2)
-    transformer: Any = networks.build_transformer()
-    t5: Any = networks.build_t5_encoder()
-    if run.initial is not None:
+    transformer: Any
+    t5: Any
+    if run.initial is None:
+        transformer, t5 = networks.build_transformer(), networks.build_t5_encoder()
+    else:
         transformer = SD3Transformer2DModel.from_pretrained(run.initial / "transformer", dtype=torch.float32)
         t5 = T5EncoderModel.from_pretrained(run.initial / "text_encoder_3", dtype=torch.float32)
     readout = LayoutReadout(transformer.config.caption_projection_dim)
