@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dina_lrm.core.attention import PlainAttention
 
-Stage = Literal["vae", "clip", "generator", "assemble"]
+Stage = Literal["vae", "clip", "text", "generator", "assemble"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class StageConfig:
     steps: int
     """Optimizer steps in all; raise it to lengthen a finished run."""
     batch_size: int
-    """Pictures a step."""
+    """Pictures, or in the text stage captions, a step."""
     learning_rate: float
     """AdamW's, and Muon's in the units of AdamW (update RMS matched)."""
     decay_fraction: float = 0.3
@@ -46,13 +46,16 @@ class PipelineTrainConfig:
 
     output: Path
     """Run folder: checkpoints, logs and, in `pipeline/`, the result."""
-    stages: tuple[Stage, ...] = ("vae", "clip", "generator", "assemble")
+    stages: tuple[Stage, ...] = ("vae", "clip", "text", "generator", "assemble")
     """Stages to run, in this order."""
     vae: StageConfig = field(
         default_factory=lambda: StageConfig(steps=2200, batch_size=32, learning_rate=1e-3)
     )
     clip: StageConfig = field(
         default_factory=lambda: StageConfig(steps=500, batch_size=128, learning_rate=1e-3)
+    )
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(steps=3500, batch_size=256, learning_rate=1e-3)
     )
     generator: StageConfig = field(
         default_factory=lambda: StageConfig(steps=5000, batch_size=64, learning_rate=1.5e-3)
@@ -81,7 +84,8 @@ class PipelineTrainConfig:
     """Generator steps whose EMA weights are kept apart, as weaker base models for alignment experiments."""
     initial: Path | None = None
     """Pipeline folder of an earlier run, such as the bundled one: denoiser and T5 encoder start from its
-    weights, its VAE and CLIP text encoders are kept. None starts from random weights."""
+    weights (without the text stage its T5 encoder is kept), its VAE and CLIP text encoders are kept. None
+    starts from random weights."""
     device: str = "cpu"
     seed: int = 0
 

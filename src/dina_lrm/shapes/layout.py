@@ -2,12 +2,16 @@
 
 The flow loss tells a denoiser every latent value and nothing of what the values mean. Features that must also
 name what is drawn learn to draw it sooner: representation alignment (REPA, arXiv:2410.06940), with the true
-scene in the place of another network's features. The read-out is used in training only and does not ship.
+scene in the place of another network's features. The text encoder alone learns from it first: which of two
+objects a caption puts on the left decides a small share of the flow loss, and only close to pure noise, so a
+denoiser of this size leaves it at chance; asked directly, the encoder finds it within minutes. The read-outs
+are used in training only and do not ship.
 """
 
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dina_lrm.shapes.geometry import CANVAS, SHAPES, coverage
@@ -51,6 +55,30 @@ class LayoutReadout(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(tokens)
+
+
+class TextReadout(nn.Module):
+    """Predicts the expected layout from a caption's tokens, (batch, token, width): each place asks them
+    once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(0.5 * torch.randn(GRID * GRID, width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, CHANNELS)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places.expand(len(tokens), -1, -1)
+        answers, _ = self.attention(places, tokens, tokens, need_weights=False)
+        return self.layers(places + answers)
+
+
+def layout_scale(layouts: Tensor) -> Tensor:
+    """(channel,) spread of each channel over a pool of layouts (picture, token, channel): errors are measured
+    in it."""
+    return layouts.float().std(dim=(0, 1)).clamp(min=1e-3)
 
 
 def collect_tokens(transformer: Any) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ and damage:
 
 * `sample`     by the bundled pipeline with enough steps and guidance
 * `draft`      by the bundled pipeline with few steps and weak guidance
-* `render`     of the caption, or, half of the time, of a caption that differs in one respect
-* `corrupted`  a render as above that is blurred, noisy or faded to a random degree
+* `render`     of the caption
+* `corrupted`  a render that is blurred, noisy or faded to a random degree
 
+All but `sample` show, half of the time, a caption that differs in one respect.
 All six pairs of a caption's candidates are compared. Captions, pictures and votes depend on the seed alone.
 """
 
@@ -82,16 +83,20 @@ def make_shapes_pairs(
     rng = np.random.default_rng(seed)
     specs = _distinct_captions(rng, num_prompts)
     seeds = rng.integers(2**31, size=(2, num_prompts))
+    shown = [specs, [_perhaps_wrong(rng, spec) for spec in specs]]
     drawn = [
-        _generate_mixed(pipeline, specs, settings, seeds[row], rng, _progress(on_progress, row, num_prompts))
+        _generate_mixed(
+            pipeline, shown[row], settings, seeds[row], rng, _progress(on_progress, row, num_prompts)
+        )
         for row, settings in enumerate((SAMPLE_SETTINGS, DRAFT_SETTINGS))
     ]
     candidates: list[Candidate] = []
     for index, spec in enumerate(specs):
         pictures = {"sample": drawn[0][index], "draft": drawn[1][index]}
-        pictures["render"] = _render_perhaps_wrong(rng, spec)
+        pictures["render"] = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
         corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
-        pictures["corrupted"] = corrupt(_render_perhaps_wrong(rng, spec), float(rng.uniform(0.1, 1.0)), rng)
+        drawn_well = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
+        pictures["corrupted"] = corrupt(drawn_well, float(rng.uniform(0.1, 1.0)), rng)
         candidates += [
             Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
             for origin, image in pictures.items()
@@ -135,9 +140,8 @@ def _distinct_captions(rng: np.random.Generator, num_prompts: int) -> list[Capti
     return list(specs)
 
 
-def _render_perhaps_wrong(rng: np.random.Generator, spec: CaptionSpec) -> Image.Image:
-    shown = change_attribute(rng, spec) if rng.random() < 0.5 else spec
-    return render(sample_scene(rng, shown))
+def _perhaps_wrong(rng: np.random.Generator, spec: CaptionSpec) -> CaptionSpec:
+    return change_attribute(rng, spec) if rng.random() < 0.5 else spec
 
 
 def _generate_mixed(

@@ -7,9 +7,10 @@ Stages, each resumable from its last checkpoint in the run folder and skipped wh
 1. `vae`        AutoencoderKL on renders, two fifths of them corrupted (L1 + L2 + edges + KL), then latent
                 shift and scale
 2. `clip`       two CLIP text encoders against one image encoder (symmetric InfoNCE on renders and captions)
-3. `generator`  MMDiT and T5 encoder together: rectified flow on the latents of a fixed pool of renders,
-                and a read-out of the scene from the middle block (see `dina_lrm.shapes.layout`)
-4. `assemble`   one `StableDiffusion3Pipeline` folder in half precision, from the EMA weights
+3. `text`       T5 encoder: what its caption says is where (see `dina_lrm.shapes.layout`)
+4. `generator`  MMDiT: rectified flow on the latents of a fixed pool of renders, and a read-out of the scene
+                from the middle block
+5. `assemble`   one `StableDiffusion3Pipeline` folder in half precision, from the EMA weights
 """
 
 import json
@@ -29,7 +30,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.shapes import networks
 from dina_lrm.shapes.fit import Fit, PipelineTrainConfig
-from dina_lrm.shapes.layout import LayoutReadout, collect_tokens, scene_layout
+from dina_lrm.shapes.layout import LayoutReadout, TextReadout, collect_tokens, layout_scale, scene_layout
 from dina_lrm.shapes.render import CORRUPTIONS, render
 from dina_lrm.shapes.scenes import CANVAS, Scene, sample_caption, sample_scene
 
@@ -165,6 +166,37 @@ def latent_pool(run: PipelineTrainConfig) -> dict[str, Tensor]:
     return pool
 
 
+def train_text(run: PipelineTrainConfig) -> None:
+    """Stage 3."""
+    pool = latent_pool(run)
+    ids, layouts = pool["ids"], pool["layouts"]
+    scale = layout_scale(layouts).to(run.device)
+    torch.manual_seed(run.seed + 3)
+    t5: Any = networks.build_t5_encoder()
+    if run.initial is not None:
+        t5 = T5EncoderModel.from_pretrained(run.initial / "text_encoder_3", dtype=torch.float32)
+    readout = TextReadout(networks.TEXT_DIM)
+    modules: dict[str, nn.Module] = {"text_encoder_3": t5, "readout": readout}
+    for module in modules.values():
+        module.to(run.device)
+    fit = Fit("text", run.text, run, modules, _muon(run, "text_encoder_3.encoder"))
+
+    def loss_of_step(fit: Fit) -> dict[str, Tensor]:
+        generator = fit.generator()
+        rows = torch.randint(len(ids), (run.text.batch_size,), generator=generator)
+        tokens = padded(ids[rows].to(run.device), draw_text_length(generator))
+        error = (readout(t5(tokens)[0]).float() - layouts[rows].to(run.device)) / scale
+        return {"loss": error.square().mean()}
+
+    fit.train(loss_of_step)
+    fit.export(fit.folder)
+
+
+def _muon(run: PipelineTrainConfig, *prefixes: str) -> tuple[str, ...]:
+    """Names of the modules whose matrices are Muon's."""
+    return prefixes if run.optimizer == "muon" else ()
+
+
 def draw_text_length(generator: torch.Generator) -> int:
     """T5 tokens of a step: nearly always MAX_TOKENS, sometimes padded further.
 
@@ -178,32 +210,33 @@ def draw_text_length(generator: torch.Generator) -> int:
     return 48 if draw < 0.97 else 128 if draw < 0.99 else 256
 
 
+def padded(ids: Tensor, length: int) -> Tensor:
+    """Token ids (caption, token) padded to `length` tokens."""
+    return F.pad(ids, (0, length - ids.shape[1]), value=networks.PAD)
+
+
 def train_generator(run: PipelineTrainConfig) -> None:
-    """Stage 3."""
+    """Stage 4."""
     pool = latent_pool(run)
     latents, ids, layouts = pool["latents"], pool["ids"], pool["layouts"]
-    layout_scale = layouts.float().std(dim=(0, 1)).clamp(min=1e-3).to(run.device)
+    scale = layout_scale(layouts).to(run.device)
     empty = token_ids([""])
     clips: list[Any] = [
         CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / name).eval()
         for name in ("text_encoder", "text_encoder_2")
     ]
     torch.manual_seed(run.seed + 2)
-    transformer: Any
-    t5: Any
-    if run.initial is None:
-        transformer, t5 = networks.build_transformer(), networks.build_t5_encoder()
-    else:
+    transformer: Any = networks.build_transformer()
+    if run.initial is not None:
         transformer = SD3Transformer2DModel.from_pretrained(run.initial / "transformer", dtype=torch.float32)
-        t5 = T5EncoderModel.from_pretrained(run.initial / "text_encoder_3", dtype=torch.float32)
+    t5: Any = T5EncoderModel.from_pretrained(run.output / "text" / "text_encoder_3").eval()
     readout = LayoutReadout(transformer.config.caption_projection_dim)
     for module in (transformer, t5, readout, *clips):
         module.to(run.device)
     seen = collect_tokens(transformer)
     compiled = torch.compile(transformer, dynamic=False) if run.compile else transformer
-    muon_of = ("transformer.transformer_blocks", "text_encoder_3.encoder") if run.optimizer == "muon" else ()
-    modules = {"transformer": transformer, "text_encoder_3": t5, "readout": readout}
-    fit = Fit("generator", run.generator, run, modules, muon_of)
+    modules = {"transformer": transformer, "readout": readout}
+    fit = Fit("generator", run.generator, run, modules, _muon(run, "transformer.transformer_blocks"))
 
     def loss_of_step(fit: Fit) -> dict[str, Tensor]:
         generator, size = fit.generator(), run.generator.batch_size
@@ -215,7 +248,7 @@ def train_generator(run: PipelineTrainConfig) -> None:
             outputs = [clip(input_ids=tokens, output_hidden_states=True) for clip in clips]
             clip_tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
             pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
-        t5_tokens = t5(F.pad(tokens, (0, length - tokens.shape[1]), value=networks.PAD))[0]
+            t5_tokens = t5(padded(tokens, length))[0]
         clean = latents[rows].float().to(run.device)
         noise = torch.randn(clean.shape, generator=generator).to(run.device)
         sigma = torch.sigmoid(run.sigma_mean + run.sigma_std * torch.randn(size, generator=generator)).to(
@@ -231,7 +264,7 @@ def train_generator(run: PipelineTrainConfig) -> None:
             timestep=1000.0 * sigma,
         ).sample
         error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 2, 3))
-        layout_error = (readout(seen["image"]).float() - layouts[rows].to(run.device)) / layout_scale
+        layout_error = (readout(seen["image"]).float() - layouts[rows].to(run.device)) / scale
         layout = layout_error.square().mean()
         return {
             "loss": error.mean() + run.layout_weight * layout,
@@ -248,7 +281,7 @@ def train_generator(run: PipelineTrainConfig) -> None:
 def assemble(
     run: PipelineTrainConfig, *, generator_folder: Path | None = None, name: str = "pipeline"
 ) -> Path:
-    """Stage 4: the pipeline folder in bfloat16; `generator_folder` picks a kept checkpoint instead of the
+    """Stage 5: the pipeline folder in bfloat16; `generator_folder` picks a kept checkpoint instead of the
     last."""
     source = generator_folder or run.output / "generator"
     tokenizer: Any = networks.build_tokenizer()  # one word-level tokenizer in all three places
@@ -261,7 +294,7 @@ def assemble(
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / "text_encoder_2"),
         tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel.from_pretrained(source / "text_encoder_3"),
+        text_encoder_3=T5EncoderModel.from_pretrained(run.output / "text" / "text_encoder_3"),
         tokenizer_3=tokenizer,
     )
     folder = run.output / name
@@ -274,11 +307,14 @@ def assemble(
 
 
 def start_from(run: PipelineTrainConfig, initial: Path) -> None:
-    """Put the VAE and the CLIP text encoders of `initial` where their stages would have left them."""
-    for part, place in (("vae", "vae"), ("text_encoder", "clip"), ("text_encoder_2", "clip")):
+    """Put the VAE and the text encoders of `initial` where their stages would have left them, unless this run
+    has its own."""
+    places = {"vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip", "text_encoder_3": "text"}
+    for part, place in places.items():
         if not (initial / part).is_dir():
             raise InvalidInputError(f"initial = {str(initial)!r} has no folder {part}/")
-        shutil.copytree(initial / part, run.output / place / part, dirs_exist_ok=True)
+        if not (run.output / place / part).exists():
+            shutil.copytree(initial / part, run.output / place / part)
 
 
 def main(run: PipelineTrainConfig) -> None:
@@ -286,9 +322,17 @@ def main(run: PipelineTrainConfig) -> None:
     run.output.mkdir(parents=True, exist_ok=True)
     if run.initial is not None:
         if {"vae", "clip"} & set(run.stages):
-            raise InvalidInputError("with initial, stages are generator and assemble: vae and clip are kept")
+            raise InvalidInputError(
+                "initial goes with stages text, generator, assemble: vae and clip are kept"
+            )
         start_from(run, run.initial)
-    actions = {"vae": train_vae, "clip": train_clip, "generator": train_generator, "assemble": assemble}
+    actions = {
+        "vae": train_vae,
+        "clip": train_clip,
+        "text": train_text,
+        "generator": train_generator,
+        "assemble": assemble,
+    }
     for stage in run.stages:
         actions[stage](run)
 

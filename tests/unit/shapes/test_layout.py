@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from dina_lrm.shapes.geometry import CANVAS, SHAPES, SQUARE_HALF_SIDE, coverage
-from dina_lrm.shapes.layout import CHANNELS, GRID, LayoutReadout, collect_tokens, scene_layout
+from dina_lrm.shapes.layout import (
+    CHANNELS,
+    GRID,
+    LayoutReadout,
+    TextReadout,
+    collect_tokens,
+    layout_scale,
+    scene_layout,
+)
 from dina_lrm.shapes.networks import build_transformer
 from dina_lrm.shapes.scenes import COLOURS, PlacedObject, Scene, sample_caption, sample_scene
 
@@ -59,3 +67,33 @@ def test_tokens_of_the_middle_block_are_collected_with_their_gradient() -> None:
     ]
     assert all(norm > 0 for norm in norms[:3])
     assert all(norm == 0 for norm in norms[3:])
+
+
+def test_the_text_read_out_hears_which_of_two_words_comes_first() -> None:
+    """A toy of the relation: the picture is left or right by the order of two tokens; a bag of words cannot
+    tell, tokens that carry their position can."""
+    torch.manual_seed(0)
+    words = torch.randn(2, 16)
+    position = torch.tensor([[0.0], [3.0]]).expand(2, 16)
+    tokens = torch.stack([words + position, words.flip(0) + position])
+    layouts = torch.zeros(2, GRID, GRID, CHANNELS)
+    layouts[0, :, : GRID // 2, 0] = 1.0
+    layouts[1, :, GRID // 2 :, 0] = 1.0
+    layouts = layouts.reshape(2, GRID * GRID, CHANNELS)
+    readout = TextReadout(16)
+    optimizer = torch.optim.Adam(readout.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        error = (readout(tokens) - layouts) / layout_scale(layouts).clamp(min=0.1)
+        error.square().mean().backward()
+        optimizer.step()
+    drawn = readout(tokens)[..., 0].reshape(2, GRID, GRID).mean(dim=1)
+    assert (drawn[0, : GRID // 2] > 0.8).all()
+    assert (drawn[0, GRID // 2 :] < 0.2).all()
+    assert (drawn[1, : GRID // 2] < 0.2).all()
+
+
+def test_errors_are_measured_in_the_spread_of_each_channel() -> None:
+    layouts = torch.zeros(2, 3, 2)
+    layouts[0, :, 0], layouts[1, :, 0] = 1.0, 3.0
+    torch.testing.assert_close(layout_scale(layouts), torch.tensor([(6 / 5) ** 0.5, 1e-3]))
