@@ -53,7 +53,8 @@ def latent_pairs(
     log: Log | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentPairs:
-    """Pairs of latents from "shapes", a latents file (.safetensors) or preference rows (.jsonl, .parquet).
+    """Pairs of latents from "shapes", a latents file (.safetensors), a folder of such files, or preference
+    rows (.jsonl, .parquet).
 
     Args:
         num_prompts, seed: of shapes pairs; read only for them.
@@ -64,6 +65,11 @@ def latent_pairs(
     """
     if source == "shapes":
         return shapes_pairs(model, num_prompts=num_prompts, seed=seed, on_progress=on_progress)
+    if Path(source).is_dir():
+        files = sorted(Path(source).glob("*.safetensors"))
+        if not files:
+            raise InvalidInputError(f"the folder {source!r} holds no latents file (.safetensors)")
+        return LatentPairs.concatenate([LatentPairs.load(file) for file in files])
     match Path(source).suffix:
         case ".safetensors":
             return LatentPairs.load(source)
@@ -80,7 +86,8 @@ def latent_pairs(
             return pairs
         case _:
             raise InvalidInputError(
-                'pairs come from "shapes", a .safetensors file of latents, or .jsonl / .parquet rows; '
+                'pairs come from "shapes", a .safetensors file of latents or a folder of them, or '
+                ".jsonl / .parquet rows; "
                 f"not {source!r}"
             )
 
@@ -124,13 +131,22 @@ def run_training(
     def pairs(part: str, source: str, num_prompts: int, seed: int) -> LatentPairs:
         stored = (
             None
-            if output is None or source.endswith(".safetensors")
+            if output is None or source.endswith(".safetensors") or Path(source).is_dir()
             else output / "pairs" / f"{part}.safetensors"
         )
         if stored is not None and config.resume and stored.exists():
             return LatentPairs.load(stored)
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(f"{part} pairs", total=None)
+            tenths = 0
+
+            def report(done: int, total: int) -> None:
+                nonlocal tenths
+                progress.update(task, completed=done, total=total)
+                if log is not None and not console.is_terminal and 10 * done // total > tenths:
+                    tenths = 10 * done // total
+                    log(f"{part} pairs: {done} of {total} pictures")
+
             made = latent_pairs(
                 source,
                 model,
@@ -139,7 +155,7 @@ def run_training(
                 image_root=config.data.image_root,
                 rejects_file=None if output is None else output / f"rejects_{part}.jsonl",
                 log=log,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                on_progress=report,
             )
         if log is not None:
             log(f"{part}: {len(made)} pairs of {made.num_prompts} prompts")

@@ -63,8 +63,8 @@ class DataConfig:
     """Where the pairs come from, and what their votes mean."""
 
     train: str = "shapes"
-    """Training pairs: "shapes" (made on the spot), a latents file (.safetensors), or preference rows
-    (.jsonl, .parquet), which are encoded first."""
+    """Training pairs: "shapes" (made on the spot), a latents file (.safetensors) or a folder of them, or
+    preference rows (.jsonl, .parquet), which are encoded first."""
     validation: str | None = "shapes"
     """Validation pairs, in the same forms. None: no validation, and the model stays uncalibrated."""
     train_prompts: int = 6000

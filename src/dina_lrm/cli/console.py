@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from dina_lrm.training.progress import StepMetrics
+
 
 class UsageError(Exception):
     """The command cannot be carried out as it was written."""
@@ -41,6 +43,13 @@ def log(message: str) -> None:
     from rich.markup import escape
 
     stderr().print(escape(message), soft_wrap=True)
+
+
+def log_validation(metrics: "StepMetrics") -> None:
+    """A line for each validation where no progress bar is drawn, so that a log file shows that something
+    happens."""
+    if metrics.validation and not sys.stderr.isatty():
+        log(f"  step {metrics.step}: {max(metrics.validation.values()):.1%} of validation pairs right")
 
 
 def print_json(record: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, stderr
+from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dina_lrm.cli.demo_report import DemoResults, LearningCurve, MeasuredReward, Ranking
     from dina_lrm.config import TrainConfig
     from dina_lrm.data.latents import LatentPairs
-    from dina_lrm.training.trainer import StepMetrics
 
 SAMPLERS = ((20, 4.0), (20, 4.0), (20, 4.0), (12, 4.0), (12, 2.0), (8, 4.0), (8, 1.5), (5, 3.0))
 """Steps and guidance for one caption: good ones and, so that a ranking means something, worse ones."""
@@ -44,7 +43,7 @@ class Demo:
     train_prompts: int = 130
     """Captions that training pairs are made of."""
     test_prompts: int = 80
-    """Captions, never trained on, that both rewards are measured on."""
+    """Captions, with new pictures and votes, that both rewards are measured on."""
     num_samples: int = 12
     """Pictures in the first gallery."""
     num_rankings: int = 5
@@ -211,7 +210,7 @@ def generate_pictures(
 def make_pairs(
     pipeline: Any, model: "RewardModel", options: Demo
 ) -> "tuple[LatentPairs, LatentPairs, LatentPairs]":
-    """Training, validation and test pairs, of different captions each."""
+    """Training, validation and test pairs: other pictures and votes in each, captions drawn anew."""
     from dina_lrm.shapes.pairs import make_shapes_pairs
 
     sizes = (options.train_prompts, max(options.train_prompts // 7, 20), options.test_prompts)
@@ -239,7 +238,7 @@ def train_fresh(
         text_taps=config.model.text_taps,
         lora_rank=config.model.lora_rank,
     )
-    result = train(config, model, train_pairs, validation_pairs, on_step=tell_progress())
+    result = train(config, model, train_pairs, validation_pairs, on_step=log_validation)
     training = [entry for entry in result.history if entry.accuracy is not None]
     validation = [entry for entry in result.history if entry.validation]
     curve = LearningCurve(
@@ -288,16 +287,6 @@ def faster_precision() -> Literal["float32", "bfloat16"]:
         return min(laps[1:])
 
     return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
-
-
-def tell_progress() -> "Any":
-    """Prints validations where no progress bar is drawn, so that a log file shows that something happens."""
-
-    def tell(metrics: "StepMetrics") -> None:
-        if metrics.validation and not sys.stderr.isatty():
-            log(f"  step {metrics.step}: {max(metrics.validation.values()):.1%} of held-out pairs right")
-
-    return tell
 
 
 def rank_pictures(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, stderr, stdout
+from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr, stdout
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(config: "TrainConfig", *, as_json: bool) -> int:
     refuse_to_overwrite(config)
     from dina_lrm.build import run_training
 
-    _, result = run_training(config, log=log, console=stderr())
+    _, result = run_training(config, on_step=log_validation, log=log, console=stderr())
     if as_json:
         print_json(summarize(config, result))
         return 0

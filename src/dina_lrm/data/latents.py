@@ -211,6 +211,33 @@ class LatentPairs:
             raise InvalidInputError(f"{path}: missing tensors {missing}, unknown tensors {unknown}")
         return cls(prompts=json.loads(metadata["prompts"]), **tensors)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["LatentPairs"]) -> "LatentPairs":
+        """All pairs of several sets, in order; a prompt that two sets share stays two.
+
+        Raises:
+            InvalidInputError: there are no sets, their latents or prompt embeddings differ in shape, or only
+                some of them have a pooled embedding, a mask, or a known law of the raters.
+        """
+        if not parts:
+            raise InvalidInputError("there are no pairs to join")
+        tables: dict[str, Tensor | None] = {}
+        for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "attention_mask", "target", "bayes"):
+            values = [getattr(part, name) for part in parts]
+            shapes = {None if value is None else tuple(value.shape[1:]) for value in values}
+            if len(shapes) > 1:
+                raise InvalidInputError(f"sets of pairs differ in {name}: shapes {sorted(map(str, shapes))}")
+            tables[name] = None if values[0] is None else torch.cat(values)
+        rows: dict[str, list[Tensor]] = {"prompt_index": [], "chosen": [], "rejected": []}
+        num_images = num_prompts = 0
+        for part in parts:
+            rows["prompt_index"].append(part.prompt_index + num_prompts)
+            rows["chosen"].append(part.chosen + num_images)
+            rows["rejected"].append(part.rejected + num_images)
+            num_images, num_prompts = num_images + len(part.latents), num_prompts + len(part.prompts)
+        columns: dict[str, Any] = tables | {name: torch.cat(column) for name, column in rows.items()}
+        return cls(prompts=[prompt for part in parts for prompt in part.prompts], **columns)
+
 
 # --- order -------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,28 @@ def test_subset_keeps_the_tables() -> None:
     assert part.num_prompts == 1  # pairs 5 and 2 have prompt 2
 
 
+def test_joined_sets_hold_the_pairs_of_each_in_order() -> None:
+    first, second = make_pairs(7), make_pairs(3)
+    joined = LatentPairs.concatenate([first, second])
+    assert len(joined) == 10
+    assert joined.num_prompts == first.num_prompts + second.num_prompts
+    whole = joined.batch(range(10))
+    for part, rows in ((first, slice(0, 7)), (second, slice(7, 10))):
+        alone = part.batch(range(len(part)))
+        for name in ("latents_chosen", "latents_rejected", "prompt_embeds", "target"):
+            assert torch.equal(getattr(whole, name)[rows], getattr(alone, name)), name
+
+
+def test_sets_that_do_not_fit_together_are_refused() -> None:
+    pairs = make_pairs()
+    with pytest.raises(InvalidInputError, match="no pairs to join"):
+        LatentPairs.concatenate([])
+    with pytest.raises(InvalidInputError, match="differ in latents"):
+        LatentPairs.concatenate([pairs, replace(pairs, latents=pairs.latents[..., :1])])
+    with pytest.raises(InvalidInputError, match="differ in bayes"):
+        LatentPairs.concatenate([pairs, replace(pairs, bayes=None)])
+
+
 def test_split_by_prompt_shares_none() -> None:
     train, held_out = make_pairs(30).split_by_prompt(1 / 3)
     assert len(train) + len(held_out) == 30

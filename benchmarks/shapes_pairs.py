@@ -1,0 +1,50 @@
+"""Makes preference pairs of the shapes domain, one file for each seed, in processes side by side.
+
+    python benchmarks/shapes_pairs.py --output PAIRS --seeds 101 102 --num-prompts 3600
+
+`dina-lrm train shapes --data.train PAIRS` trains on all of them. One process makes a file, on one thread, so
+the files do not depend on how many are made at once.
+"""
+
+import multiprocessing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from dina_lrm import recipes
+from dina_lrm.build import reward_model, shapes_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    output: Path
+    """Folder for SEED.safetensors."""
+    seeds: tuple[int, ...]
+    """Of the captions, pictures and votes of each file."""
+    num_prompts: int = 3600
+    """Captions in each file; six pairs come from each caption."""
+    processes: int = 2
+    """Files made at the same time."""
+
+
+def main(options: Options) -> None:
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        for line in pool.imap(partial(make, options), options.seeds):
+            print(line, flush=True)
+
+
+def make(options: Options, seed: int) -> str:
+    """One file."""
+    torch.set_num_threads(1)
+    model = reward_model(recipes.shapes().model)  # its encoders are used, its weights are not
+    pairs = shapes_pairs(model, num_prompts=options.num_prompts, seed=seed)
+    path = options.output / f"{seed}.safetensors"
+    pairs.save(path)
+    return f"{path}: {len(pairs)} pairs"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
