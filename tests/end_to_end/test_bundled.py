@@ -52,14 +52,14 @@ def test_scores_do_not_depend_on_the_batch(model: dina_lrm.RewardModel) -> None:
 
 
 def test_most_renders_that_fit_score_above_ones_with_a_wrong_attribute(model: dina_lrm.RewardModel) -> None:
-    """78 % of 150 did when this was written: background at chance, shape, colour and size nine in ten."""
+    """98 % of 150 did when this was written; three that did not had another background."""
     rng = np.random.default_rng(5)
     specs = [sample_caption(rng, num_objects=1) for _ in range(150)]
     captions = [spec.caption for spec in specs]
     right = [render(sample_scene(rng, spec)) for spec in specs]
     wrong = [render(sample_scene(rng, change_attribute(rng, spec))) for spec in specs]
     margin = model.score(captions, right, seed=0).scores - model.score(captions, wrong, seed=0).scores
-    assert (margin > 0).float().mean() >= 0.7
+    assert (margin > 0).float().mean() >= 0.9
 
 
 def test_words_and_lengths_beyond_the_encoder_are_told(model: dina_lrm.RewardModel) -> None:
