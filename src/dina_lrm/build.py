@@ -65,14 +65,15 @@ def latent_pairs(
     """
     if source == "shapes":
         return shapes_pairs(model, num_prompts=num_prompts, seed=seed, on_progress=on_progress)
-    if Path(source).is_dir():
-        files = sorted(Path(source).glob("*.safetensors"))
+    if _holds_latents(source):
+        path = Path(source)
+        if not path.is_dir():
+            return LatentPairs.load(path)
+        files = sorted(path.glob("*.safetensors"))
         if not files:
             raise InvalidInputError(f"the folder {source!r} holds no latents file (.safetensors)")
         return LatentPairs.concatenate([LatentPairs.load(file) for file in files])
     match Path(source).suffix:
-        case ".safetensors":
-            return LatentPairs.load(source)
         case ".jsonl" | ".parquet":
             rows = read_pairs(source, image_root=image_root, check_images=False)
             unreadable: list[Reject] = []
@@ -90,6 +91,12 @@ def latent_pairs(
                 ".jsonl / .parquet rows; "
                 f"not {source!r}"
             )
+
+
+def _holds_latents(source: str) -> bool:
+    """Whether pairs lie ready in a latents file or a folder of them; "shapes" is the domain, whatever folder
+    has its name."""
+    return source != "shapes" and (source.endswith(".safetensors") or Path(source).is_dir())
 
 
 def shapes_pairs(
@@ -130,9 +137,7 @@ def run_training(
 
     def pairs(part: str, source: str, num_prompts: int, seed: int) -> LatentPairs:
         stored = (
-            None
-            if output is None or source.endswith(".safetensors") or Path(source).is_dir()
-            else output / "pairs" / f"{part}.safetensors"
+            None if output is None or _holds_latents(source) else output / "pairs" / f"{part}.safetensors"
         )
         if stored is not None and config.resume and stored.exists():
             return LatentPairs.load(stored)

@@ -96,8 +96,8 @@ def make_shapes_pairs(
         pictures = {"sample": drawn[0][index], "draft": drawn[1][index]}
         pictures["render"] = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
         corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
-        drawn_well = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
-        pictures["corrupted"] = corrupt(drawn_well, float(rng.uniform(0.1, 1.0)), rng)
+        undamaged = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
+        pictures["corrupted"] = corrupt(undamaged, float(rng.uniform(0.1, 1.0)), rng)
         candidates += [
             Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
             for origin, image in pictures.items()
