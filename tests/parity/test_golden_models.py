@@ -111,7 +111,8 @@ def test_score_before_the_logistic(model: RewardModel, io: dict[str, Tensor]) ->
     for sigma, expected in zip(io["sigma"], io["reward_prelogistic"], strict=True):
         with torch.no_grad():
             noisy = model.schedule.add_noise(io["latents"], io["noise"], sigma)
-            raw = model.score_features(model.backbone(noisy, conditioning_of(io), sigma))
+            features = model.backbone(noisy, conditioning_of(io), sigma)
+            raw = model.head(features.image, features.text, features.temb)
         torch.testing.assert_close(raw, expected[:, 0], **SCORE_TOLERANCE)
 
 

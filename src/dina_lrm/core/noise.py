@@ -139,6 +139,15 @@ class NoiseSchedule:
         index = (table - sigma.detach().to(torch.float32).unsqueeze(1)).abs().argmin(dim=1)
         return MatchedLevel(index, table[index], self.timesteps.to(sigma.device)[index])
 
+    def sigma_at(self, timestep: Float[Tensor, " batch"]) -> NoiseLevel:
+        """Noise level at a sampler's timesteps, which need not be in the table.
+
+        Rectified flow: timestep / num_train_timesteps. Variance preserving: that of the nearest row.
+        """
+        if self.law == "rectified_flow":
+            return timestep * (self.sigmas[0] / self.timesteps[0]).to(timestep)
+        return self.sigmas.to(timestep)[timestep.round().long().clamp(0, len(self.sigmas) - 1)]
+
     def add_noise(self, latents: Latents, noise: Latents, sigma: NoiseLevel) -> Latents:
         """Forward diffusion to `sigma`: (1 - sigma) z0 + sigma eps, or sqrt(1 - sigma^2) z0 + sigma eps.
 

@@ -59,8 +59,8 @@ class LatentPairs:
     `bayes`, known only for simulated raters, is the probability under their law that `chosen` is preferred.
     """
 
-    latents: Float[Tensor, "image channel height width"]
-    """Already shifted and scaled; float16 or float32."""
+    latents: Float[Tensor, "image channel *frame height width"]
+    """Already shifted and scaled; float16 or float32. A video has a frame axis before height."""
     prompts: list[str]
     prompt_embeds: Float[Tensor, "prompt token dim"]
     prompt_index: Int64[Tensor, " pair"]
@@ -77,9 +77,10 @@ class LatentPairs:
 
     def __post_init__(self) -> None:
         num_images, num_prompts = len(self.latents), len(self.prompts)
-        if self.latents.ndim != 4:
+        if self.latents.ndim not in (4, 5):
             raise InvalidInputError(
-                f"latents have shape {tuple(self.latents.shape)}: need (image, channel, height, width)"
+                f"latents have shape {tuple(self.latents.shape)}: need (image, channel, height, width), "
+                "or a frame axis before height"
             )
         for name in ("prompt_embeds", "pooled_prompt_embeds", "attention_mask"):
             table = getattr(self, name)

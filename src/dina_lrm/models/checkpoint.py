@@ -95,7 +95,7 @@ def write_adapter(folder: Path, config: RewardModelConfig, adapter: Mapping[str,
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    peft_config = lora_config(config.lora_rank, config.lora_alpha, config.num_blocks, config.adapts_last_text)
+    peft_config = lora_config(config)
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     save_file(

@@ -71,8 +71,8 @@ class Calibration:
 class RewardModelConfig:
     """Everything needed to rebuild a reward model beside its weights."""
 
-    backbone: Literal["sd3"] = "sd3"
-    """Backbone family, which picks the adapter."""
+    backbone: Literal["sd3", "flux", "z_image", "qwen_image", "unet", "wan"] | None = None
+    """Backbone family. None, in published checkpoints, which do not say it: that of the pipeline."""
     backbone_id: str | None = None
     """Pipeline the base weights come from: "bundled", a folder or a hub id."""
     num_blocks: int
@@ -97,12 +97,14 @@ class RewardModelConfig:
     """Used in training, and by `compare` where no calibration is stored."""
     noise_levels: tuple[float, ...] = (0.4,)
     """Default for scoring; more than one: a token-level ensemble."""
+    guidance: float | None = None
+    """Guidance scale that a guidance-distilled backbone (FLUX.1 [dev]) is told; None for all others."""
     add_noise: bool = True
     """False: latents enter clean while the backbone is still told the noise level (an ablation)."""
     calibration: Calibration | None = None
     """Fitted after training; `compare` uses it."""
     max_text_tokens: int | None = None
-    """T5 tokens per prompt; None: the tokenizer's own limit, at most 256."""
+    """Tokens per prompt of the longest encoder (T5, UMT5, Qwen); None: what the backbone's pipeline reads."""
 
     def __post_init__(self) -> None:
         _require(self.num_blocks >= 1, "num_blocks", self.num_blocks, "at least 1")
@@ -113,6 +115,12 @@ class RewardModelConfig:
             _require(self.lora_rank >= 1, "lora_rank", self.lora_rank, 'at least 1 when tuning = "lora"')
             good = math.isfinite(self.lora_alpha) and self.lora_alpha > 0
             _require(good, "lora_alpha", self.lora_alpha, "above 0")
+        _require(
+            self.guidance is None or math.isfinite(self.guidance),
+            "guidance",
+            self.guidance,
+            "a finite number",
+        )
         _check_levels(self.noise_levels, "noise_levels")
         _require(
             self.max_text_tokens is None or self.max_text_tokens >= 1,

@@ -1,6 +1,9 @@
-"""From prompts and pictures to what a backbone reads, over the parts of a diffusers pipeline.
+"""From prompts and pictures to what a backbone reads, over the parts of a diffusers pipeline, and back.
 
-    z0 = (VAE mean (or sample) - shift_factor) * scaling_factor
+    z0 = (VAE mean (or sample) - shift) * scale
+
+shift and scale are the VAE config's `shift_factor` and `scaling_factor`, or, channel by channel, its
+`latents_mean` and one over `latents_std` (Qwen-Image and Wan, and some SDXL models).
 
 Departures from the paper's code: the VAE's mean is the default, so a picture has one latent; a missing part
 is an error that names it, at the moment it is needed.
@@ -12,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_lrm.errors import MissingComponentError
+from dina_lrm.errors import InvalidInputError, MissingComponentError
+from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.families import backbone_of
 from dina_lrm.models.images import as_pictures, fit
 from dina_lrm.models.source import PipelineSource
-from dina_lrm.models.text import PromptEncoder, quiet_loading
+from dina_lrm.models.text import quiet_loading
 
 PICTURES_PER_CALL = 8
 
@@ -28,25 +33,24 @@ class Encoders:
     device asked for; the VAE stays in float32, since it is small and its mean decides everything after it.
 
     Args:
-        patch_size, max_latent_side: limits of the backbone that will read the latents.
+        architecture: of the backbone that will read the latents: it limits their size.
         max_pixels: pictures with more are shrunk; None: only the backbone's position table limits them.
     """
 
     def __init__(
         self,
         source: PipelineSource,
+        architecture: Architecture,
         *,
-        patch_size: int,
-        max_latent_side: int,
         max_text_tokens: int | None = None,
         max_pixels: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.source = source
-        self.patch_size = patch_size
-        self.max_latent_side = max_latent_side
+        self.architecture = architecture
         self.max_pixels = max_pixels
-        self.text = PromptEncoder(source, max_text_tokens=max_text_tokens, dtype=dtype)
+        encoder = backbone_of(architecture).prompt_encoder
+        self.text = encoder(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
         self._vae: Any = None
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
@@ -62,23 +66,23 @@ class Encoders:
             seeds: None takes the mean of the VAE's posterior; otherwise one sample per picture from its seed.
         """
         vae = self._load_vae(device)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor, side = pixels_per_latent(vae.config), self.architecture.max_latent_side
         pictures = [
             fit(
                 picture,
-                multiple=factor * self.patch_size,
-                max_side=factor * self.max_latent_side,
+                multiple=factor * self.architecture.latent_multiple,
+                max_side=None if side is None else factor * side,
                 max_pixels=self.max_pixels,
                 name=f"image {index}",
             )
             for index, picture in enumerate(as_pictures(images))
         ]
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        self._check_frames(pictures, vae.config)
         latents: dict[int, Tensor] = {}
         for rows in _same_shape(pictures):
             batch = torch.stack([pictures[row] for row in rows]).to(vae.device, vae.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
-                posterior = vae.encode(batch * 2 - 1).latent_dist
+                posterior = vae.encode(self._with_frames(batch * 2 - 1)).latent_dist
                 encoded = posterior.mean
                 if seeds is not None:
                     draws = [
@@ -86,9 +90,45 @@ class Encoders:
                         for row in rows
                     ]
                     encoded = encoded + posterior.std * torch.stack(draws).to(encoded)
-                scaled = (encoded.float() - shift) * vae.config.scaling_factor
+                shift, scale = _shift_and_scale(vae.config, encoded)
+                scaled = self._without_frames((encoded.float() - shift) * scale)
             latents |= dict(zip(rows, scaled.to(device), strict=True))
         return [latents[row] for row in range(len(pictures))]
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, device: torch.device) -> Tensor:
+        """Clean latents (batch, channel, height, width) back to pictures (batch, 3, height, width) in [0, 1].
+
+        Latents with a frame axis come back as (batch, 3, frame, height, width).
+        """
+        vae = self._load_vae(device)
+        wide = latents.to(vae.device, torch.float32)
+        shift, scale = _shift_and_scale(vae.config, wide)
+        frames = self._with_frames(wide / scale + shift).to(vae.dtype)
+        pictures = vae.decode(frames, return_dict=False)[0]
+        if pictures.ndim == 5 and latents.ndim == 4:
+            pictures = pictures.squeeze(2)
+        return (pictures.float() / 2 + 0.5).clamp(0, 1).to(device)
+
+    def _check_frames(self, pictures: list[Tensor], config: Any) -> None:
+        for index, frames in enumerate(picture.shape[1] for picture in pictures if picture.ndim == 4):
+            if self.architecture.max_latent_frames is None:
+                raise InvalidInputError(
+                    f"video {index} has {frames} frames: this backbone scores pictures only"
+                )
+            step = 2 ** sum(config["temperal_downsample"])
+            if (frames - 1) % step:
+                raise InvalidInputError(
+                    f"video {index} has {frames} frames: this VAE takes one more than a multiple of {step}"
+                )
+
+    def _with_frames(self, batch: Tensor) -> Tensor:
+        """A frame axis of length one, for the VAEs of video models."""
+        return batch.unsqueeze(2) if batch.ndim == 4 and _is_video_vae(self._vae.config) else batch
+
+    def _without_frames(self, latents: Tensor) -> Tensor:
+        keeps_frames = self.architecture.max_latent_frames is not None
+        return latents if keeps_frames or latents.ndim == 4 else latents.squeeze(2)
 
     def _load_vae(self, device: torch.device) -> Any:
         if self._vae is None:
@@ -100,27 +140,54 @@ class Encoders:
             if self.source.live is not None:
                 self._vae = self.source.live.vae
             else:
-                from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+                import diffusers
 
+                kind = self.source.config("vae", "config.json").get("_class_name", "AutoencoderKL")
                 with quiet_loading():
-                    vae = AutoencoderKL.from_pretrained(self.source.path("vae"), variant=self.source.variant)
+                    vae = getattr(diffusers, kind).from_pretrained(
+                        self.source.path("vae"), variant=self.source.variant
+                    )
                 self._vae = vae.float().requires_grad_(False)
         return self._vae if self.source.live is not None else self._vae.to(device)
 
 
 def encoders_for(
-    source: PipelineSource, architecture: Any, max_text_tokens: int | None, dtype: torch.dtype
+    source: PipelineSource, architecture: Architecture, max_text_tokens: int | None, dtype: torch.dtype
 ) -> Encoders | None:
     """Encoders, or None for a pipeline that holds only a transformer and a scheduler."""
     if not any(source.has(part) for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")):
         return None
-    return Encoders(
-        source,
-        patch_size=architecture.patch_size,
-        max_latent_side=architecture.max_latent_side,
-        max_text_tokens=max_text_tokens,
-        dtype=dtype,
-    )
+    return Encoders(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
+
+
+def pixels_per_latent(config: Any) -> int:
+    """Spatial factor of a VAE, from its config."""
+    if _is_video_vae(config):
+        return 2 ** len(config["temperal_downsample"]) * (config.get("patch_size") or 1)
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def latent_space(config: Any) -> str:
+    """A VAE's class and normalisation: latents of another space have other values, whatever their shape."""
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels", "z_dim")
+    stated = [f"{name}={config[name]}" for name in names if config.get(name) is not None]
+    return " ".join([str(config.get("_class_name", "AutoencoderKL")), *stated])
+
+
+def _is_video_vae(config: Any) -> bool:
+    return "temperal_downsample" in config  # sic, in diffusers
+
+
+def _shift_and_scale(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """As in z0 = (z - shift) * scale, one entry a channel or one for all."""
+
+    def entry(name: str, default: float) -> Tensor:
+        value = config.get(name)
+        column = torch.tensor(default if value is None else value, device=latents.device)
+        return column.reshape(-1, *[1] * (latents.ndim - 2))
+
+    shift = entry("latents_mean", 0.0) + entry("shift_factor", 0.0)
+    return shift, entry("scaling_factor", 1.0) / entry("latents_std", 1.0)
 
 
 def _same_shape(pictures: list[Tensor]) -> list[list[int]]:

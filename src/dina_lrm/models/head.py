@@ -6,13 +6,15 @@ Departure from the paper's code: with no text taps the text stream is absent, an
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dina_lrm.core.ensemble import unfold_levels
 from dina_lrm.core.tensors import Features, Score
 from dina_lrm.errors import InvalidInputError
 
@@ -75,24 +77,33 @@ class QueryAttention(nn.Module):
         queries: Float[Tensor, "batch query width"],
         image: Float[Tensor, "batch image_token width"],
         text: Float[Tensor, "batch text_token width"] | None = None,
+        text_mask: Bool[Tensor, "batch text_token"] | None = None,
     ) -> Float[Tensor, "batch query width"]:
         q = self.to_q(self.norm_q(queries))
         attended = self._read(q, self.norm_v(image), self.to_k_vis, self.to_v_vis, self.gate_vis)
         if self.norm_t is not None and self.to_k_text is not None and self.to_v_text is not None:
             assert text is not None
             attended = attended + self._read(
-                q, self.norm_t(text), self.to_k_text, self.to_v_text, self.gate_text
+                q, self.norm_t(text), self.to_k_text, self.to_v_text, self.gate_text, text_mask
             )
         return queries + self.to_out(attended)
 
     def _read(
-        self, q: Tensor, context: Tensor, to_key: nn.Linear, to_value: nn.Linear, gate: nn.Module | None
+        self,
+        q: Tensor,
+        context: Tensor,
+        to_key: nn.Linear,
+        to_value: nn.Linear,
+        gate: nn.Module | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         key, value = to_key(context), to_value(context)
         if gate is not None:
             value = gate(context).sigmoid() * value
         q, key, value = (rearrange(x, "b n (h d) -> b h n d", h=self.num_heads) for x in (q, key, value))
-        return rearrange(F.scaled_dot_product_attention(q, key, value), "b h n d -> b n (h d)")
+        seen = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, key, value, attn_mask=seen)
+        return rearrange(attended, "b h n d -> b n (h d)")
 
 
 def _token_gate(width: int) -> nn.Sequential:
@@ -107,13 +118,52 @@ def _zero_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
+@dataclass(frozen=True)
+class HeadTokens:
+    """What the head's attentions read of some latents: one set of tokens a row."""
+
+    image: Float[Tensor, "batch image_token width"]
+    text: Float[Tensor, "batch text_token width"] | None = None
+    text_mask: Bool[Tensor, "batch text_token"] | None = None
+    """False for padding, which is not looked at."""
+
+    @classmethod
+    def stack(cls, parts: Sequence["HeadTokens"]) -> "HeadTokens":
+        """Rows below rows; texts of different length are padded and masked."""
+        image = torch.cat([part.image for part in parts])
+        texts = [part.text for part in parts if part.text is not None]
+        if not texts:
+            return cls(image)
+        masks = [part.text_mask for part in parts]
+        length = max(text.shape[1] for text in texts)
+        if all(mask is None for mask in masks) and all(text.shape[1] == length for text in texts):
+            return cls(image, torch.cat(texts))
+        padded = [F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts]
+        seen = [
+            F.pad(
+                text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask,
+                (0, length - text.shape[1]),
+            )
+            for text, mask in zip(texts, masks, strict=True)
+        ]
+        return cls(image, torch.cat(padded), torch.cat(seen))
+
+    def unfold(self, num_levels: int) -> "HeadTokens":
+        """Rows ordered level by level become one ensemble a latent (`core.ensemble.unfold_levels`)."""
+        mask = self.text_mask
+        if mask is not None:
+            mask = rearrange(mask, "(level batch) token -> batch (level token)", level=num_levels)
+        text = None if self.text is None else unfold_levels(self.text, num_levels)
+        return HeadTokens(unfold_levels(self.image, num_levels), text, mask)
+
+
 class RewardHead(nn.Module):
     """Scores latents from backbone features.
 
     Args:
-        token_dim, embedding_dim: widths of the backbone's tokens and of its time embedding.
-        num_image_taps, num_text_taps: how many layers are read; no text taps means image tokens only.
-        width: None takes token_dim.
+        image_dims, text_dims: token width at each tap; no text taps means image tokens only.
+        embedding_dim: width of the backbone's time embedding.
+        width: None takes the widest image tap.
 
     Two steps, because a noise ensemble joins token sets in between: `aggregate` turns one level's features
     into tokens, `score_tokens` turns tokens, of one level or of several concatenated, into a score.
@@ -122,10 +172,9 @@ class RewardHead(nn.Module):
     def __init__(
         self,
         *,
-        token_dim: int,
+        image_dims: Sequence[int],
+        text_dims: Sequence[int],
         embedding_dim: int,
-        num_image_taps: int,
-        num_text_taps: int,
         width: int | None = None,
         num_queries: int = 4,
         num_attention_heads: int = 8,
@@ -133,7 +182,7 @@ class RewardHead(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        width = token_dim if width is None else width
+        width = max(image_dims) if width is None else width
         if width % num_attention_heads or width % 4:
             raise InvalidInputError(
                 f"head width {width} must be divisible by 4 and by its {num_attention_heads} attention heads"
@@ -141,18 +190,18 @@ class RewardHead(nn.Module):
         self.width = width
         compressed = width // 4
 
-        def adapters(count: int) -> nn.ModuleList:
+        def adapters(dims: Sequence[int]) -> nn.ModuleList:
             return nn.ModuleList(
-                FiLMAdapter(token_dim, embedding_dim, width, project_in=project_in) for _ in range(count)
+                FiLMAdapter(dim, embedding_dim, width, project_in=project_in) for dim in dims
             )
 
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, num_queries, width))
-        self.layer_adapters_visual = adapters(num_image_taps)
-        self.layer_adapters_text = adapters(num_text_taps)
-        self.agg_visual = nn.Linear(num_image_taps * compressed, width)
-        self.agg_text = nn.Linear(num_text_taps * compressed, width) if num_text_taps else None
+        self.layer_adapters_visual = adapters(image_dims)
+        self.layer_adapters_text = adapters(text_dims)
+        self.agg_visual = nn.Linear(len(image_dims) * compressed, width)
+        self.agg_text = nn.Linear(len(text_dims) * compressed, width) if text_dims else None
         self.attn1 = QueryAttention(
-            width, num_attention_heads, with_text=num_text_taps > 0, gated=True, dropout=dropout
+            width, num_attention_heads, with_text=len(text_dims) > 0, gated=True, dropout=dropout
         )
         self.attn2 = QueryAttention(width, num_attention_heads, with_text=False, gated=False, dropout=dropout)
         self.norm_ff = nn.RMSNorm(width, eps=RMS_EPS)
@@ -168,14 +217,18 @@ class RewardHead(nn.Module):
     def aggregate(
         self, image: Sequence[Tensor], text: Sequence[Tensor], temb: Float[Tensor, "batch embedding"]
     ) -> tuple[Float[Tensor, "batch image_token width"], Float[Tensor, "batch text_token width"] | None]:
-        """Tokens of one noise level: every tap through its adapter, joined on channels, mixed."""
+        """Tokens of one noise level: every tap through its adapter, joined on channels, mixed.
+
+        Taps of different resolution (a UNet's) are laid end to end, each through its own slice of the mixing
+        matrix: the same sum over taps, without its terms at other places.
+        """
         temb = temb.to(self.dtype)
 
         def join(taps: Sequence[Tensor], adapters: nn.ModuleList, mix: nn.Linear) -> Tensor:
             compressed = [
                 adapter(tokens.to(self.dtype), temb) for adapter, tokens in zip(adapters, taps, strict=True)
             ]
-            return mix(torch.cat(compressed, dim=-1))
+            return _mix_taps(compressed, mix)
 
         image_tokens = join(image, self.layer_adapters_visual, self.agg_visual)
         text_tokens = None if self.agg_text is None else join(text, self.layer_adapters_text, self.agg_text)
@@ -185,18 +238,32 @@ class RewardHead(nn.Module):
         self,
         image_tokens: Float[Tensor, "batch image_token width"],
         text_tokens: Float[Tensor, "batch text_token width"] | None,
+        text_mask: Bool[Tensor, "batch text_token"] | None = None,
     ) -> Score:
-        """One score per row, the mean over queries."""
+        """One score per row, the mean over queries; text tokens whose mask is False are not looked at."""
         queries = self.query_tokens.expand(image_tokens.shape[0], -1, -1)
-        queries = self.attn1(queries, image_tokens, text_tokens)
+        queries = self.attn1(queries, image_tokens, text_tokens, text_mask)
         queries = self.attn2(queries, image_tokens)
         queries = queries + self.ff(self.norm_ff(queries))
         return self.head(queries).mean(dim=1).squeeze(-1)
 
     def forward(
-        self, image: Sequence[Tensor], text: Sequence[Tensor], temb: Float[Tensor, "batch embedding"]
+        self,
+        image: Sequence[Tensor],
+        text: Sequence[Tensor],
+        temb: Float[Tensor, "batch embedding"],
+        text_mask: Bool[Tensor, "batch text_token"] | None = None,
     ) -> Score:
-        return self.score_tokens(*self.aggregate(image, text, temb))
+        return self.score_tokens(*self.aggregate(image, text, temb), text_mask)
+
+
+def _mix_taps(taps: Sequence[Tensor], mix: nn.Linear) -> Tensor:
+    """Compressed tokens of each tap to tokens of the head's width, by one Linear over all taps' channels."""
+    if len({tap.shape[1] for tap in taps}) == 1:
+        return mix(torch.cat(list(taps), dim=-1))
+    slices = mix.weight.split([tap.shape[-1] for tap in taps], dim=-1)
+    mixed = [F.linear(tap, weight, mix.bias) for tap, weight in zip(taps, slices, strict=True)]
+    return torch.cat(mixed, dim=1)
 
 
 class LogisticSquash(nn.Module):

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 
-Picture = Float[Tensor, "3 height width"]
+Picture = Float[Tensor, "3 *frame height width"]
+"""A video has its frames before height."""
 
 
 def as_pictures(images: Any) -> list[Picture]:
     """One picture or many, as a list of float tensors (3, height, width) in [0, 1].
 
-    Each may be a path, encoded bytes, a PIL image, or a uint8 or float tensor (channel, height, width);
-    a tensor (batch, channel, height, width) counts as a list.
+    Each may be a path, encoded bytes, a PIL image, or a uint8 or float tensor (channel, height, width), a
+    video a tensor (channel, frame, height, width). A tensor (batch, channel, height, width) counts as a list
+    of pictures, a tensor with five axes as a list of videos.
     """
-    if isinstance(images, Tensor) and images.ndim == 4:
+    if isinstance(images, Tensor) and images.ndim >= 4:
         images = list(images)
     if not isinstance(images, Sequence) or isinstance(images, str | bytes):
         images = [images]
@@ -64,10 +66,10 @@ def _from_pil(image: Any, name: str) -> Picture:
 
 
 def _from_tensor(image: Tensor, name: str) -> Picture:
-    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+    if image.ndim not in (3, 4) or image.shape[0] not in (1, 3, 4):
         raise InvalidInputError(
-            f"{name} has shape {tuple(image.shape)}: "
-            f"tensors must be (channel, height, width) with 1, 3 or 4 channels"
+            f"{name} has shape {tuple(image.shape)}: tensors must be (channel, height, width), "
+            f"or (channel, frame, height, width) for a video, with 1, 3 or 4 channels"
         )
     if image.dtype == torch.uint8:
         image = image.float() / 255
@@ -85,15 +87,20 @@ def _from_tensor(image: Tensor, name: str) -> Picture:
     if image.shape[0] == 4:
         colour, alpha = image[:3], image[3:]
         return colour * alpha + (1 - alpha)
-    return image.expand(3, -1, -1)
+    return image.expand(3, *image.shape[1:])
 
 
 def fit(
-    picture: Picture, *, multiple: int, max_side: int, max_pixels: int | None = None, name: str = "image"
-) -> Float[Tensor, "3 new_height new_width"]:
+    picture: Picture,
+    *,
+    multiple: int,
+    max_side: int | None = None,
+    max_pixels: int | None = None,
+    name: str = "image",
+) -> Float[Tensor, "3 *frame new_height new_width"]:
     """Shrink to the limits where needed and round the sides down to a multiple; never enlarge."""
-    height, width = picture.shape[1:]
-    scale = min(1.0, max_side / max(height, width))
+    height, width = picture.shape[-2:]
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(height, width))
     if max_pixels is not None:
         scale = min(scale, math.sqrt(max_pixels / (height * width)))
     # The small addend keeps 0.1 * 640 = 63.999 from losing a whole multiple.
@@ -101,9 +108,11 @@ def fit(
     if min(new_height, new_width) == 0:
         raise InvalidInputError(
             f"{name} of {height} x {width} pixels is too small or too narrow: "
-            f"both sides must come to at least {multiple} pixels within {max_side} a side"
+            f"both sides must come to at least {multiple} pixels"
+            f"{'' if max_side is None else f' within {max_side} a side'}"
         )
     if (new_height, new_width) == (height, width):
         return picture
-    resized = F.interpolate(picture[None], size=(new_height, new_width), mode="bicubic", antialias=True)
-    return resized[0].clamp(0, 1)
+    frames = picture.reshape(3, -1, height, width).transpose(0, 1)
+    resized = F.interpolate(frames, size=(new_height, new_width), mode="bicubic", antialias=True)
+    return resized.transpose(0, 1).reshape(*picture.shape[:-2], new_height, new_width).clamp(0, 1)

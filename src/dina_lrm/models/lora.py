@@ -6,33 +6,36 @@ Their published names are those of a PEFT model around the kept parts: `base_mod
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dina_lrm.models.weights import check_state
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Adapted by name suffix, so the second attention of dual blocks is included."""
-TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+if TYPE_CHECKING:
+    from dina_lrm.models.config import RewardModelConfig
+
 PUBLISHED_PREFIX = "base_model.model."
 
 
-def lora_config(rank: int, alpha: float, num_blocks: int, adapt_last_text: bool) -> Any:
-    """PEFT's config for the reward adapter.
+def lora_config(config: "RewardModelConfig") -> Any:
+    """PEFT's config for the reward adapter: which projections depends on the backbone's family.
 
-    Text projections of the last kept block are left out when that block's text stream is not read.
+    Projections that only the text stream needs are left out of the last kept block when its text is not read.
     """
     from peft import LoraConfig
 
-    last = f"transformer_blocks.{num_blocks - 1}.attn."
-    excluded = None if adapt_last_text else [last + name for name in TEXT_PROJECTIONS]
+    from dina_lrm.models.families import backbone_class
+
+    backbone, alpha = backbone_class(config.backbone), config.lora_alpha
+    last = f"transformer_blocks.{config.num_blocks - 1}.attn."
+    excluded = None if config.adapts_last_text else [last + name for name in backbone.lora_text_targets]
     return LoraConfig(
-        r=rank,
+        r=config.lora_rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        target_modules=list(PROJECTIONS),
-        exclude_modules=excluded,
+        target_modules=list(backbone.lora_targets),
+        exclude_modules=excluded or None,
         init_lora_weights="gaussian",
     )
 
@@ -45,7 +48,7 @@ class LoraAdapter:
     recorded before still holds what it was computed with.
 
     Args:
-        parts: holds `transformer_blocks`; changed in place.
+        parts: the truncated diffusers model; changed in place.
         idle: leave the new adapter switched off, for parts that belong to someone else.
     """
 
@@ -143,8 +146,9 @@ def remove_adapter(parts: nn.Module, name: str) -> None:
 def borrowed(parts: nn.Module, adapter: str | None) -> Iterator[None]:
     """Use someone else's modules with only `adapter` active (None: bare), and put their state back after.
 
-    Their weights count as constants meanwhile: a policy that trains them must get gradients through the
-    latents it made, not through the reward's own use of the same weights. An exception restores all the same.
+    They are in eval mode and their weights count as constants meanwhile: a policy that trains them must get
+    gradients through the latents it made, not through the reward's own use of the same weights. An exception
+    restores all the same.
     """
     layers = tuner_layers(parts)
     fused = sorted({name for layer in layers for name in layer.merged_adapters})
@@ -154,7 +158,10 @@ def borrowed(parts: nn.Module, adapter: str | None) -> Iterator[None]:
         )
     states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    training = [module for module in parts.modules() if module.training]
     try:
+        for module in training:
+            module.training = False
         for layer in layers:
             layer._active_adapter = [adapter] if adapter in layer.lora_A else []
             layer._disable_adapters = False
@@ -162,6 +169,8 @@ def borrowed(parts: nn.Module, adapter: str | None) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
+        for module in training:
+            module.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
         for layer, active, disabled in states:

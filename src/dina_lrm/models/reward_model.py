@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.core.ensemble import average_levels, mean_and_standard_error, unfold_levels
+from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
 from dina_lrm.core.noise import NoiseSchedule, seeded_noise
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
 from dina_lrm.models import loading
-from dina_lrm.models.backbone import (
-    BackboneFeatures,
-    Conditioning,
-    EmbeddedConditioning,
-    check_tensor,
-    rows_for,
-)
+from dina_lrm.models.backbone import Backbone, BackboneFeatures, Conditioning, check_tensor, rows_for
 from dina_lrm.models.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
 from dina_lrm.models.encoders import Encoders
-from dina_lrm.models.head import LogisticSquash, RewardHead
+from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
 from dina_lrm.models.images import as_pictures
 from dina_lrm.models.lora import LoraAdapter
 from dina_lrm.models.scoring import (
@@ -41,7 +36,7 @@ from dina_lrm.models.scoring import (
     resolve_levels,
     resolve_seeds,
 )
-from dina_lrm.models.sd3 import SD3Backbone
+from dina_lrm.models.watch import RewardWatch
 from dina_lrm.models.weights import check_state
 
 HALF = (torch.float16, torch.bfloat16)
@@ -63,7 +58,7 @@ class RewardModel(nn.Module):
 
     def __init__(
         self,
-        backbone: SD3Backbone,
+        backbone: Backbone,
         head: RewardHead,
         config: RewardModelConfig,
         *,
@@ -141,6 +136,7 @@ class RewardModel(nn.Module):
         logistic: bool = False,
         likelihood: LikelihoodConfig | None = None,
         noise_levels: Sequence[float | int] = (0.4,),
+        guidance: float | None = None,
         max_text_tokens: int | None = None,
         seed: int = 0,
         allow_untrained: bool = False,
@@ -151,11 +147,14 @@ class RewardModel(nn.Module):
         """A new reward model to be trained, in training mode.
 
         Args:
-            pipeline: as in `from_pretrained`; with device="meta" also an `SD3Architecture`, to count or plan.
-            num_blocks: blocks kept; half of the transformer unless given.
-            image_taps, text_taps: thirds of the kept blocks unless given.
+            pipeline: as in `from_pretrained`; with device="meta" also an `Architecture`, to count or plan.
+            num_blocks: blocks kept. Unless given half of the transformer, FLUX's double blocks, or a UNet's
+                down and mid blocks.
+            image_taps, text_taps: thirds of the kept blocks unless given; where blocks leave the text as it
+                is (UNet, Wan), text is read at 0.
             lora_rank: 0 freezes the backbone, or trains all of it with tuning="full". lora_alpha: twice the
                 rank unless given.
+            guidance: what a guidance-distilled transformer (FLUX.1 [dev]) is told; 3.5 unless given.
             seed: of the head's and adapter's first weights.
             allow_untrained: let it score with random weights.
         """
@@ -171,6 +170,7 @@ class RewardModel(nn.Module):
             logistic=logistic,
             likelihood=likelihood or LikelihoodConfig(),
             noise_levels=tuple(float(level) for level in noise_levels),
+            guidance=guidance,
             max_text_tokens=max_text_tokens,
         )
         if config.tuning == "full" and dtype in HALF:
@@ -200,6 +200,16 @@ class RewardModel(nn.Module):
             self.squash.to(device=self.backbone.weight.device)
         self.encoders = loading.live_encoders(self, pipeline) or self.encoders
         return self.requires_grad_(False).eval()
+
+    def watch(self, pipeline: Any) -> RewardWatch:
+        """A `callback_on_step_end` scoring the states a live pipeline samples through (`models/watch.py`).
+
+        Raises:
+            InvalidInputError: the pipeline is not live, or its network is not the reward's kind of backbone.
+        """
+        self._require_trained(None)
+        loading.check_same_architecture(self, pipeline)
+        return RewardWatch(self, pipeline)
 
     @property
     def attached(self) -> bool:
@@ -247,7 +257,6 @@ class RewardModel(nn.Module):
         levels = resolve_levels(noise_levels, self.config.noise_levels, batch)
         unique = list(dict.fromkeys(prompts))
         conditioning = self.encode_prompts(unique)
-        embedded = self._embed(conditioning)
         prompt_rows = [unique.index(prompt) for prompt in prompts] * (batch // len(prompts))
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
         latents = latents * (batch // len(latents))
@@ -259,7 +268,7 @@ class RewardModel(nn.Module):
             which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
             for draw in range(num_draws):
                 draws[draw, rows] = self._score(
-                    stacked, embedded, which, levels[:, rows], noise[draw], ensemble
+                    stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
                 )
         return ScoreOutput(*mean_and_standard_error(draws))
 
@@ -296,18 +305,46 @@ class RewardModel(nn.Module):
         if noise is None:
             draws = seeded_noise(latents.shape[1:], resolve_seeds(seed, batch), num_draws=num_draws)
         else:
-            check_tensor(noise, "noise", 4, "the shape of the latents", finite=True)
+            check_tensor(noise, "noise", latents.ndim, "the shape of the latents", finite=True)
             if noise.shape != latents.shape or num_draws != 1:
                 raise InvalidInputError(
                     f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(latents.shape)} and "
                     f"num_draws = {num_draws}: give one noise sample per latent and one draw"
                 )
             draws = noise[None]
-        embedded = self._embed(conditioning)
         scores = [
-            self._score(latents.to(self.device), embedded, rows, levels, draw, ensemble) for draw in draws
+            self._score(latents.to(self.device), conditioning, rows, levels, draw, ensemble) for draw in draws
         ]
         return torch.stack(scores).mean(dim=0)
+
+    def score_state(
+        self,
+        noisy_latents: Tensor,
+        conditioning: Conditioning,
+        timestep: Tensor,
+        *,
+        allow_untrained: bool | None = None,
+    ) -> Score:
+        """Scores of states a sampler is at, (batch,); differentiable in them.
+
+        Args:
+            noisy_latents: (batch, channel, height, width), as the sampler holds them; for variance-preserving
+                samplers that scale their states, what the network is given.
+            conditioning: one row per latent, or a single row for all.
+            timestep: (batch,), the sampler's own: it is used as it is, not snapped to the training table.
+        """
+        self._require_trained(allow_untrained)
+        self.backbone.check_latents(noisy_latents)
+        self.backbone.check_conditioning(conditioning)
+        batch = len(noisy_latents)
+        if timestep.shape != (batch,):
+            raise InvalidInputError(f"timestep has shape {tuple(timestep.shape)}: it must be ({batch},)")
+        self._settle_adapter()
+        rows = rows_for(len(conditioning), batch, noisy_latents.device)
+        features = self.backbone.features_at(
+            noisy_latents.to(self.device), conditioning.index_select(rows), timestep
+        )
+        return self.score_tokens(self.tokens(features))
 
     def compare(
         self,
@@ -355,14 +392,17 @@ class RewardModel(nn.Module):
             shape = tuple(sigma.shape) if isinstance(sigma, Tensor) else type(sigma).__name__
             raise InvalidInputError(f"sigma is {shape}: it must be a tensor ({batch},), one level per sample")
         check_sigma(sigma, "sigma")
-        return self._squashed(self.score_features(self.backbone(noisy_latents, conditioning, sigma)))
+        return self.score_tokens(self.tokens(self.backbone(noisy_latents, conditioning, sigma)))
 
-    def score_features(self, *levels: BackboneFeatures) -> Score:
-        """Head on the features of one noise level, or of several joined into one sequence; no logistic."""
-        tokens = [self.head.aggregate(level.image, level.text, level.temb) for level in levels]
-        image = torch.cat([image for image, _ in tokens], dim=1)
-        text = [text for _, text in tokens if text is not None]
-        return self.head.score_tokens(image, torch.cat(text, dim=1) if text else None)
+    def tokens(self, features: BackboneFeatures) -> HeadTokens:
+        """What the head reads of one noise level's features."""
+        image, text = self.head.aggregate(features.image, features.text, features.temb)
+        return HeadTokens(image, text, features.text_mask if text is not None else None)
+
+    def score_tokens(self, tokens: HeadTokens) -> Score:
+        """Scores from tokens, those of several noise levels unfolded into one row; (batch,)."""
+        score = self.head.score_tokens(tokens.image, tokens.text, tokens.text_mask)
+        return score if self.squash is None else self.squash(score)
 
     def encode_prompts(self, prompts: str | Sequence[str]) -> Conditioning:
         """Conditioning with one row per prompt, from the pipeline's own text encoders; cached per prompt."""
@@ -380,6 +420,11 @@ class RewardModel(nn.Module):
                 f"pictures give latents of different sizes {sizes}: encode them size by size"
             )
         return torch.stack(latents)
+
+    def decode_latents(self, latents: Tensor) -> Float[Tensor, "batch 3 *frame height width"]:
+        """Pictures in [0, 1] of clean latents, by the pipeline's VAE: the way back from `encode_images`."""
+        self.backbone.check_latents(latents)
+        return self._need_encoders("latents", "vae").decode_latents(latents, self.device)
 
     # ------------------------------------------------------------------------------------- state
 
@@ -468,10 +513,7 @@ class RewardModel(nn.Module):
             return super().to(*args, **kwargs)
         self._set_merged(False)
         super().to(device=device, non_blocking=non_blocking)
-        masters = {id(parameter) for parameter in self.adapter.parameters()} if self.adapter else set()
-        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
-            if id(tensor) not in masters and tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
+        self.backbone.cast(dtype)
         return self
 
     def half(self) -> "RewardModel":
@@ -489,7 +531,7 @@ class RewardModel(nn.Module):
     def _score(
         self,
         latents: Tensor,
-        embedded: EmbeddedConditioning,
+        conditioning: Conditioning,
         rows: Tensor,
         levels: Tensor,
         noise: Tensor,
@@ -500,20 +542,22 @@ class RewardModel(nn.Module):
             raise InvalidInputError(f'ensemble = {ensemble!r}: it must be "tokens" or "scores"')
         self._settle_adapter()
         if ensemble == "scores" and len(levels) > 1:
-            each = [self._score(latents, embedded, rows, level[None], noise, "tokens") for level in levels]
+            each = [
+                self._score(latents, conditioning, rows, level[None], noise, "tokens") for level in levels
+            ]
             return average_levels(torch.stack(each))
         levels, noise = levels.to(self.device), noise.to(self.device)
         step = max(1, self.max_batch_size // len(levels))
         chunks = [slice(start, start + step) for start in range(0, len(latents), step)]
         return torch.cat(
             [
-                self._score_chunk(latents[s], embedded.index_select(rows[s]), levels[:, s], noise[s])
+                self._score_chunk(latents[s], conditioning.index_select(rows[s]), levels[:, s], noise[s])
                 for s in chunks
             ]
         )
 
     def _score_chunk(
-        self, latents: Tensor, embedded: EmbeddedConditioning, levels: Tensor, noise: Tensor
+        self, latents: Tensor, conditioning: Conditioning, levels: Tensor, noise: Tensor
     ) -> Score:
         """All levels of a few samples: rows ordered level by level, then joined sample by sample."""
         num_levels, batch = levels.shape
@@ -521,7 +565,7 @@ class RewardModel(nn.Module):
         latents = latents.to(
             torch.promote_types(latents.dtype, torch.float32)
         )  # mixing is never in half precision
-        images, texts = [], []
+        parts = []
         for start in range(0, num_levels * batch, self.max_batch_size):
             part = torch.arange(
                 start, min(start + self.max_batch_size, num_levels * batch), device=self.device
@@ -530,20 +574,9 @@ class RewardModel(nn.Module):
             noisy = latents[sample]
             if self.config.add_noise:
                 noisy = self.schedule.add_noise(noisy, noise[sample], sigma[part])
-            features = self.backbone.features(noisy, embedded.index_select(sample), sigma[part])
-            image, text = self.head.aggregate(features.image, features.text, features.temb)
-            images.append(image)
-            texts += [] if text is None else [text]
-        image = unfold_levels(torch.cat(images), num_levels)
-        text = unfold_levels(torch.cat(texts), num_levels) if texts else None
-        return self._squashed(self.head.score_tokens(image, text))
-
-    def _embed(self, conditioning: Conditioning) -> EmbeddedConditioning:
-        self._settle_adapter()
-        return self.backbone.embed(conditioning)
-
-    def _squashed(self, score: Score) -> Score:
-        return score if self.squash is None else self.squash(score)
+            features = self.backbone.features(noisy, conditioning.index_select(sample), sigma[part])
+            parts.append(self.tokens(features))
+        return self.score_tokens(HeadTokens.stack(parts).unfold(num_levels))
 
     def _need_encoders(self, what: str, component: str) -> Encoders:
         if self.encoders is None:

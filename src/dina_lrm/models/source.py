@@ -13,6 +13,8 @@ from dina_lrm.errors import CheckpointError, MissingComponentError
 from dina_lrm.models.weights import TensorSource, from_folder, from_module
 
 BUNDLED = "bundled"
+DENOISERS = ("transformer", "unet")
+"""What a pipeline may call the network whose features are read."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,12 +35,12 @@ class PipelineSource:
         if isinstance(pipeline, str | Path):
             self.name = str(pipeline)
             self.folder = bundled_folder("pipeline") if self.name == BUNDLED else local_folder(pipeline)
-        elif hasattr(pipeline, "transformer"):
+        elif any(hasattr(pipeline, name) for name in DENOISERS):
             self.live = pipeline
             self.name = str(getattr(pipeline, "name_or_path", None) or type(pipeline).__name__)
         else:
             raise MissingComponentError(
-                f"pipeline must be a diffusers pipeline with a transformer, a folder or a hub id, "
+                f"pipeline must be a diffusers pipeline with a transformer or unet, a folder or a hub id, "
                 f"not {type(pipeline).__name__}"
             )
 
@@ -52,7 +54,7 @@ class PipelineSource:
 
     def declares(self, component: str) -> bool:
         """Does model_index.json list the component as present?"""
-        return any(self._model_index().get(component) or [None])
+        return any(self.model_index().get(component) or [None])
 
     def path(self, component: str) -> Path:
         """Local folder of a component, downloaded if the source is a hub id."""
@@ -72,14 +74,31 @@ class PipelineSource:
             if part is None:
                 raise MissingComponentError(f"pipeline {self.name} has no {component}")
             return {"_class_name": type(part).__name__, **dict(part.config)}
+        if self.folder is None:  # the one file, without the weights beside it
+            folder = download(self.name, [f"{component}/{file}"], None, self.revision)
+            return read_json(folder / component / file)
         return read_json(self.path(component) / file)
 
-    def transformer_weights(self) -> TensorSource:
-        if self.live is not None:
-            return from_module(self.live.transformer, f"the transformer of pipeline {self.name}")
-        return from_folder(self.path("transformer"), self.variant)
+    @property
+    def denoiser(self) -> str:
+        """Name of the component whose features are read: "transformer" or "unet"."""
+        return "unet" if not self.has("transformer") and self.has("unet") else "transformer"
 
-    def _model_index(self) -> dict[str, Any]:
+    @property
+    def network(self) -> Any:
+        """The live network itself; None unless the pipeline is live."""
+        return None if self.live is None else getattr(self.live, self.denoiser)
+
+    def network_config(self) -> dict[str, Any]:
+        return self.config(self.denoiser, "config.json")
+
+    def network_weights(self) -> TensorSource:
+        if self.live is not None:
+            return from_module(self.network, f"the {self.denoiser} of pipeline {self.name}")
+        return from_folder(self.path(self.denoiser), self.variant)
+
+    def model_index(self) -> dict[str, Any]:
+        """model_index.json: the classes of all components; empty for a folder without one."""
         if self._index is None:
             if self.folder is None:
                 folder = download(self.name, ["model_index.json"], None, self.revision)

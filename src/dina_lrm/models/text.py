@@ -5,35 +5,59 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dina_lrm.errors import InvalidInputError, MissingComponentError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.source import PipelineSource
 
-REQUIRED = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-MAX_T5_TOKENS = 256
-PROMPTS_PER_CALL = 32
 CACHED_PROMPTS = 512
 
 
 class PromptEncoder:
-    """SD3's three text encoders, loaded at the first prompt.
+    """A pipeline's text encoders, loaded at the first prompt; one subclass per family, beside its backbone.
 
     Embeddings are kept per prompt, least recently used dropped first, on the CPU: at full size a row takes
     megabytes. After changing the text encoders of a live pipeline call `clear_cache`.
+
+    Args:
+        architecture: of the backbone that will read the embeddings.
+        max_text_tokens: tokens per prompt of the longest encoder; None: `max_tokens`, or the tokenizer's own
+            limit where that is lower.
     """
 
-    def __init__(self, source: PipelineSource, *, max_text_tokens: int | None, dtype: torch.dtype) -> None:
+    pipeline_class: str
+    """The diffusers pipeline whose `encode_prompt` is used."""
+    encoders: tuple[str, ...]
+    """Its text encoders; "text_encoder_2" goes with "tokenizer_2"."""
+    optional_encoders: tuple[str, ...] = ()
+    max_tokens: int = 512
+    prompts_per_call: int = 32
+
+    def __init__(
+        self, source: PipelineSource, architecture: Any, *, max_text_tokens: int | None, dtype: torch.dtype
+    ) -> None:
+        self.architecture = architecture
+        self.max_text_tokens = max_text_tokens
         self._source = source
-        self._max_text_tokens = max_text_tokens
         self._dtype = dtype
         self._pipeline: Any = None
-        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def encode_batch(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
+        """One row per prompt from the pipeline's `encode_prompt`; no negative prompts."""
+        raise NotImplementedError
+
+    def limit(self, pipeline: Any, tokenizer: str) -> int:
+        """Tokens of a prompt that the encoder behind `tokenizer` is given, special ones counted."""
+        own = int(getattr(getattr(pipeline, tokenizer), "model_max_length", self.max_tokens))
+        return self.max_text_tokens or min(self.max_tokens, own)
+
+    def prepare(self, pipeline: Any) -> None:
+        """Last touches to a pipeline that was loaded with its text parts only."""
 
     def clear_cache(self) -> None:
         self._cache.clear()
@@ -44,90 +68,63 @@ class PromptEncoder:
         pipeline = self._load(device)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         self._warn(new, pipeline)
-        for start in range(0, len(new), PROMPTS_PER_CALL):
-            chunk = new[start : start + PROMPTS_PER_CALL]
-            for prompt, *row in zip(chunk, *self._encode(chunk, pipeline, device), strict=True):
-                self._cache[prompt] = (row[0], row[1])
+        on = device if self._source.live is None else pipeline._execution_device
+        for start in range(0, len(new), self.prompts_per_call):
+            chunk = new[start : start + self.prompts_per_call]
+            with torch.no_grad(), _diffusers_silent(pipeline):
+                rows = self.encode_batch(pipeline, list(chunk), on).to("cpu")
+            for row, prompt in enumerate(chunk):
+                self._cache[prompt] = _without_padding(rows.index_select(torch.tensor([row])))
         for prompt in prompts:
             self._cache.move_to_end(prompt)
-        rows = [self._cache[prompt] for prompt in prompts]
+        encoded = [self._cache[prompt] for prompt in prompts]
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
-        embeds, pooled = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
-        return Conditioning(embeds, pooled)
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str], pipeline: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        on = device if self._source.live is None else pipeline._execution_device
-        with _diffusers_silent():
-            embeds, _, pooled, _ = pipeline.encode_prompt(
-                prompt=prompts,
-                prompt_2=None,
-                prompt_3=None,
-                device=on,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self._t5_tokens(pipeline),
-            )
-        return embeds.cpu(), pooled.cpu()
-
-    def _t5_tokens(self, pipeline: Any) -> int:
-        limit = getattr(pipeline.tokenizer_3, "model_max_length", MAX_T5_TOKENS)
-        return self._max_text_tokens or min(MAX_T5_TOKENS, int(limit))
+        return _joined(encoded).to(device)
 
     def _load(self, device: torch.device) -> Any:
         if self._pipeline is None:
-            for component in REQUIRED:
-                if not self._source.has(component):
-                    raise MissingComponentError(
-                        f"pipeline {self._source.name} has no {component}, so prompts cannot be encoded: "
-                        f"give a pipeline that has it, or use score_latents with a Conditioning"
-                    )
+            for encoder in self.encoders:
+                for component in (encoder, _tokenizer_of(encoder)):
+                    if not self._source.has(component):
+                        raise MissingComponentError(
+                            f"pipeline {self._source.name} has no {component}, so prompts cannot be encoded: "
+                            f"give a pipeline that has it, or use score_latents with a Conditioning"
+                        )
             self._pipeline = self._source.live or self._load_text_pipeline()
         if self._source.live is None:
-            for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            for name in (*self.encoders, *self.optional_encoders):
                 encoder = getattr(self._pipeline, name)
                 if encoder is not None:
                     encoder.to(device)
         return self._pipeline
 
     def _load_text_pipeline(self) -> Any:
-        from diffusers import StableDiffusion3Pipeline
+        import diffusers
 
         source = self._source
-        names = [name for name in (*REQUIRED, "text_encoder_3", "tokenizer_3") if source.has(name)]
-        for name in ("text_encoder_3", "tokenizer_3"):
-            if name not in names and source.declares(name):
-                raise MissingComponentError(
-                    f"pipeline {source.name} lists {name} in model_index.json but has no such folder"
-                )
-        left_out = dict.fromkeys(
-            {
-                "transformer",
-                "scheduler",
-                "vae",
-                "image_encoder",
-                "feature_extractor",
-                "text_encoder_3",
-                "tokenizer_3",
-            }
-            - set(names)
-        )
+        names: list[str] = []
+        for encoder in (*self.encoders, *self.optional_encoders):
+            for component in (encoder, _tokenizer_of(encoder)):
+                if source.has(component):
+                    names.append(component)
+                elif source.declares(component):
+                    raise MissingComponentError(
+                        f"pipeline {source.name} lists {component} in model_index.json but has no such folder"
+                    )
+        components = {name for name, value in source.model_index().items() if isinstance(value, list)}
+        left_out = dict.fromkeys((components | set(self.optional_encoders)) - set(names))
+        left_out |= {_tokenizer_of(name): None for name in self.optional_encoders if name in left_out}
         folder = {source.path(name).parent for name in names}.pop()
-        source.declares("transformer")  # a hub source fetches model_index.json
+        pipeline_class = getattr(diffusers, self.pipeline_class)
         with quiet_loading():
-            pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+            pipeline: Any = pipeline_class.from_pretrained(
                 folder, variant=source.variant, local_files_only=True, **left_out
             )
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        for name in (*self.encoders, *self.optional_encoders):
             if getattr(pipeline, name) is not None:
                 getattr(pipeline, name).to(self._dtype).requires_grad_(False)
-        if (
-            pipeline.text_encoder_3 is None
-        ):  # encode_prompt then asks the transformer for the width of the zeros
-            config = source.config("transformer", "config.json")
-            pipeline.transformer = SimpleNamespace(
-                config=SimpleNamespace(joint_attention_dim=config["joint_attention_dim"])
-            )
+        self.prepare(pipeline)
         return pipeline
 
     def _warn(self, prompts: list[str], pipeline: Any) -> None:
@@ -135,16 +132,15 @@ class PromptEncoder:
         unknown: dict[str, None] = {}
         for prompt in prompts:
             cut: dict[str, list[str]] = {}
-            for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            for encoder in (*self.encoders, *self.optional_encoders):
+                name = _tokenizer_of(encoder)
                 tokenizer = getattr(pipeline, name, None)
                 if tokenizer is None:
                     continue
-                limit = self._t5_tokens(pipeline) if name == "tokenizer_3" else pipeline.tokenizer_max_length
+                limit = self.limit(pipeline, name)
                 lost = _cut_off(tokenizer, prompt, limit)
                 if lost:
-                    cut.setdefault(lost, []).append(
-                        f"{name.replace('tokenizer', 'text_encoder')} ({limit} tokens)"
-                    )
+                    cut.setdefault(lost, []).append(f"{encoder} ({limit} tokens)")
                 unknown |= dict.fromkeys(_unknown_words(tokenizer, prompt))
             if cut:
                 losses = "; ".join(f"{', '.join(names)} does not see {lost!r}" for lost, names in cut.items())
@@ -219,12 +215,9 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def _diffusers_silent() -> Iterator[None]:
+def _diffusers_silent(pipeline: Any) -> Iterator[None]:
     """diffusers and transformers log truncation too (for T5 with the wrong words): once, by us, is enough."""
-    names = (
-        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-        "transformers.tokenization_utils_base",
-    )
+    names = (type(pipeline).__module__, "transformers.tokenization_utils_base")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.disabled for logger in loggers]
     try:
@@ -234,3 +227,27 @@ def _diffusers_silent() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+def _tokenizer_of(encoder: str) -> str:
+    """ "text_encoder_2" to "tokenizer_2"."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _without_padding(row: Conditioning) -> Conditioning:
+    """One row cut to its real tokens, where a mask says which they are."""
+    if row.attention_mask is None:
+        return row
+    real = row.attention_mask[0].bool()
+    return Conditioning(row.prompt_embeds[:, real], row.pooled_prompt_embeds)
+
+
+def _joined(rows: list[Conditioning]) -> Conditioning:
+    """Rows in one batch; rows of different length are padded with zeros and masked."""
+    lengths = torch.tensor([row.prompt_embeds.shape[1] for row in rows])
+    pooled = [row.pooled_prompt_embeds for row in rows]
+    embeds = pad_sequence([row.prompt_embeds[0] for row in rows], batch_first=True)
+    mask = None
+    if int(lengths.min()) < embeds.shape[1]:
+        mask = (torch.arange(embeds.shape[1]) < lengths[:, None]).long()
+    return Conditioning(embeds, None if pooled[0] is None else torch.cat(pooled), mask)  # pyright: ignore

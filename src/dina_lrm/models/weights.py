@@ -71,13 +71,14 @@ def fill(
     source: TensorSource,
     *,
     ignore: Callable[[str], bool] = lambda name: False,
-    dtype: torch.dtype | None = None,
+    dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     device: torch.device | str | None = None,
 ) -> None:
     """Give every parameter and buffer of `module` (on meta) its tensor, read and cast one at a time.
 
     Args:
         ignore: names in the source that this module leaves out on purpose. Any other surplus is an error.
+        dtype: of a floating tensor, by its name; None keeps the stored one.
     """
     wanted = module.state_dict()
     check_names(wanted, {name for name in source.names if name in wanted or not ignore(name)}, source.origin)
@@ -89,7 +90,7 @@ def fill(
                 f"{source.origin}: {name} has shape {tuple(tensor.shape)}, "
                 f"the backbone needs {tuple(placeholder.shape)}"
             )
-        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        state[name] = tensor.to(device=device, dtype=dtype(name) if tensor.is_floating_point() else None)
     module.load_state_dict(state, assign=True)
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dina_lrm.config import TrainConfig
-from dina_lrm.core.ensemble import unfold_levels
 from dina_lrm.core.noise import sample_noise_levels
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch, mix_seeds
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["PairScorer", "StepDraws", "draw_step", "loss_level"]
@@ -60,33 +60,23 @@ class PairScorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def tokens(
-        self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]
-    ) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]) -> HeadTokens:
         """Head tokens of every distinct latent at its pair's levels; rows are (level, latent)."""
         num_levels, num_pairs = sigma.shape
         backbone = self.model.backbone
         pair = batch.distinct % num_pairs  # one of the pairs that a latent is in: they share draw and prompt
         latents = torch.cat([batch.latents_chosen, batch.latents_rejected])[batch.distinct]
-        latents = latents.repeat(num_levels, 1, 1, 1)
+        latents = torch.cat([latents] * num_levels)
         sigmas = sigma[:, pair].reshape(-1)
         if self.model.config.add_noise:
-            latents = backbone.schedule.add_noise(latents, noise[pair].repeat(num_levels, 1, 1, 1), sigmas)
+            latents = backbone.schedule.add_noise(latents, torch.cat([noise[pair]] * num_levels), sigmas)
         conditioning = Conditioning(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask)
-        embedded = backbone.embed(conditioning)  # once per pair, then shared by latents and levels
-        features = backbone.features(latents, embedded.index_select(pair.repeat(num_levels)), sigmas)
-        return self.model.head.aggregate(features.image, features.text, features.temb)
+        rows = conditioning.index_select(pair.repeat(num_levels))
+        return self.model.tokens(backbone.features(latents, rows, sigmas))
 
-    def scores(
-        self, tokens: tuple[Tensor, Tensor | None], num_levels: int, batch: PairBatch
-    ) -> tuple[Score, Score]:
+    def scores(self, tokens: HeadTokens, num_levels: int, batch: PairBatch) -> tuple[Score, Score]:
         """Scores of (chosen, rejected) from the tokens of one or more levels."""
-        image, text = tokens
-        score = self.model.head.score_tokens(
-            unfold_levels(image, num_levels), None if text is None else unfold_levels(text, num_levels)
-        )
-        if self.model.squash is not None:
-            score = self.model.squash(score)
+        score = self.model.score_tokens(tokens.unfold(num_levels))
         chosen, rejected = score.float()[batch.position].chunk(2)
         return chosen, rejected
 

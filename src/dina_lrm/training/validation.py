@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.models.head import HeadTokens
 from dina_lrm.training.step import PairScorer
 
 __all__ = ["Levels", "accuracy", "fixed_sample", "levels_label", "validation_margins"]
@@ -58,9 +59,7 @@ def validation_margins(
                 for level, sigma in zip(levels, matched, strict=True)
             }
             for candidate in candidates:
-                image = torch.cat([tokens[level][0] for level in candidate])
-                text = [stream for level in candidate if (stream := tokens[level][1]) is not None]
-                joined = (image, torch.cat(text) if text else None)
+                joined = HeadTokens.stack([tokens[level] for level in candidate])
                 chosen, rejected = scorer.scores(joined, len(candidate), batch)
                 margins[candidate] += (chosen - rejected).tolist()
     gathered = gather_object([(margins, pairs.target[own].tolist())])

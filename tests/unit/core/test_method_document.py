@@ -151,10 +151,9 @@ def test_parameter_formulas(width, embedding, image_taps, text_taps):
 
     with torch.device("meta"):
         head = RewardHead(
-            token_dim=width,
+            image_dims=[width] * image_taps,
+            text_dims=[width] * text_taps,
             embedding_dim=embedding,
-            num_image_taps=image_taps,
-            num_text_taps=text_taps,
             num_attention_heads=8,
         )
     w, e, f, n = width, embedding, width // 4, image_taps + text_taps

@@ -32,8 +32,8 @@ def spoiled(value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("latents", "message"),
     [
-        (torch.zeros(3, 4, 8, 8), "4 channels, this backbone takes 16"),
-        (torch.zeros(3, 16, 7, 8), "height 7 and width 8 must be multiples of the patch size 2"),
+        (torch.zeros(3, 4, 8, 8), "4 channels, this sd3 backbone takes 16"),
+        (torch.zeros(3, 16, 7, 8), "height 7 and width 8 must be multiples of 2"),
         (torch.zeros(3, 16, 8, 26), "8 x 26 exceed the position table: at most 24 a side"),
         (spoiled(float("nan")), "1 NaN or infinite"),
         (spoiled(float("inf")), "1 NaN or infinite"),
@@ -70,7 +70,7 @@ def test_malformed_levels(model: RewardModel, levels: object) -> None:
     ("conditioning", "message"),
     [
         (Conditioning(torch.zeros(3, 5, 63), torch.zeros(3, 64)), "width 63"),
-        (Conditioning(torch.zeros(3, 5, 64), torch.zeros(3, 65)), "pooled_prompt_embeds 65"),
+        (Conditioning(torch.zeros(3, 5, 64), torch.zeros(3, 65)), "pooled_prompt_embeds have width 65"),
         (Conditioning(torch.zeros(3, 5, 64)), "needs pooled_prompt_embeds"),
         (tiny_conditioning(2), "2 rows for 3 latents"),
         (Conditioning(torch.zeros(3, 5, 64), torch.zeros(2, 64)), "3 rows of prompt_embeds, 2 of pooled"),

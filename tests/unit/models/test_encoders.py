@@ -46,8 +46,11 @@ def test_a_prompt_is_encoded_once(tiny_pipeline: Path) -> None:
     first = model.encode_prompts([PROMPT, "a red square", PROMPT])
     assert torch.equal(first.prompt_embeds[0], first.prompt_embeds[2])
     encoder = model.encoders.text
-    original, calls = encoder._encode, []
-    encoder._encode = lambda prompts, *rest: (calls.append(list(prompts)), original(prompts, *rest))[1]
+    original, calls = encoder.encode_batch, []
+    encoder.encode_batch = lambda pipeline, prompts, device: (
+        calls.append(list(prompts)),
+        original(pipeline, prompts, device),
+    )[1]
     again = model.encode_prompts(["a red square", "a blue square"])
     assert calls == [["a blue square"]]
     torch.testing.assert_close(again.prompt_embeds[0], first.prompt_embeds[1], atol=0, rtol=0)

@@ -10,7 +10,7 @@ from tests.tiny import randomize
 
 
 def make_head(**settings: object) -> RewardHead:
-    defaults = {"token_dim": 16, "embedding_dim": 12, "num_image_taps": 2, "num_text_taps": 1}
+    defaults = {"image_dims": [16, 16], "text_dims": [16], "embedding_dim": 12}
     head = RewardHead(**defaults | settings)
     randomize(head)
     return head.eval()
@@ -41,14 +41,14 @@ def test_tokens_have_no_order() -> None:
 def test_text_is_read_and_may_be_absent() -> None:
     head, (image, text, temb) = make_head(), features()
     assert (head(image, [text[0] + 1], temb) - head(image, text, temb)).abs().min() > 1e-3
-    blind = make_head(num_text_taps=0)
+    blind = make_head(text_dims=[])
     assert blind(image, [], temb).shape == (3,)
     assert not [name for name in blind.state_dict() if "text" in name or "norm_t" in name]
 
 
 def test_a_fresh_head_ignores_the_noise_level_and_opens_every_gate_halfway() -> None:
     head, (image, text, temb) = (
-        RewardHead(token_dim=16, embedding_dim=12, num_image_taps=2, num_text_taps=1),
+        RewardHead(image_dims=[16, 16], text_dims=[16], embedding_dim=12),
         features(),
     )
     torch.testing.assert_close(head(image, text, temb), head(image, text, temb + 1))

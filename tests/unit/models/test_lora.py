@@ -1,13 +1,18 @@
 """LoRA: where it sits, that merging changes nothing but speed, and that its weights stay in float32."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dina_lrm.models.lora import PROJECTIONS, TEXT_PROJECTIONS, lora_config
+from dina_lrm import RewardModelConfig
+from dina_lrm.models.lora import lora_config
+from dina_lrm.models.sd3 import SD3Backbone
 from tests.tiny import make_tiny_reward, tiny_conditioning, tiny_latents
+
+PROJECTIONS, TEXT_PROJECTIONS = SD3Backbone.lora_targets, SD3Backbone.lora_text_targets
 
 NOISE = tiny_latents(seed=9)
 
@@ -30,8 +35,11 @@ def test_which_projections_are_adapted(tiny_backbone: Path, text_taps: tuple, ad
 
 
 def test_excluded_modules_are_recorded() -> None:
-    assert lora_config(4, 8.0, 12, True).exclude_modules is None
-    excluded = lora_config(4, 8.0, 12, False).exclude_modules
+    config = RewardModelConfig(
+        backbone="sd3", num_blocks=12, image_taps=(12,), text_taps=(12,), lora_rank=4, lora_alpha=8.0
+    )
+    assert lora_config(config).exclude_modules is None
+    excluded = lora_config(replace(config, text_taps=(8,))).exclude_modules
     assert set(excluded) == {f"transformer_blocks.11.attn.{name}" for name in TEXT_PROJECTIONS}
 
 

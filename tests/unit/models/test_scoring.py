@@ -9,6 +9,7 @@ from PIL import Image
 
 from dina_lrm import Calibration, Conditioning, InvalidInputError, RewardModel, UntrainedModelError
 from dina_lrm.core.noise import seeded_noise
+from dina_lrm.models.head import HeadTokens
 from tests.tiny import PROMPT, make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
 SIGMAS = [0.2, 0.5, 0.7]
@@ -64,16 +65,12 @@ def test_chunking_changes_nothing(tiny_backbone: Path) -> None:
         torch.testing.assert_close(model.score_latents(*args, seed=0), whole, atol=1e-6, rtol=0)
 
 
-def test_no_call_exceeds_the_batch_limit_and_text_is_projected_once(tiny_backbone: Path) -> None:
+def test_no_call_exceeds_the_batch_limit(tiny_backbone: Path) -> None:
     model = make_tiny_reward(tiny_backbone).requires_grad_(False)
-    calls, projections = [], []
+    calls = []
     model.backbone.pos_embed.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
-    model.backbone.context_embedder.register_forward_hook(
-        lambda _, args, __: projections.append(len(args[0]))
-    )
     model.score_latents(tiny_latents(4), tiny_conditioning(1), SIGMAS, seed=0)
     assert calls == [12], "all levels of all samples in one call"
-    assert projections == [1], "one prompt, one projection"
     calls.clear()
     model.max_batch_size = 5
     model.score_latents(tiny_latents(4), tiny_conditioning(1), SIGMAS, seed=0)
@@ -155,7 +152,7 @@ def test_ensemble_by_hand_from_features(model: RewardModel) -> None:
     for level in SIGMAS:
         sigma = model.schedule.match(torch.full((3,), level)).sigma
         features.append(model.backbone(model.schedule.add_noise(latents, noise, sigma), conditioning, sigma))
-    by_hand = model.score_features(*features)
+    by_hand = model.score_tokens(HeadTokens.stack([model.tokens(level) for level in features]).unfold(3))
     torch.testing.assert_close(
         model.score_latents(latents, conditioning, SIGMAS, noise), by_hand, atol=1e-6, rtol=0
     )

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from dina_lrm import CheckpointError, Conditioning, InvalidInputError, MissingComponentError, RewardModel
 from dina_lrm.models import weights
-from dina_lrm.models.sd3 import SD35_MEDIUM, SD3Architecture, SD3Backbone, empty_parts, load_parts
+from dina_lrm.models.architecture import empty_parts, load_parts
+from dina_lrm.models.backbone import Backbone
+from dina_lrm.models.sd3 import SD35_MEDIUM, SD3Architecture
 from dina_lrm.models.weights import from_folder
 from tests.tiny import copy_of, make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
@@ -20,9 +22,7 @@ def transformer(tiny_backbone: Path):
     return SD3Transformer2DModel.from_pretrained(tiny_backbone / "transformer").eval()
 
 
-def backbone_of(
-    folder: Path, num_blocks: int, image_taps: tuple = (1,), text_taps: tuple = ()
-) -> SD3Backbone:
+def backbone_of(folder: Path, num_blocks: int, image_taps: tuple = (1,), text_taps: tuple = ()) -> Backbone:
     model = RewardModel.initialize(folder, num_blocks=num_blocks, image_taps=image_taps, text_taps=text_taps)
     return model.backbone
 
@@ -58,9 +58,11 @@ def test_taps_are_the_blocks_outputs(tiny_backbone: Path, transformer, num_block
 
 def test_last_kept_block_keeps_its_text_stream(tiny_backbone: Path) -> None:
     """A transformer built with 3 layers would drop the text output of block 3; a truncated one must not."""
-    blocks = backbone_of(tiny_backbone, 3).blocks
+    blocks = backbone_of(tiny_backbone, 3).kept_blocks
     assert [block.context_pre_only for block in blocks] == [False, False, False]
-    assert [block.context_pre_only for block in backbone_of(tiny_backbone, 4).blocks] == [False] * 3 + [True]
+    assert [block.context_pre_only for block in backbone_of(tiny_backbone, 4).kept_blocks] == [False] * 3 + [
+        True
+    ]
     assert [block.use_dual_attention for block in blocks] == [True, False, False]
     assert all(block.attn.norm_q is not None for block in blocks)
 
@@ -84,7 +86,7 @@ def test_tap_order_means_nothing(tiny_backbone: Path) -> None:
 
 def test_blocks_after_the_last_tap_are_not_computed(tiny_backbone: Path) -> None:
     backbone = backbone_of(tiny_backbone, 4, (1, 2), (1,))
-    backbone.blocks[2].register_forward_pre_hook(lambda *_: pytest.fail("block 3 was run"))
+    backbone.kept_blocks[2].register_forward_pre_hook(lambda *_: pytest.fail("block 3 was run"))
     backbone(tiny_latents(), tiny_conditioning(), torch.full((3,), 0.4))
 
 

@@ -113,7 +113,7 @@ def test_a_frozen_reward_shares_the_callers_modules(
     pipeline: Any, frozen_reward: Path, tiny_pipeline: Path
 ) -> None:
     model = RewardModel.from_pretrained(frozen_reward, pipeline)
-    assert model.backbone.blocks[0] is pipeline.transformer.transformer_blocks[0]
+    assert model.backbone.kept_blocks[0] is pipeline.transformer.transformer_blocks[0]
     assert not list(model.backbone.parameters()), "not registered, so never moved, cast, trained or saved"
     expected = score(RewardModel.from_pretrained(frozen_reward, tiny_pipeline))
     torch.testing.assert_close(score(model), expected, atol=0, rtol=0)
@@ -179,7 +179,7 @@ def test_attach_scores_the_same_and_leaves_the_policy_bit_equal(
         n.replace("base_layer.", "") for n, p in pipeline.transformer.named_parameters() if p.requires_grad
     }
     assert now == strip
-    assert model.backbone.blocks[0] is pipeline.transformer.transformer_blocks[0]
+    assert model.backbone.kept_blocks[0] is pipeline.transformer.transformer_blocks[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == model.num_parameters()["head"]
 
 
@@ -251,7 +251,7 @@ def test_detach_gives_the_pipeline_back(pipeline: Any, reward: Path) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     torch.testing.assert_close(score(model), expected, atol=1e-6, rtol=0)
-    assert model.backbone.blocks[0] is not pipeline.transformer.transformer_blocks[0]
+    assert model.backbone.kept_blocks[0] is not pipeline.transformer.transformer_blocks[0]
 
 
 def test_detach_leaves_the_policys_adapter(pipeline: Any, reward: Path) -> None:

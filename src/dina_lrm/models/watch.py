@@ -1,0 +1,191 @@
+"""The reward of the state a sampling pipeline is at, out of the forward pass it makes anyway.
+
+    with model.watch(pipeline) as watch:
+        pipeline(prompt, callback_on_step_end=watch)
+    watch.steps        # one StepScore a step: sigma, scores
+
+In step i a pipeline evaluates its network at (z_i, sigma_i). The watch notes what the network was called with
+and, at the end of the step, gives the reward of z_i at sigma_i:
+
+- If reward and generator use the same weights there, which means a frozen-backbone reward that shares the
+  pipeline's network and no other adapter active in it, the blocks' outputs are those of the generator's own
+  forward pass. The backbone's walk is replayed with them; only the embedders and the head are computed.
+- Otherwise (LoRA rewards, a policy's adapter, other guidance, a reward with weights of its own) one forward
+  pass of the first L blocks is made, with the reward's weights.
+
+With classifier-free guidance only the conditional half is scored. The score is that of `score_state` for the
+same state, up to the rounding of a larger batch.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dina_lrm.core.tensors import Score
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.backbone import BackboneFeatures, NoisyState
+from dina_lrm.models.lora import tuner_layers
+from dina_lrm.models.source import PipelineSource
+
+if TYPE_CHECKING:
+    from dina_lrm.models.reward_model import RewardModel
+
+
+@dataclass(frozen=True)
+class StepScore:
+    """The reward of the state that one sampling step started from."""
+
+    step: int
+    timestep: float
+    sigma: float
+    scores: Score
+    """(batch,)"""
+    replayed: bool
+    """True if no forward pass of the backbone was made for it."""
+
+
+class RewardWatch:
+    """A `callback_on_step_end` that scores the states a pipeline passes through; a context manager.
+
+    Attributes:
+        steps: what was scored, in order, over all calls of the pipeline made inside the context.
+    """
+
+    def __init__(self, model: "RewardModel", pipeline: Any) -> None:
+        source = PipelineSource(pipeline)
+        if source.network is None:
+            raise InvalidInputError("watch takes a live diffusers pipeline, whose sampling is to be watched")
+        self.steps: list[StepScore] = []
+        self._model = model
+        self._networks = [
+            network
+            for name in (source.denoiser, f"{source.denoiser}_2")  # Wan 2.2 has two, for high and low noise
+            if (network := getattr(pipeline, name, None)) is not None
+        ]
+        self._handles: list[RemovableHandle] = []
+        self._call: dict[str, Any] | None = None
+        self._outputs: dict[nn.Module, Any] = {}
+        self._listening = False
+
+    def __enter__(self) -> "RewardWatch":
+        for network in self._networks:
+            self._handles.append(network.register_forward_pre_hook(self._note_call, with_kwargs=True))
+        if self._shares_weights():
+            for module in self._model.backbone.run_modules:
+                self._handles.append(module.register_forward_hook(self._note_output))
+        self._listening = True
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._listening = False
+        while self._handles:
+            self._handles.pop().remove()
+        self._forget()
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Score the state that this step started from; what is passed in is handed back unchanged."""
+        if not self._listening:
+            raise InvalidInputError("a reward watch sees nothing outside its context: use `with`")
+        if self._call is None:
+            raise InvalidInputError("no network of the watched pipeline was called in this step")
+        if "latents" not in callback_kwargs:
+            raise InvalidInputError('the watch needs "latents" among callback_on_step_end_tensor_inputs')
+        backbone, call, outputs = self._model.backbone, self._call, self._outputs
+        self._forget()
+        state = backbone.state(**call)
+        rows = self._conditional_rows(len(state.latents), len(callback_kwargs["latents"]))
+        replayed = bool(outputs) and self._is_the_rewards_own_call(state, call)
+        self._listening = False  # the model's own use of shared blocks is none of the generator's
+        try:
+            if replayed:
+                features = backbone.features_at(*state, run=lambda module, *_, **__: outputs[module])
+                scores = self._model.score_tokens(self._model.tokens(_rows_of(features, rows)))
+            else:
+                scores = self._model.score_state(*state.index_select(rows))
+        finally:
+            self._listening = True
+        sigma = backbone.schedule.sigma_at(state.timestep[:1])
+        self.steps.append(StepScore(step, float(state.timestep[0]), float(sigma), scores, replayed))
+        return callback_kwargs
+
+    # ------------------------------------------------------------------------------------- inside
+
+    def _note_call(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of the first call in a step: the conditional one, where there are two."""
+        if self._listening and self._call is None:
+            bound = inspect.signature(type(network).forward).bind(network, *args, **kwargs)
+            self._call = {name: value for name, value in bound.arguments.items() if name != "self"}
+
+    def _note_output(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._listening and module not in self._outputs:
+            self._outputs[module] = output
+
+    def _forget(self) -> None:
+        self._call, self._outputs = None, {}
+
+    def _shares_weights(self) -> bool:
+        """Are the reward's blocks the pipeline's own, as they are?"""
+        backbone = self._model.backbone
+        return self._model.config.tuning == "frozen" and any(
+            backbone.kept_blocks[0] in set(network.modules()) for network in self._networks
+        )
+
+    def _is_the_rewards_own_call(self, state: NoisyState, call: Mapping[str, Any]) -> bool:
+        """Did the generator compute just what the reward would have: same arguments, no adapter?"""
+        backbone = self._model.backbone
+        adapted = any(
+            layer.active_adapters and not layer.disable_adapters for layer in tuner_layers(backbone.parts)
+        )
+        own = backbone.arguments(*state)
+        extra = [value for name, value in call.items() if name not in own and name != "return_dict"]
+        return not adapted and not any(extra) and _same(own, call)
+
+    def _conditional_rows(self, num_rows: int, num_latents: int) -> Tensor:
+        half, device = self._model.backbone.conditional_half, self._model.device
+        if num_rows == num_latents:
+            return torch.arange(num_rows, device=device)
+        if num_rows != 2 * num_latents or half is None:
+            raise InvalidInputError(
+                f"the network was called with {num_rows} rows for {num_latents} latents: "
+                f"which of them are conditional is not known for this pipeline"
+            )
+        start = 0 if half == "first" else num_latents
+        return torch.arange(start, start + num_latents, device=device)
+
+
+def _rows_of(features: BackboneFeatures, rows: Tensor) -> BackboneFeatures:
+    mask = features.text_mask
+    return BackboneFeatures(
+        tuple(tokens[rows] for tokens in features.image),
+        tuple(tokens[rows] for tokens in features.text),
+        features.temb[rows],
+        None if mask is None else mask[rows],
+    )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal arguments, up to the rounding of the coarser dtype."""
+    if isinstance(ours, Mapping):
+        return isinstance(theirs, Mapping) and all(_same(ours[name], theirs.get(name)) for name in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if not isinstance(ours, Tensor):
+        return (ours is None and theirs is None) or ours == theirs
+    if theirs is None:
+        return False
+    other = torch.as_tensor(theirs, device=ours.device)
+    if other.numel() == 1:
+        other = other.expand(ours.shape)
+    if other.shape != ours.shape:
+        return False
+    dtypes = [tensor.dtype for tensor in (ours, other) if tensor.is_floating_point()]
+    tolerance = 4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    return torch.allclose(ours.double(), other.double(), rtol=tolerance, atol=tolerance)
