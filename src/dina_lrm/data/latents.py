@@ -74,6 +74,8 @@ class LatentPairs:
     attention_mask: Tensor | None = None
     """(prompt, token) where the backbone uses one."""
     bayes: Float[Tensor, " pair"] | None = None
+    latent_space: str | None = None
+    """VAE class and normalisation the latents come from; None: not known. Many families have 16 channels."""
 
     def __post_init__(self) -> None:
         num_images, num_prompts = len(self.latents), len(self.prompts)
@@ -184,7 +186,10 @@ class LatentPairs:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"format": _FORMAT, "prompts": json.dumps(self.prompts)})
+        metadata = {"format": _FORMAT, "prompts": json.dumps(self.prompts)}
+        if self.latent_space is not None:
+            metadata["latent_space"] = self.latent_space
+        save_file(tensors, partial, metadata=metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -210,18 +215,21 @@ class LatentPairs:
         )
         if unknown or missing:
             raise InvalidInputError(f"{path}: missing tensors {missing}, unknown tensors {unknown}")
-        return cls(prompts=json.loads(metadata["prompts"]), **tensors)
+        space = metadata.get("latent_space")
+        return cls(prompts=json.loads(metadata["prompts"]), latent_space=space, **tensors)
 
     @classmethod
     def concatenate(cls, parts: Sequence["LatentPairs"]) -> "LatentPairs":
         """All pairs of several sets, in order; a prompt that two sets share stays two.
 
         Raises:
-            InvalidInputError: there are no sets, their latents or prompt embeddings differ in shape, or only
-                some of them have a pooled embedding, a mask, or a known law of the raters.
+            InvalidInputError: there are no sets, their latents or prompt embeddings differ in shape, their
+                latents come from different VAEs, or only some of them have a pooled embedding, a mask, or a
+                known law of the raters.
         """
         if not parts:
             raise InvalidInputError("there are no pairs to join")
+        parts = _equal_tokens(parts)
         tables: dict[str, Tensor | None] = {}
         for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "attention_mask", "target", "bayes"):
             values = [getattr(part, name) for part in parts]
@@ -229,6 +237,9 @@ class LatentPairs:
             if len(shapes) > 1:
                 raise InvalidInputError(f"sets of pairs differ in {name}: shapes {sorted(map(str, shapes))}")
             tables[name] = None if values[0] is None else torch.cat(values)
+        spaces = {part.latent_space for part in parts}
+        if len(spaces) > 1:
+            raise InvalidInputError(f"sets of pairs come from different VAEs: {sorted(map(str, spaces))}")
         rows: dict[str, list[Tensor]] = {"prompt_index": [], "chosen": [], "rejected": []}
         num_images = num_prompts = 0
         for part in parts:
@@ -237,7 +248,25 @@ class LatentPairs:
             rows["rejected"].append(part.rejected + num_images)
             num_images, num_prompts = num_images + len(part.latents), num_prompts + len(part.prompts)
         columns: dict[str, Any] = tables | {name: torch.cat(column) for name, column in rows.items()}
-        return cls(prompts=[prompt for part in parts for prompt in part.prompts], **columns)
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        return cls(prompts=prompts, latent_space=spaces.pop(), **columns)
+
+
+def _equal_tokens(parts: Sequence[LatentPairs]) -> Sequence[LatentPairs]:
+    """Prompts of different length, padded and masked, where a mask says that padding is not looked at."""
+    length = max(part.prompt_embeds.shape[1] for part in parts)
+    if all(part.attention_mask is None for part in parts):
+        return parts
+    padded = []
+    for part in parts:
+        mask = part.attention_mask
+        if mask is None:
+            mask = torch.ones(part.prompt_embeds.shape[:2], dtype=torch.long)
+        more = length - mask.shape[1]
+        embeds = torch.nn.functional.pad(part.prompt_embeds, (0, 0, 0, more))
+        mask = torch.nn.functional.pad(mask, (0, more))
+        padded.append(replace(part, prompt_embeds=embeds, attention_mask=mask))
+    return padded
 
 
 # --- order -------------------------------------------------------------------------------------------------
@@ -419,4 +448,5 @@ def encode_pairs(
         rejected=torch.tensor([position[rejected[i]] for i in good]),
         target=torch.tensor([pairs[i].target for i in good], dtype=torch.float32),
         bayes=None if bayes is None else torch.tensor([float(bayes[i]) for i in good], dtype=torch.float32),
+        latent_space=getattr(model, "latent_space", None),
     )

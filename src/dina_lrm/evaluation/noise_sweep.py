@@ -118,6 +118,7 @@ def score_pairs(
         batch_size: images per call.
         on_progress: called with (images done, images in all).
     """
+    model.check_inputs(pairs.latents[:1], _conditioning(pairs, slice(None)), pairs.latent_space)
     images = torch.stack([torch.cat([pairs.chosen, pairs.rejected]), pairs.prompt_index.repeat(2)], dim=1)
     unique, position = torch.unique(images, dim=0, return_inverse=True)
     shape = tuple(pairs.latents.shape[1:])
@@ -135,17 +136,20 @@ def score_pairs(
     return PairScores(chosen=chosen, rejected=rejected)
 
 
+def _conditioning(pairs: LatentPairs, prompts: Tensor | slice) -> Conditioning:
+    pooled, mask = pairs.pooled_prompt_embeds, pairs.attention_mask
+    return Conditioning(
+        prompt_embeds=pairs.prompt_embeds[prompts],
+        pooled_prompt_embeds=None if pooled is None else pooled[prompts],
+        attention_mask=None if mask is None else mask[prompts],
+    )
+
+
 def _scores(
     model: RewardModel, pairs: LatentPairs, rows: Tensor, prompts: Tensor, noise: Tensor, setting: Setting
 ) -> Tensor:
     latents = pairs.latents[rows].to(model.device, model.dtype)
-    conditioning = Conditioning(
-        prompt_embeds=pairs.prompt_embeds[prompts],
-        pooled_prompt_embeds=None
-        if pairs.pooled_prompt_embeds is None
-        else pairs.pooled_prompt_embeds[prompts],
-        attention_mask=None if pairs.attention_mask is None else pairs.attention_mask[prompts],
-    ).to(model.device, model.dtype)
+    conditioning = _conditioning(pairs, prompts).to(model.device, model.dtype)
     noise = noise.to(model.device)
 
     def score(levels: list[float]) -> Tensor:

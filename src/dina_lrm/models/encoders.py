@@ -53,6 +53,11 @@ class Encoders:
         self.text = encoder(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
         self._vae: Any = None
 
+    @property
+    def latent_space(self) -> str | None:
+        """Class and normalisation of the VAE; None without one."""
+        return _latent_space(self.source.config("vae", "config.json")) if self.source.has("vae") else None
+
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
         """One row per prompt."""
         return self.text.encode(prompts, device)
@@ -167,7 +172,7 @@ def pixels_per_latent(config: Any) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def latent_space(config: Any) -> str:
+def _latent_space(config: Any) -> str:
     """A VAE's class and normalisation: latents of another space have other values, whatever their shape."""
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels", "z_dim")
     stated = [f"{name}={config[name]}" for name in names if config.get(name) is not None]

@@ -161,8 +161,8 @@ class FluxBackbone(Backbone):
             "encoder_hidden_states": conditioning.prompt_embeds,
             "pooled_projections": conditioning.pooled_prompt_embeds,
             "timestep": timestep / 1000,
-            "img_ids": _image_ids(height // 2, width // 2).to(latents),
-            "txt_ids": latents.new_zeros(conditioning.prompt_embeds.shape[1], 3),
+            "img_ids": _image_ids(height // 2, width // 2).to(latents.device),
+            "txt_ids": torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=latents.device),
             "guidance": guidance,
         }
 
@@ -207,4 +207,4 @@ class FluxBackbone(Backbone):
 
 def _image_ids(rows: int, columns: int) -> Tensor:
     """(rows x columns, 3): 0, row, column of each patch."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows), torch.arange(columns)).float()
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()

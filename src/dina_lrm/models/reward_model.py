@@ -426,7 +426,29 @@ class RewardModel(nn.Module):
         self.backbone.check_latents(latents)
         return self._need_encoders("latents", "vae").decode_latents(latents, self.device)
 
+    def check_inputs(
+        self, latents: Tensor, conditioning: Conditioning, latent_space: str | None = None
+    ) -> None:
+        """InvalidInputError unless latents and conditioning suit the backbone.
+
+        Args:
+            latent_space: VAE that the latents come from, where it is known; see `latent_space`.
+        """
+        self.backbone.check_latents(latents)
+        self.backbone.check_conditioning(conditioning)
+        own = self.latent_space
+        if latent_space is not None and own is not None and latent_space != own:
+            raise InvalidInputError(
+                f"these latents are of another family: they come from {latent_space}, "
+                f"the reward's pipeline has {own}"
+            )
+
     # ------------------------------------------------------------------------------------- state
+
+    @property
+    def latent_space(self) -> str | None:
+        """Class and normalisation of the pipeline's VAE; None if it has none."""
+        return None if self.encoders is None else self.encoders.latent_space
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -35,6 +35,7 @@ from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import LatentPairs, batch_indices, first_occurrences, mix_seeds
 from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.config import Calibration
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training import optim, state
@@ -118,6 +119,12 @@ class _Run:
             )
         if len(train_pairs) == 0:
             raise InvalidInputError("there are no training pairs")
+        for pairs in (train_pairs, validation_pairs):
+            if pairs is not None and len(pairs):
+                conditioning = Conditioning(
+                    pairs.prompt_embeds, pairs.pooled_prompt_embeds, pairs.attention_mask
+                )
+                model.check_inputs(pairs.latents[:1], conditioning, pairs.latent_space)
         self.train_pairs = _labelled(train_pairs, config)
         self.validation_pairs = (
             validation_pairs if validation_pairs is not None and len(validation_pairs) else None
