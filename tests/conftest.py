@@ -2,11 +2,14 @@
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.families import make_family
 from tests.tiny import make_tiny_pipeline, tiny_transformer_only
 
 # Some libraries warn about themselves while being imported. Importing them here, once and quietly, leaves
@@ -42,3 +45,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with transformer/ and scheduler/ only."""
     return tiny_transformer_only(tmp_path_factory.mktemp("tiny") / "backbone")
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A complete pipeline folder of each backbone family, by its name in `tests.families.FAMILIES`."""
+
+    @cache
+    def folder(family: str) -> Path:
+        return make_family(family, tmp_path_factory.mktemp("family") / family)
+
+    return folder

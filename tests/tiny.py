@@ -105,9 +105,13 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def make_tiny_reward(pipeline: Any, *, seed: int = 1, **settings: Any) -> RewardModel:
-    """A reward whose every weight shows, as if trained: the parts that start at zero are drawn too."""
+    """A reward over `tiny_transformer`, every weight of which shows."""
     defaults = {"num_blocks": 3, "image_taps": (1, 3), "text_taps": (1, 3), "lora_rank": 2}
-    model = RewardModel.initialize(pipeline, **defaults | settings)
+    return randomize_reward(RewardModel.initialize(pipeline, **defaults | settings), seed)
+
+
+def randomize_reward(model: RewardModel, seed: int = 1) -> RewardModel:
+    """As if trained: the parts that start at zero are drawn too."""
     randomize(model.head, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -59,6 +59,8 @@ class NoiseSchedule:
     """What the network is told at each row: 1000 sigma for rectified flow, the step's number otherwise."""
     law: NoiseFamily
     """Which of the two mixing rules applies."""
+    signals: Float32[Tensor, " num"] | None = None
+    """sqrt(abar_t) of each row, as the scheduler rounds it; variance preserving only."""
 
     @classmethod
     def rectified_flow(cls, shift: float = 3.0, num_train_timesteps: int = 1000) -> "NoiseSchedule":
@@ -84,15 +86,16 @@ class NoiseSchedule:
         Args:
             alphas_cumprod: abar_t for t = 0, 1, ..: the product of 1 - beta up to t. In [0, 1], falling.
         """
-        abar = alphas_cumprod.detach().to("cpu", torch.float64)
+        abar = alphas_cumprod.detach().to("cpu", torch.float32)
         falling = bool((abar.diff() <= 0).all()) and bool(((abar >= 0) & (abar <= 1)).all())
         if abar.numel() == 0 or not falling:
             raise ValueError(
                 "alphas_cumprod must be a non-empty, non-increasing sequence of numbers in [0, 1]"
             )
-        sigmas = (1 - abar).sqrt().to(torch.float32)
         timesteps = torch.arange(abar.numel(), dtype=torch.float32)
-        return cls(sigmas=sigmas, timesteps=timesteps, law="variance_preserving")
+        return cls(
+            sigmas=(1 - abar).sqrt(), timesteps=timesteps, law="variance_preserving", signals=abar.sqrt()
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -156,17 +159,27 @@ class NoiseSchedule:
             noise: standard normal, one per sample; both sides of a pair get the same.
             sigma: matched, that is, an entry of the table.
 
+        Variance-preserving float32 states equal those of diffusers' schedulers bit for bit.
+
         Returns:
             In the dtype of `latents`; mixed in float32 or wider. Differentiable in `latents` and `noise`.
         """
         dtype = torch.promote_types(latents.dtype, torch.float32)
-        level = sigma.to(dtype).reshape(-1, *[1] * (latents.ndim - 1))
-        return (self._signal(level) * latents.to(dtype) + level * noise.to(dtype)).to(latents.dtype)
+        level = sigma.to(dtype)
+        signal, level = (
+            value.reshape(-1, *[1] * (latents.ndim - 1)) for value in (self._signal(level), level)
+        )
+        return (signal * latents.to(dtype) + level * noise.to(dtype)).to(latents.dtype)
 
-    def _signal(self, level: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def _signal(self, level: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         if self.law == "rectified_flow":
             return 1 - level
-        return ((1 - level) * (1 + level)).sqrt()  # 1 - level is exact near 1, where 1 - level^2 would cancel
+        signal = ((1 - level) * (1 + level)).sqrt()  # 1 - level is exact near 1, where 1 - level^2 cancels
+        if self.signals is None or level.dtype != torch.float32:
+            return signal
+        index = self.match(level).index  # in float32 an entry of the table gets the scheduler's own bits
+        sigmas, signals = self.sigmas.to(level.device), self.signals.to(level.device)
+        return torch.where(sigmas[index] == level, signals[index], signal)
 
 
 def sample_noise_levels(
