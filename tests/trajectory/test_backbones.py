@@ -81,7 +81,7 @@ def test_pairs_of_another_family_are_refused(family_folders: Any) -> None:
     model = RewardModel.initialize(family_folders("sd3"), lora_rank=2)
     with pytest.raises(InvalidInputError, match="latents have 4 channels, this sd3 backbone takes 16"):
         train(CONFIG, model, make_pairs("sd15"))
-    with pytest.raises(InvalidInputError, match="needs pooled_prompt_embeds|prompt_embeds have width"):
+    with pytest.raises(InvalidInputError, match="prompt_embeds have width 32, this sd3 backbone takes 64"):
         train(CONFIG, model, make_pairs("qwen_image"))
 
 
@@ -176,7 +176,8 @@ BIG: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "wan": (
         "WanTransformer3DModel",
-        {"num_layers": 12, "attention_head_dim": 64, "num_attention_heads": 12, "text_dim": 64, "ffn_dim": 3072},
+        {"num_layers": 12, "attention_head_dim": 64, "num_attention_heads": 12, "text_dim": 64,
+         "ffn_dim": 3072},
         2,
     ),
 }  # fmt: skip

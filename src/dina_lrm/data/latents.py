@@ -138,12 +138,16 @@ class LatentPairs:
             return picked if device is None else picked.to(device, non_blocking=True)
 
         prompt = self.prompt_index[rows]
+        mask, embeds = self.attention_mask, self.prompt_embeds
+        if mask is not None:  # as long as the longest prompt of the batch
+            length = int(mask[prompt].any(dim=0).nonzero().max()) + 1
+            mask, embeds = mask[:, :length], embeds[:, :length]
         return PairBatch(
             latents_chosen=gather(self.latents, self.chosen[rows]),
             latents_rejected=gather(self.latents, self.rejected[rows]),
-            prompt_embeds=gather(self.prompt_embeds, prompt),
+            prompt_embeds=gather(embeds, prompt),
             pooled_prompt_embeds=gather(self.pooled_prompt_embeds, prompt),
-            attention_mask=gather(self.attention_mask, prompt),
+            attention_mask=gather(mask, prompt),
             target=gather(self.target, rows),
             distinct=distinct if device is None else distinct.to(device),
             position=position if device is None else position.to(device),

@@ -42,9 +42,16 @@ class Architecture:
             if config.get(entry.name) is not None
         }
         try:
-            return cls(**values)
+            architecture = cls(**values)
         except TypeError as error:
             raise CheckpointError(f"the transformer's config lacks entries: {error}") from error
+        if architecture.predicted_channels not in (None, architecture.latent_channels):
+            raise InvalidInputError(
+                f"this {kind} takes {architecture.latent_channels} latent channels and puts out "
+                f"{architecture.predicted_channels}: it is given pictures beside the noise (inpainting, "
+                f"editing, image-to-video), only text-to-image and text-to-video models are supported"
+            )
+        return architecture
 
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
@@ -87,6 +94,11 @@ class Architecture:
     @property
     def latent_channels(self) -> int:
         raise NotImplementedError
+
+    @property
+    def predicted_channels(self) -> int | None:
+        """Latent channels that the network puts out; None: as many as it takes."""
+        return None
 
     @property
     def token_dim(self) -> int:

@@ -69,6 +69,10 @@ class FluxArchitecture(Architecture):
         return self.in_channels // 4
 
     @property
+    def predicted_channels(self) -> int | None:
+        return None if self.out_channels is None else self.out_channels // 4
+
+    @property
     def token_dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 

@@ -76,6 +76,10 @@ class QwenImageArchitecture(Architecture):
         return self.in_channels // 4
 
     @property
+    def predicted_channels(self) -> int | None:
+        return self.out_channels
+
+    @property
     def max_latent_side(self) -> int:
         return 4096
 

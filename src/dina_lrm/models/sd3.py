@@ -61,6 +61,10 @@ class SD3Architecture(Architecture):
         return self.in_channels
 
     @property
+    def predicted_channels(self) -> int | None:
+        return self.out_channels
+
+    @property
     def latent_multiple(self) -> int:
         return self.patch_size
 

@@ -110,6 +110,10 @@ class UNetArchitecture(Architecture):
         return self.in_channels
 
     @property
+    def predicted_channels(self) -> int | None:
+        return self.out_channels
+
+    @property
     def latent_multiple(self) -> int:
         """Pictures are cut so that every downsampling divides evenly."""
         return 2 ** (len(self.block_out_channels) - 1)

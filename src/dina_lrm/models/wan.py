@@ -66,6 +66,10 @@ class WanArchitecture(Architecture):
         return self.in_channels
 
     @property
+    def predicted_channels(self) -> int | None:
+        return self.out_channels
+
+    @property
     def latent_multiple(self) -> int:
         return self.patch_size[1]
 

@@ -63,6 +63,42 @@ def test_joined_sets_hold_the_pairs_of_each_in_order() -> None:
             assert torch.equal(getattr(whole, name)[rows], getattr(alone, name)), name
 
 
+def masked(pairs: LatentPairs, lengths: list[int]) -> LatentPairs:
+    mask = (torch.arange(pairs.prompt_embeds.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return replace(pairs, attention_mask=mask)
+
+
+def test_a_batch_is_as_long_as_its_longest_prompt() -> None:
+    pairs = masked(make_pairs(), [2, 5, 3])
+    batch = pairs.batch([0, 2])  # prompts 0 and 2
+    assert batch.prompt_embeds.shape[1] == 3
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert pairs.batch([1]).prompt_embeds.shape[1] == 5
+
+
+def test_joined_sets_of_masked_prompts_are_padded() -> None:
+    short, plain = masked(make_pairs(), [2, 3, 3]), make_pairs(3)
+    short = replace(
+        short, prompt_embeds=short.prompt_embeds[:, :3], attention_mask=short.attention_mask[:, :3]
+    )
+    joined = LatentPairs.concatenate([short, plain])
+    assert joined.prompt_embeds.shape == (6, 5, 6)
+    assert joined.attention_mask is not None
+    assert joined.attention_mask.sum(1).tolist() == [2, 3, 3, 5, 5, 5]
+    for name in ("prompt_embeds", "attention_mask"):
+        assert torch.equal(getattr(joined.batch([0]), name), getattr(short.batch([0]), name))
+
+
+def test_the_latent_space_is_kept_and_must_agree(tmp_path: Path) -> None:
+    pairs = replace(make_pairs(), latent_space="AutoencoderKL scaling_factor=1.5")
+    pairs.save(tmp_path / "pairs.safetensors")
+    assert LatentPairs.load(tmp_path / "pairs.safetensors").latent_space == pairs.latent_space
+    assert LatentPairs.concatenate([pairs, pairs]).latent_space == pairs.latent_space
+    with pytest.raises(InvalidInputError, match="come from different VAEs"):
+        LatentPairs.concatenate([pairs, make_pairs()])
+
+
 def test_sets_that_do_not_fit_together_are_refused() -> None:
     pairs = make_pairs()
     with pytest.raises(InvalidInputError, match="no pairs to join"):

@@ -498,6 +498,8 @@ def _without_guidance(folder: Path) -> Architecture:
         ("z_image", {"siglip_feat_dim": 8}, "reference pictures"),
         ("sdxl", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("sd15", {"addition_embed_type": "image"}, "addition_embed_type = image"),
+        ("sd15", {"in_channels": 9}, "takes 9 latent channels and puts out 4"),
+        ("flux", {"in_channels": 384, "out_channels": 64}, "takes 96 latent channels and puts out 16"),
     ],
 )
 def test_relatives_that_are_not_supported(family_folders: Any, kind: str, change: dict, message: str) -> None:
