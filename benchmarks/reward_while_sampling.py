@@ -1,4 +1,4 @@
-"""What does a reward at every step of sampling cost: read from the generator's own pass, or by a separate call?
+"""What does a reward at every step of sampling cost: from the generator's own pass, or by a separate call?
 
     python benchmarks/reward_while_sampling.py [--num-repeats 7] [--output FILE]
 

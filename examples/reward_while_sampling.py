@@ -1,9 +1,9 @@
 """Which of four pictures will the reward like best, and how early in the sampling does it know?
 
-The reward shares the generator's transformer (`attach`) and scores the state of every step at that step's noise
-level (`watch`). The bundled reward has LoRA, so a step costs one more pass of five of the six blocks; a frozen
-reward would read the generator's own pass and cost the head alone. A score has no zero, and each noise level
-its own offset: what means something is the difference between pictures at one step.
+The reward shares the generator's transformer (`attach`) and scores the state of every step at that step's
+noise level (`watch`). The bundled reward has LoRA, so a step costs one more pass of five of the six blocks; a
+frozen reward would read the generator's own pass and cost the head alone. A score has no zero, and each noise
+level its own offset: what means something is the difference between pictures at one step.
 """
 
 import torch

@@ -5,7 +5,9 @@ Modules and functions elsewhere take plain values, so each can be used without a
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -23,11 +25,24 @@ Log = Callable[[str], None]
 
 
 def reward_model(
-    config: ModelConfig, likelihood: LikelihoodConfig | None = None, *, seed: int = 0
+    config: ModelConfig,
+    likelihood: LikelihoodConfig | None = None,
+    *,
+    seed: int = 0,
+    pipeline: Any = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> RewardModel:
-    """A new reward over `config.pipeline`; its untrained weights follow from `seed`."""
+    """A new reward over `config.pipeline`; its untrained weights follow from `seed`.
+
+    Args:
+        pipeline: instead of `config.pipeline`, as `RewardModel.initialize` takes it.
+        device, dtype: of the backbone.
+    """
     return RewardModel.initialize(
-        config.pipeline,
+        config.pipeline if pipeline is None else pipeline,
+        device=device,
+        dtype=dtype,
         num_blocks=config.num_blocks,
         image_taps=config.image_taps,
         text_taps=config.text_taps,
@@ -37,6 +52,7 @@ def reward_model(
         head=config.head,
         logistic=config.logistic,
         likelihood=likelihood,
+        guidance=config.guidance,
         max_text_tokens=config.max_text_tokens,
         seed=mix_seeds(seed, 4),
     )

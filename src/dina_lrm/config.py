@@ -54,8 +54,10 @@ class ModelConfig:
     """The scoring head."""
     logistic: bool = False
     """Squash scores into (-2, 2) by a learned logistic curve."""
+    guidance: float | None = None
+    """Guidance scale that a guidance-distilled backbone (FLUX.1 [dev]) is told; None: 3.5 for those."""
     max_text_tokens: int | None = None
-    """Longest prompt of the T5 encoder, in tokens; None is the pipeline's own limit."""
+    """Longest prompt of the main text encoder (T5, UMT5, Qwen), in tokens; None: the pipeline's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

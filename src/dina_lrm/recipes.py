@@ -9,6 +9,7 @@ from typing import Literal, assert_never, get_args
 
 from dina_lrm.config import (
     DataConfig,
+    HeadConfig,
     LossConfig,
     ModelConfig,
     NoiseConfig,
@@ -32,6 +33,13 @@ RecipeName = Literal[
     "sd35m-12-layers-constant-variance",
     "sd35m-12-layers-clean",
     "sd35m-12-layers-logit-normal",
+    "sd35l-19-layers",
+    "flux-19-layers",
+    "zimage-16-layers",
+    "qwenimage-20-layers",
+    "sdxl-down-mid",
+    "sd15-down-mid",
+    "wan-15-layers",
 ]
 
 
@@ -176,6 +184,106 @@ def sd35m_12_layers_logit_normal() -> TrainConfig:
     )
 
 
+# --- other generators --------------------------------------------------------------------------------------
+#
+# Data, optimiser, noise and validation are those of sd35m-12-layers. None of these has been trained yet.
+
+
+def _other_generator(name: str, model: ModelConfig) -> TrainConfig:
+    base, generator = sd35m_12_layers(), name.partition("-")[0]
+    data = DataConfig(
+        train=f"latents/hpdv3-train-{generator}.safetensors",
+        validation=f"latents/hpdv3-test-{generator}.safetensors",
+    )
+    return replace(base, model=model, data=data, output=f"runs/{name}")
+
+
+def sd35l_19_layers() -> TrainConfig:
+    """Half of Stable Diffusion 3.5 Large, taps at its thirds. Chosen here by analogy with Medium."""
+    model = replace(
+        sd35m_12_layers().model,
+        pipeline="stabilityai/stable-diffusion-3.5-large",
+        num_blocks=19,
+        image_taps=(6, 13, 19),
+        text_taps=(6, 13, 19),
+    )
+    return _other_generator("sd35l-19-layers", model)
+
+
+def flux_19_layers() -> TrainConfig:
+    """FLUX.1 [dev]. Published: its 19 double blocks, taps 8, 12, 16, 19. Chosen here: LoRA as for SD3.5-M."""
+    model = replace(
+        sd35m_12_layers().model,
+        pipeline="black-forest-labs/FLUX.1-dev",
+        num_blocks=19,
+        image_taps=(8, 12, 16, 19),
+        text_taps=(8, 12, 16, 19),
+        guidance=3.5,
+    )
+    return _other_generator("flux-19-layers", model)
+
+
+def zimage_16_layers() -> TrainConfig:
+    """Z-Image. Published: 16 layers, taps 4, 8, 12, 16, LoRA r = 32, head width 1536. Chosen here: alpha."""
+    model = ModelConfig(
+        pipeline="Tongyi-MAI/Z-Image-Turbo",
+        num_blocks=16,
+        image_taps=(4, 8, 12, 16),
+        text_taps=(4, 8, 12, 16),
+        lora_rank=32,
+        lora_alpha=64.0,
+        head=HeadConfig(width=1536),
+    )
+    return _other_generator("zimage-16-layers", model)
+
+
+def qwenimage_20_layers() -> TrainConfig:
+    """Qwen-Image, a third of its 60 blocks. Chosen here, after Z-Image."""
+    model = replace(
+        zimage_16_layers().model,
+        pipeline="Qwen/Qwen-Image",
+        num_blocks=20,
+        image_taps=(5, 10, 15, 20),
+        text_taps=(5, 10, 15, 20),
+    )
+    return _other_generator("qwenimage-20-layers", model)
+
+
+def sdxl_down_mid() -> TrainConfig:
+    """SDXL without its decoder: three down blocks and the mid block. Chosen here."""
+    model = replace(
+        sd35m_12_layers().model,
+        pipeline="stabilityai/stable-diffusion-xl-base-1.0",
+        num_blocks=4,
+        image_taps=(2, 3, 4),
+        text_taps=(0,),
+    )
+    return _other_generator("sdxl-down-mid", model)
+
+
+def sd15_down_mid() -> TrainConfig:
+    """Stable Diffusion 1.5 without its decoder: four down blocks and the mid block. Chosen here."""
+    model = replace(
+        sdxl_down_mid().model,
+        pipeline="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        num_blocks=5,
+        image_taps=(3, 4, 5),
+    )
+    return _other_generator("sd15-down-mid", model)
+
+
+def wan_15_layers() -> TrainConfig:
+    """Half of Wan 2.1 1.3B, on pictures as videos of one frame or on videos. Chosen here."""
+    model = replace(
+        sd35m_12_layers().model,
+        pipeline="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        num_blocks=15,
+        image_taps=(5, 10, 15),
+        text_taps=(0,),
+    )
+    return _other_generator("wan-15-layers", model)
+
+
 # --- look-up -----------------------------------------------------------------------------------------------
 
 
@@ -216,5 +324,19 @@ def recipe(name: str) -> TrainConfig:
             return sd35m_12_layers_clean()
         case "sd35m-12-layers-logit-normal":
             return sd35m_12_layers_logit_normal()
+        case "sd35l-19-layers":
+            return sd35l_19_layers()
+        case "flux-19-layers":
+            return flux_19_layers()
+        case "zimage-16-layers":
+            return zimage_16_layers()
+        case "qwenimage-20-layers":
+            return qwenimage_20_layers()
+        case "sdxl-down-mid":
+            return sdxl_down_mid()
+        case "sd15-down-mid":
+            return sd15_down_mid()
+        case "wan-15-layers":
+            return wan_15_layers()
         case _:
             assert_never(known)

@@ -36,7 +36,11 @@ PROMPT = "a red circle on a gray background"
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Check the installation; exits with 1 when something that scoring needs does not work."""
+    """Check the installation; exits with 1 when something that scoring needs does not work.
+
+    With --pipeline ID, and no --model, say what would be done with that generator instead: blocks, taps,
+    parameters, memory, FLOPs. Only its configs are read.
+    """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     as_json: JsonFlag = False
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.as_json:
         print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
     elif not healthy:
-        console.print("\nSomething that scoring needs does not work; see FAIL above.")
+        console.print("\nSomething that is needed does not work; see FAIL above.")
     return 0 if healthy else 1
 
 
@@ -85,6 +89,9 @@ def examine(options: Doctor) -> Iterator[Finding]:
         yield Finding(name=f"extra {extra!r}", detail="; ".join(parts))
     yield attempt("device", lambda: describe_device(options.model.device))
     yield Finding(name="memory", detail=describe_memory())
+    if options.model.pipeline is not None and options.model.model == "bundled":
+        yield from plan_findings(options.model.pipeline)
+        return
     if options.model.model == "bundled":
         yield attempt("bundled pipeline", lambda: describe_folder("pipeline"))
         yield attempt("bundled reward", lambda: describe_folder("reward"))
@@ -97,6 +104,18 @@ def examine(options: Doctor) -> Iterator[Finding]:
     yield Finding(name="model", detail=describe_model(model, time.perf_counter() - started), ok=True)
     yield attempt("score", lambda: check_score(model))
     yield Finding(name="memory after", detail=describe_memory())
+
+
+def plan_findings(pipeline: str) -> Iterator[Finding]:
+    """The plan for a generator; what is wrong with it ends the list."""
+    from dina_lrm.cli.plan import plan
+
+    yield Finding(name="pipeline", detail=pipeline)
+    try:
+        for name, detail in plan(pipeline):
+            yield Finding(name=name, detail=detail, ok=True)
+    except Exception as error:
+        yield Finding(name="plan", detail=f"{type(error).__name__}: {error}", ok=False)
 
 
 def attempt(name: str, check: Callable[[], str]) -> Finding:

@@ -11,7 +11,7 @@ Timestep = 1000 sigma, unrounded: the table row that the schedule matches.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -109,6 +109,17 @@ SD35_MEDIUM = SD3Architecture(
     qk_norm="rms_norm",
 )
 """stabilityai/stable-diffusion-3.5-medium, for counting at full size on the meta device."""
+
+
+SD35_LARGE = replace(
+    SD35_MEDIUM,
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=2432,
+    pos_embed_max_size=192,
+    dual_attention_layers=(),
+)
+"""stabilityai/stable-diffusion-3.5-large."""
 
 
 class SD3Prompts(PromptEncoder):
