@@ -1,6 +1,6 @@
 """What does a reward at every step of sampling cost: from the generator's own pass, or by a separate call?
 
-    python benchmarks/reward_while_sampling.py [--num-repeats 7] [--output FILE]
+    python benchmarks/reward_while_sampling.py [--num-repeats 5] [--output FILE]
 
 The bundled pipeline samples with guidance; the reward scores the state of every step. Compared are
 
@@ -37,12 +37,12 @@ PROMPTS = ["a red circle on a gray background", "a blue square above a green cir
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    num_repeats: int = 7
+    num_repeats: int = 5
     """Times every setting is measured, in turn."""
     num_steps: int = NUM_INFERENCE_STEPS
     """Sampling steps."""
-    pictures_per_prompt: int = 4
-    """With two prompts: eight pictures at once."""
+    pictures_per_prompt: int = 2
+    """Of two prompts."""
     output: Path | None = None
     """Also write the result there."""
 
@@ -88,7 +88,8 @@ def main(options: Options) -> None:
         for name, times in seconds.items()
     ]
     record = {
-        "command": "python benchmarks/reward_while_sampling.py",
+        "command": f"python benchmarks/reward_while_sampling.py --num-steps {options.num_steps} "
+        f"--pictures-per-prompt {options.pictures_per_prompt} --num-repeats {options.num_repeats}",
         "date": date.today().isoformat(),
         "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}, no GPU",
         "torch": torch.__version__,

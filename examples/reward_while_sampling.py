@@ -6,13 +6,15 @@ frozen reward would read the generator's own pass and cost the head alone. A sco
 level its own offset: what means something is the difference between pictures at one step.
 """
 
+from typing import Any
+
 import torch
 
 import dina_lrm
 from dina_lrm.shapes.pipeline import load_pipeline
 
 prompt = "a red circle on a gray background"
-pipeline = load_pipeline()
+pipeline: Any = load_pipeline()  # diffusers annotates its callback too narrowly
 model = dina_lrm.RewardModel.from_pretrained("bundled").attach(pipeline)
 with model.watch(pipeline) as watch:
     pipeline(

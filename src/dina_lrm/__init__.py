@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dina_lrm.models.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
     from dina_lrm.models.reward_model import RewardModel
     from dina_lrm.models.scoring import RankedImage, ScoreOutput
+    from dina_lrm.models.watch import RewardWatch, StepScore
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,8 @@ _HOME_OF = {
     "RewardModel": "dina_lrm.models.reward_model",
     "RankedImage": "dina_lrm.models.scoring",
     "ScoreOutput": "dina_lrm.models.scoring",
+    "RewardWatch": "dina_lrm.models.watch",
+    "StepScore": "dina_lrm.models.watch",
     "Conditioning": "dina_lrm.models.backbone",
     "BackboneFeatures": "dina_lrm.models.backbone",
     "RewardModelConfig": "dina_lrm.models.config",
@@ -53,7 +56,9 @@ __all__ = [
     "RankedImage",
     "RewardModel",
     "RewardModelConfig",
+    "RewardWatch",
     "ScoreOutput",
+    "StepScore",
     "UntrainedModelError",
     "__version__",
 ]

@@ -1,9 +1,12 @@
-"""`dina-lrm doctor`: what is installed, where it runs, what is bundled, whether a score can be computed."""
+"""`dina-lrm doctor`: what is installed, where it runs, what is bundled, whether a score can be computed.
+
+With `--pipeline ID` and no other reward than the bundled one: what would be done with that generator.
+"""
 
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -38,8 +41,8 @@ PROMPT = "a red circle on a gray background"
 class Doctor:
     """Check the installation; exits with 1 when something that scoring needs does not work.
 
-    With --pipeline ID, and no --model, say what would be done with that generator instead: blocks, taps,
-    parameters, memory, FLOPs. Only its configs are read.
+    --pipeline ID without --model says what would be done with that generator instead: recipe, blocks, taps,
+    parameters, memory, FLOPs. Only its configs are read. With --model, that reward is loaded over it.
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -60,21 +63,32 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Doctor, prog="dina-lrm doctor", args=arguments)
     findings: list[Finding] = []
     console = stdout()
-    for finding in examine(options):
-        findings.append(finding)
-        if not options.as_json:
-            mark = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "    "}[finding.ok]
-            console.print(mark, f"[bold]{finding.name:<18}[/]", end=" ")
-            console.print(finding.detail, markup=False, soft_wrap=True)
+
+    def tell(found: Iterable[Finding]) -> None:
+        for finding in found:
+            findings.append(finding)
+            if not options.as_json:
+                mark = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "    "}[finding.ok]
+                console.print(mark, f"[bold]{finding.name:<18}[/]", end=" ")
+                console.print(finding.detail, markup=False, soft_wrap=True)
+
+    tell(examine_installation(options.model.device))
+    generator, plan = options.model.pipeline, None
+    if generator is not None and options.model.model == "bundled":
+        plan, found = examine_pipeline(generator)
+        tell(found)
+    else:
+        tell(examine_reward(options.model))
     healthy = all(finding.ok is not False for finding in findings)
     if options.as_json:
-        print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
+        report = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+        print_json(report if plan is None else report | {"plan": plan})
     elif not healthy:
         console.print("\nSomething that is needed does not work; see FAIL above.")
     return 0 if healthy else 1
 
 
-def examine(options: Doctor) -> Iterator[Finding]:
+def examine_installation(device: str) -> Iterator[Finding]:
     """The findings, one by one, cheap ones first."""
     from dina_lrm import __version__
 
@@ -87,17 +101,18 @@ def examine(options: Doctor) -> Iterator[Finding]:
         missing = [name for name in names if installed(name) == "missing"]
         parts = [*found, *(["not installed: " + ", ".join(missing)] if missing else [])]
         yield Finding(name=f"extra {extra!r}", detail="; ".join(parts))
-    yield attempt("device", lambda: describe_device(options.model.device))
+    yield attempt("device", lambda: describe_device(device))
     yield Finding(name="memory", detail=describe_memory())
-    if options.model.pipeline is not None and options.model.model == "bundled":
-        yield from plan_findings(options.model.pipeline)
-        return
-    if options.model.model == "bundled":
+
+
+def examine_reward(options: ModelOptions) -> Iterator[Finding]:
+    """Load a reward and score with it."""
+    if options.model == "bundled":
         yield attempt("bundled pipeline", lambda: describe_folder("pipeline"))
         yield attempt("bundled reward", lambda: describe_folder("reward"))
     try:
         started = time.perf_counter()
-        model = options.model.load()
+        model = options.load()
     except Exception as error:
         yield Finding(name="model", detail=f"{type(error).__name__}: {error}", ok=False)
         return
@@ -106,16 +121,17 @@ def examine(options: Doctor) -> Iterator[Finding]:
     yield Finding(name="memory after", detail=describe_memory())
 
 
-def plan_findings(pipeline: str) -> Iterator[Finding]:
-    """The plan for a generator; what is wrong with it ends the list."""
-    from dina_lrm.cli.plan import plan
+def examine_pipeline(pipeline: str) -> tuple[dict[str, object] | None, list[Finding]]:
+    """The plan for a generator, and the same for people; None and one line where there can be none."""
+    from dina_lrm.cli.plan import make_plan
 
-    yield Finding(name="pipeline", detail=pipeline)
     try:
-        for name, detail in plan(pipeline):
-            yield Finding(name=name, detail=detail, ok=True)
+        plan = make_plan(pipeline)
     except Exception as error:
-        yield Finding(name="plan", detail=f"{type(error).__name__}: {error}", ok=False)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # the hub's errors take several lines
+        return None, [Finding(name="pipeline", detail=f"{pipeline}: {reason}", ok=False)]
+    lines = [Finding(name=name, detail=detail, ok=ok) for name, detail, ok in plan.lines()]
+    return plan.to_dict(), [Finding(name="pipeline", detail=pipeline), *lines]
 
 
 def attempt(name: str, check: Callable[[], str]) -> Finding:

@@ -22,7 +22,7 @@ COMMANDS = {
     "train": "train a reward on preference pairs, from a recipe",
     "evaluate": "accuracy, intervals and calibration on a benchmark",
     "demo": "generate, train, measure and rank offline; writes a report",
-    "doctor": "versions, device, bundled models, and whether a score can be computed",
+    "doctor": "versions, device, whether a score can be computed; what another generator would take",
 }
 
 EXIT_SUCCESS, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2

@@ -4,20 +4,70 @@ The model is on the meta device, so that a network of twelve billion weights is 
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.architecture import Architecture, stored_dtype
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.flux import FLUX1_DEV
 from dina_lrm.models.lora import borrowed
+from dina_lrm.models.qwen_image import QWEN_IMAGE
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.models.sd3 import SD35_LARGE, SD35_MEDIUM
+from dina_lrm.models.unet import SD15, SDXL
+from dina_lrm.models.wan import WAN21_1B
+from dina_lrm.models.z_image import Z_IMAGE
 
-__all__ = ["TEXT_TOKENS", "ScoreFlops", "score_flops", "weight_bytes"]
+__all__ = [
+    "FULL_SIZE",
+    "PROMPT_LENGTHS",
+    "TEXT_TOKENS",
+    "ScoreFlops",
+    "limited_text_tokens",
+    "score_flops",
+    "weight_bytes",
+]
 
-TEXT_TOKENS = {"sd3": 333, "flux": 512, "wan": 512, "unet": 77, "z_image": 128, "qwen_image": 128}
-"""Tokens of a prompt by family. Z-Image and Qwen-Image mask padding, so theirs depend on the prompt: a long
-one of 128 is assumed. The others pad every prompt to what their pipelines pad it to."""
+FULL_SIZE: dict[str, Architecture] = {
+    "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+    "stabilityai/stable-diffusion-3.5-large": SD35_LARGE,
+    "black-forest-labs/FLUX.1-dev": FLUX1_DEV,
+    "Tongyi-MAI/Z-Image-Turbo": Z_IMAGE,
+    "Qwen/Qwen-Image": QWEN_IMAGE,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WAN21_1B,
+}
+"""Shapes of the generators that have a recipe, by hub id, so that nothing is fetched to count them."""
+
+PROMPT_LENGTHS: dict[str, dict[str, int]] = {
+    "sd3": {"tokenizer": 77, "tokenizer_3": 256},
+    "flux": {"tokenizer_2": 512},
+    "wan": {"tokenizer": 512},
+    "unet": {"tokenizer": 77},
+    "z_image": {"tokenizer": 128},
+    "qwen_image": {"tokenizer": 128},
+}
+"""Tokens that a backbone reads of a prompt, by family and by the tokenizer that makes them. Z-Image and
+Qwen-Image mask padding, so theirs depend on the prompt: a long one of 128 is assumed. The others read what
+their pipelines pad every prompt to."""
+
+TEXT_TOKENS = {family: sum(lengths.values()) for family, lengths in PROMPT_LENGTHS.items()}
+"""Their sum, to plan with."""
+
+
+def limited_text_tokens(family: str, limits: Mapping[str, int]) -> int:
+    """The same for a pipeline whose tokenizers have limits of their own.
+
+    >>> TEXT_TOKENS["sd3"], limited_text_tokens("sd3", {"tokenizer": 77, "tokenizer_3": 77})
+    (333, 154)
+    """
+    usual = PROMPT_LENGTHS[family]
+    return sum(min(length, limits.get(tokenizer, length)) for tokenizer, length in usual.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,16 +96,17 @@ def score_flops(
         text_tokens: of the prompt; None: `TEXT_TOKENS` of the family.
 
     Raises:
-        ValueError: the model is not on the meta device.
+        InvalidInputError: the model is not on the meta device, or the backbone cannot take such a picture.
     """
     if model.device.type != "meta":
-        raise ValueError('FLOPs are counted on shapes: make the model with device="meta"')
+        raise InvalidInputError('FLOPs are counted on shapes: make the model with device="meta"')
     model = copy.deepcopy(model).requires_grad_(False)  # the counter cannot follow views of trained weights
     backbone, a = model.backbone, model.backbone.architecture
     tokens = TEXT_TOKENS[backbone.family] if text_tokens is None else text_tokens
     with torch.device("meta"):
         side = backbone.pixels_per_latent
         latents = torch.empty(num_levels, a.latent_channels, height // side, width // side)
+        backbone.check_latents(latents)
         conditioning = Conditioning(
             torch.empty(num_levels, tokens, a.prompt_dim),
             None if a.pooled_dim is None else torch.empty(num_levels, a.pooled_dim),
@@ -69,6 +120,12 @@ def score_flops(
 
 
 def weight_bytes(model: RewardModel) -> int:
-    """Memory of the base weights, LoRA and head, each in the precision it is kept in."""
-    parameters = {id(p): p for module in (model, model.backbone.parts) for p in module.parameters()}
-    return sum(p.numel() * p.element_size() for p in parameters.values())
+    """Memory of the weights for scoring in bfloat16: of base weights and position tables as they are stored
+    then, LoRA and head in float32."""
+    parts = model.backbone.parts
+    stored = {name: tensor for name, tensor in parts.state_dict().items() if ".lora_" not in name}
+    base = sum(
+        tensor.numel() * stored_dtype(parts, name, torch.bfloat16).itemsize for name, tensor in stored.items()
+    )
+    counts = model.num_parameters()
+    return base + torch.float32.itemsize * (counts["total"] - counts["backbone"])

@@ -78,8 +78,13 @@ class Architecture:
 
     @property
     def latent_multiple(self) -> int:
-        """Height and width of a latent are multiples of this."""
+        """Height and width of a latent must be multiples of this."""
         return 2
+
+    @property
+    def picture_multiple(self) -> int:
+        """What pictures are cut to before encoding, in cells of the latent."""
+        return self.latent_multiple
 
     @property
     def max_latent_side(self) -> int | None:

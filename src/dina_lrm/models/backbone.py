@@ -184,7 +184,7 @@ class Backbone(nn.Module):
         """What the generator's pipeline calls its transformer with for this state."""
         raise NotImplementedError
 
-    def walk(self, run: Run, **arguments: Any) -> Iterator[Streams]:
+    def walk(self, run: Run, *args: Any, **kwargs: Any) -> Iterator[Streams]:
         """The transformer's forward pass: the streams before the first block, then after each block."""
         raise NotImplementedError
 
@@ -279,6 +279,12 @@ class Backbone(nn.Module):
         """A base weight, whose dtype and device are the backbone's."""
         module, _, leaf = self.probes[0].rpartition(".")
         return getattr(self.parts.get_submodule(module), leaf)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
+        """As in torch; parameters that were replaced, not refilled, reach the diffusers model too."""
+        super()._apply(fn, recurse)
+        self.parts._parameters.update(self._parameters)
+        return self
 
     def cast(self, dtype: torch.dtype) -> None:
         """Base weights in another precision; LoRA, and what diffusers keeps in float32, stay wide."""

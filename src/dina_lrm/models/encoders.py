@@ -75,7 +75,7 @@ class Encoders:
         pictures = [
             fit(
                 picture,
-                multiple=factor * self.architecture.latent_multiple,
+                multiple=factor * self.architecture.picture_multiple,
                 max_side=None if side is None else factor * side,
                 max_pixels=self.max_pixels,
                 name=f"image {index}",

@@ -115,7 +115,12 @@ class UNetArchitecture(Architecture):
 
     @property
     def latent_multiple(self) -> int:
-        """Pictures are cut so that every downsampling divides evenly."""
+        """Any size will do, see `upsample_size` in the walk."""
+        return 1
+
+    @property
+    def picture_multiple(self) -> int:
+        """Every downsampling divides evenly."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
@@ -150,9 +155,10 @@ class UNetArchitecture(Architecture):
         return "cannot be read: a UNet leaves the text as it is, use text tap 0 or none"
 
 
-_SD = {"in_channels": 4, "out_channels": 4}
 SD15 = UNetArchitecture(
-    **_SD,
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     block_out_channels=(320, 640, 1280, 1280),
@@ -160,7 +166,9 @@ SD15 = UNetArchitecture(
 )
 """stable-diffusion-v1-5/stable-diffusion-v1-5, for counting at full size on the meta device."""
 SDXL = UNetArchitecture(
-    **_SD,
+    sample_size=128,
+    in_channels=4,
+    out_channels=4,
     down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
     block_out_channels=(320, 640, 1280),
@@ -178,13 +186,10 @@ SDXL = UNetArchitecture(
 class UNetPrompts(PromptEncoder):
     """One CLIP, or SDXL's two, padded to their 77 tokens."""
 
-    @property
-    def pipeline_class(self) -> str:
-        return "StableDiffusionXLPipeline" if self.architecture.is_xl else "StableDiffusionPipeline"
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        return ("text_encoder", "text_encoder_2") if self.architecture.is_xl else ("text_encoder",)
+    def __init__(self, source: Any, architecture: UNetArchitecture, **settings: Any) -> None:
+        super().__init__(source, architecture, **settings)
+        self.pipeline_class = "StableDiffusionXLPipeline" if architecture.is_xl else "StableDiffusionPipeline"
+        self.encoders = ("text_encoder", "text_encoder_2") if architecture.is_xl else ("text_encoder",)
 
     def encode_batch(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         embeds, _, *pooled = pipeline.encode_prompt(
@@ -241,6 +246,7 @@ class UNetBackbone(Backbone):
         cells = parts.conv_in(sample)
         skips = [cells]
         yield streams(cells)
+        block: Any
         for name, block in zip(self.block_names, self.kept_blocks, strict=True):
             reads_text = getattr(block, "has_cross_attention", False)
             context = {"encoder_hidden_states": text} if reads_text else {}

@@ -110,7 +110,7 @@ Z_IMAGE = ZImageArchitecture(
     n_kv_heads=30,
     cap_feat_dim=2560,
     axes_dims=(32, 48, 48),
-    axes_lens=(1024, 512, 512),
+    axes_lens=(1536, 512, 512),
 )
 """Tongyi-MAI/Z-Image-Turbo and Z-Image, for counting at full size on the meta device."""
 

@@ -166,6 +166,7 @@ def test_a_unet_of_uneven_size(family_folders: Any) -> None:
     backbone = every_tap(family_folders("sd15"), lora_rank=0).backbone
     latents, conditioning = family_latents("sd15", 2, 10, 14), family_conditioning("sd15", 2)
     timestep = torch.tensor([100.0, 700.0])
+    backbone.check_latents(latents)
     with torch.no_grad():
         features = backbone.features_at(latents, conditioning, timestep)
     arguments = backbone.arguments(latents, conditioning, timestep)
