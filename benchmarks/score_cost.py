@@ -3,8 +3,8 @@
     python benchmarks/score_cost.py --model sd35m --device cuda [--pixels 1024] [--output FILE]
     python benchmarks/score_cost.py --model flux --device cuda
 
-What a score costs does not depend on what the weights are, so nothing is downloaded. Utilisation is the counted
-FLOPs over the time, as a share of the rate of a large bfloat16 matrix product measured in the same run.
+What a score costs does not depend on what the weights are, so nothing is downloaded. Utilisation is the
+counted FLOPs over the time, as a share of the rate of a large bfloat16 matrix product in the same run.
 """
 
 import json
