@@ -96,13 +96,19 @@ class RewardWatch:
             raise InvalidInputError("a reward watch sees nothing outside its context: use `with`")
         if self._call is None:
             raise InvalidInputError("no network of the watched pipeline was called in this step")
+        if self._is_cached() and self._model.backbone.shared:
+            raise InvalidInputError(
+                "the watched network caches its blocks (enable_cache): disable the cache, or watch with a "
+                "reward that does not share its weights"
+            )
         if "latents" not in callback_kwargs:
             raise InvalidInputError('the watch needs "latents" among callback_on_step_end_tensor_inputs')
         backbone, call, outputs = self._model.backbone, self._call, self._outputs
         self._forget()
         state = backbone.state(**call)
         rows = self._conditional_rows(len(state.latents), len(callback_kwargs["latents"]))
-        replayed = bool(outputs) and self._is_the_rewards_own_call(state, call)
+        complete = all(module in outputs for module in backbone.run_modules)
+        replayed = complete and self._is_the_rewards_own_call(state, call)
         self._listening = False  # the model's own use of shared blocks is none of the generator's
         try:
             if replayed:
@@ -119,10 +125,15 @@ class RewardWatch:
     # ------------------------------------------------------------------------------------- inside
 
     def _note_call(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the arguments of the first call in a step: the conditional one, where there are two."""
-        if self._listening and self._call is None:
-            bound = inspect.signature(type(network).forward).bind(network, *args, **kwargs)
-            self._call = {name: value for name, value in bound.arguments.items() if name != "self"}
+        """Keep the arguments of the first call for a state: the conditional one, where there are two."""
+        if not self._listening:
+            return
+        bound = inspect.signature(type(network).forward).bind(network, *args, **kwargs)
+        call = {name: value for name, value in bound.arguments.items() if name != "self"}
+        if self._call is None or not _same_state(
+            *(self._model.backbone.state(**c) for c in (self._call, call))
+        ):
+            self._call, self._outputs = call, {}
 
     def _note_output(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._listening and module not in self._outputs:
@@ -146,7 +157,12 @@ class RewardWatch:
         )
         own = backbone.arguments(*state)
         extra = [value for name, value in call.items() if name not in own and name != "return_dict"]
-        return not adapted and not any(extra) and _same(own, call)
+        plain = all(value is None or value is False or value == {} for value in extra)
+        return plain and not adapted and _same(own, call)
+
+    def _is_cached(self) -> bool:
+        """Does the generator approximate blocks by what they put out in earlier steps?"""
+        return any(getattr(network, "is_cache_enabled", False) for network in self._networks)
 
     def _conditional_rows(self, num_rows: int, num_latents: int) -> Tensor:
         half, device = self._model.backbone.conditional_half, self._model.device
@@ -169,6 +185,10 @@ def _rows_of(features: BackboneFeatures, rows: Tensor) -> BackboneFeatures:
         features.temb[rows],
         None if mask is None else mask[rows],
     )
+
+
+def _same_state(one: NoisyState, other: NoisyState) -> bool:
+    return torch.equal(one.timestep, other.timestep) and torch.equal(one.latents, other.latents)
 
 
 def _same(ours: Any, theirs: Any) -> bool:

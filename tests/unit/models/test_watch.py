@@ -162,18 +162,21 @@ def watched(
 ) -> tuple[RewardWatch, list[NoisyState], Tensor]:
     """Sampling under a watch, the states it passed, and its result."""
     states: list[NoisyState] = []
-    original = model.backbone.state
 
-    def remember(**call: Any) -> NoisyState:
-        states.append(original(**call))
-        return states[-1]
+    def callback(*arguments: Any) -> dict[str, Any]:
+        assert watch._call is not None
+        states.append(model.backbone.state(**watch._call))
+        return watch(*arguments)
 
-    model.backbone.state = remember  # type: ignore[method-assign]
     with model.watch(pipeline) as watch:
         latents = generate_latents(
-            pipeline, [PROMPT, "a blue square"], height=64, width=64, callback_on_step_end=watch, **settings
+            pipeline,
+            [PROMPT, "a blue square"],
+            height=64,
+            width=64,
+            callback_on_step_end=callback,
+            **settings,
         )
-    del model.backbone.state
     return watch, states, latents
 
 
@@ -252,6 +255,38 @@ def test_other_guidance_is_another_reward(family_folders: Any) -> None:
     assert not any(step.replayed for step in watch.steps)
     with torch.no_grad():
         torch.testing.assert_close(watch.steps[0].scores, model.score_state(*states[0]), atol=1e-5, rtol=0)
+
+
+def test_a_call_that_broke_off_leaves_nothing_behind(family_folders: Any) -> None:
+    """Neither a run without the callback nor one that raised is mistaken for the next run's first step."""
+    pipeline = load_pipeline(family_folders("flux"))
+    model = make_family_reward(family_folders("flux"), lora_rank=0).attach(pipeline)
+    with model.watch(pipeline) as watch:
+        generate_latents(pipeline, PROMPT, height=64, width=64, seed=0)
+        with pytest.raises(ZeroDivisionError):
+            generate_latents(
+                pipeline, PROMPT, height=64, width=64, seed=1, callback_on_step_end=lambda *_: 1 / 0
+            )
+        generate_latents(pipeline, PROMPT, height=64, width=64, seed=2, callback_on_step_end=watch)
+    with model.watch(pipeline) as alone:
+        generate_latents(pipeline, PROMPT, height=64, width=64, seed=2, callback_on_step_end=alone)
+    assert len(watch.steps) == len(alone.steps) == 3
+    for one, other in zip(watch.steps, alone.steps, strict=True):
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_cached_blocks_are_not_the_states_own(family_folders: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipeline = load_pipeline(family_folders("flux"))
+    private = make_family_reward(family_folders("flux"))
+    shared = make_family_reward(family_folders("flux"), lora_rank=0).attach(pipeline)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    watch, states, _ = watched(pipeline, private)
+    with torch.no_grad():
+        torch.testing.assert_close(watch.steps[2].scores, private.score_state(*states[2]), atol=1e-5, rtol=0)
+    with pytest.raises(InvalidInputError, match="caches its blocks"):
+        watched(pipeline, shared)
 
 
 def test_a_watch_ends_with_its_context(family_folders: Any) -> None:
