@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from dina_lrm.models.text import PromptEncoder
 
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Projections of an attention layer, by diffusers' names."""
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Those of the text stream in a joint attention layer."""
 Run = Callable[..., Any]
 """How a block is run: `run(block, *args, **kwargs)` gives what the block puts out."""
 
@@ -133,7 +138,7 @@ class Backbone(nn.Module):
     architecture_class: ClassVar[type[Architecture]]
     default_scheduler: ClassVar[Mapping[str, Any]]
     """Of the released models, for an architecture without a pipeline."""
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """Adapted by name suffix."""
     lora_text_targets: ClassVar[tuple[str, ...]] = ()
     """Those of them that only the text stream needs: left out of the last kept block if it is not read."""
@@ -417,6 +422,12 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     from einops import rearrange
 
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=2, q=2)
+
+
+def set_shifted_timesteps(scheduler: Any, num_steps: int, num_tokens: int) -> None:
+    """Even levels, shifted by the number of image tokens, as FLUX, Qwen-Image and Z-Image sample."""
+    mu = linear_shift(scheduler.config, num_tokens)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
 
 
 def linear_shift(config: Mapping[str, Any], num_tokens: int) -> float:

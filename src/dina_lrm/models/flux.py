@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +26,8 @@ from dina_lrm.models.backbone import (
     NoisyState,
     Run,
     Streams,
-    linear_shift,
     pack,
+    set_shifted_timesteps,
     unpack,
 )
 from dina_lrm.models.text import PromptEncoder
@@ -205,8 +204,7 @@ class FluxBackbone(Backbone):
         )
 
     def set_timesteps(self, scheduler: Any, num_steps: int, height: int, width: int) -> None:
-        mu = linear_shift(self.scheduler, height * width // 4)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+        set_shifted_timesteps(scheduler, num_steps, height * width // 4)
 
 
 def _image_ids(rows: int, columns: int) -> Tensor:

@@ -28,7 +28,7 @@ from dina_lrm.models.backbone import (
     NoisyState,
     Run,
     Streams,
-    linear_shift,
+    set_shifted_timesteps,
 )
 from dina_lrm.models.text import PromptEncoder
 
@@ -205,8 +205,7 @@ class ZImageBackbone(Backbone):
         return NoisyState(latents, _padded(arguments["cap_feats"]), 1000 - 1000 * arguments["t"].float())
 
     def set_timesteps(self, scheduler: Any, num_steps: int, height: int, width: int) -> None:
-        sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, mu=linear_shift(self.scheduler, height * width // 4))
+        set_shifted_timesteps(scheduler, num_steps, height * width // 4)
 
     @property
     def run_modules(self) -> list[nn.Module]:

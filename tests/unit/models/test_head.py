@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dina_lrm import InvalidInputError
-from dina_lrm.models.head import RMS_EPS, LogisticSquash, QueryAttention, RewardHead
+from dina_lrm.models.head import RMS_EPS, HeadTokens, LogisticSquash, QueryAttention, RewardHead
 from tests.tiny import randomize
 
 
@@ -44,6 +44,49 @@ def test_text_is_read_and_may_be_absent() -> None:
     blind = make_head(text_dims=[])
     assert blind(image, [], temb).shape == (3,)
     assert not [name for name in blind.state_dict() if "text" in name or "norm_t" in name]
+
+
+def test_taps_of_different_resolution() -> None:
+    """Laid end to end, each through its own slice of the mixing matrix: with the others at zero, the same."""
+    head = make_head(image_dims=[8, 16], width=16)
+    generator = torch.Generator().manual_seed(0)
+    fine, coarse = (torch.randn(2, *shape, generator=generator) for shape in ((12, 8), (3, 16)))
+    text, temb = [torch.randn(2, 5, 16, generator=generator)], torch.randn(2, 12, generator=generator)
+    mixed, _ = head.aggregate([fine, coarse], text, temb)
+    assert mixed.shape == (2, 15, 16)
+    adapters = head.layer_adapters_visual
+    for part, tap, columns in ((mixed[:, :12], 0, slice(0, 4)), (mixed[:, 12:], 1, slice(4, 8))):
+        padded = torch.zeros(2, part.shape[1], 8)
+        padded[..., columns] = adapters[tap]((fine, coarse)[tap], temb)
+        torch.testing.assert_close(part, head.agg_visual(padded))
+    assert head([fine, coarse], text, temb).shape == (2,)
+
+
+def test_masked_text_is_not_looked_at() -> None:
+    head, (image, text, temb) = make_head(), features()
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5, [True] * 4 + [False]])
+    scores = head(image, text, temb, mask)
+    for row, length in enumerate((3, 5, 4)):
+        rows = slice(row, row + 1)
+        alone = head([x[rows] for x in image], [text[0][rows, :length]], temb[rows])
+        torch.testing.assert_close(alone[0], scores[row], atol=1e-6, rtol=0)
+    assert (head(image, text, temb) - scores)[[0, 2]].abs().min() > 1e-3
+
+
+def test_stacked_tokens_pad_and_mask_text() -> None:
+    head, (image, text, temb) = make_head(), features()
+    long = HeadTokens(*head.aggregate(image, text, temb))
+    short = HeadTokens(*head.aggregate(image, [text[0][:, :3]], temb))
+    stacked = HeadTokens.stack([long, short])
+    assert stacked.text_mask is not None
+    assert stacked.text_mask.sum(1).tolist() == [5, 5, 5, 3, 3, 3]
+    scores = head.score_tokens(stacked.image, stacked.text, stacked.text_mask)
+    expected = [head.score_tokens(part.image, part.text) for part in (long, short)]
+    torch.testing.assert_close(scores, torch.cat(expected), atol=1e-6, rtol=0)
+    assert HeadTokens.stack([long, long]).text_mask is None
+    joined = stacked.unfold(2)  # the first three rows and the last three are two levels of three latents
+    assert joined.text_mask is not None
+    assert joined.text_mask.sum(1).tolist() == [8, 8, 8]
 
 
 def test_a_fresh_head_ignores_the_noise_level_and_opens_every_gate_halfway() -> None:
