@@ -19,6 +19,8 @@ from dina_lrm.errors import DinaError
 COMMANDS = {
     "score": "score images against a prompt, or a whole file of rows",
     "compare": "probability that one image is preferred to another",
+    "inspect": "what is in a set of preference data, with or without its images",
+    "audit": "what a test set shares with training data; position bias",
     "train": "train a reward on preference pairs, from a recipe",
     "evaluate": "accuracy, intervals and calibration on a benchmark",
     "demo": "generate, train, measure and rank offline; writes a report",

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -26,6 +26,9 @@ __all__ = ["ImageSource", "PairRows", "PreferencePair", "Reject", "load_image", 
 
 ImageSource = Path | Image.Image | bytes
 """An image that is on disk, in memory, or in a table cell."""
+
+Check = Literal["none", "exists", "decode"]
+"""How far a reader looks at images: not at all, whether they are there, whether they can be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +91,8 @@ class PairRows:
         return line
 
 
-class _BadRow(Exception):
-    """Raised inside this module for a row that becomes a reject."""
+class BadRow(Exception):
+    """Raised by readers of rows for a row that becomes a reject."""
 
 
 def read_pairs(
@@ -124,13 +127,15 @@ def read_pairs(
         prompt = prompt if isinstance(prompt, str) else None
         try:
             if isinstance(row, _Unreadable):
-                raise _BadRow(row.reason)
-            found, ties = _pairs_of_row(row, root, check_images)
-        except _BadRow as bad:
+                raise BadRow(row.reason)
+            found = pairs_of_row(row, root, "decode" if check_images else "exists")
+        except BadRow as bad:
             rejects.append(Reject(row=row_index, reason=str(bad), prompt=prompt))
             continue
-        pairs.extend(found)
-        rejects.extend(Reject(row=row_index, reason=tie, prompt=prompt) for tie in ties)
+        pairs.extend(pair for pair, tie in found if tie is None)
+        rejects.extend(
+            Reject(row=row_index, reason=tie, prompt=prompt) for _, tie in found if tie is not None
+        )
     if rejects_file is not None and rejects:
         write_rejects(rejects, rejects_file)
     return PairRows(pairs=pairs, rejects=rejects, num_rows=num_rows)
@@ -202,12 +207,11 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any] | _Unreadable]:
             )
 
 
-def _pairs_of_row(
-    row: Mapping[str, Any], root: Path, check_images: bool
-) -> tuple[list[PreferencePair], list[str]]:
+def pairs_of_row(row: Mapping[str, Any], root: Path, check: Check) -> list[tuple[PreferencePair, str | None]]:
+    """Every two pictures of a row; with the reason where they share a rank, so that nobody won."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _BadRow(f"no prompt: {prompt!r}")
+        raise BadRow(f"no prompt: {prompt!r}")
     common: dict[str, Any] = {
         "prompt": prompt,
         "source": row.get("source"),
@@ -217,13 +221,11 @@ def _pairs_of_row(
     is_pair = row.get("chosen") is not None or row.get("rejected") is not None
     is_group = row.get("images") is not None or row.get("ranks") is not None
     if is_pair == is_group:
-        raise _BadRow(
+        raise BadRow(
             "needs chosen and rejected, or images and ranks: has " + ("both" if is_pair else "neither")
         )
     if is_pair:
-        chosen, rejected = (
-            _image(row.get(side), side, root, check_images) for side in ("chosen", "rejected")
-        )
+        chosen, rejected = (image_cell(row.get(side), side, root, check) for side in ("chosen", "rejected"))
         votes_chosen, votes_rejected = _votes(row)
         pair = PreferencePair(
             chosen=chosen,
@@ -232,62 +234,62 @@ def _pairs_of_row(
             votes_rejected=votes_rejected,
             **common,
         )
-        return [pair], []
+        return [(pair, None)]
 
     images, ranks = row.get("images"), row.get("ranks")
     if not isinstance(images, Sequence) or not isinstance(ranks, Sequence) or len(images) != len(ranks):
-        raise _BadRow("images and ranks: need to be two lists of the same length")
+        raise BadRow("images and ranks: need to be two lists of the same length")
     if len(images) < 2:
-        raise _BadRow(f"images: needs at least 2, has {len(images)}")
-    numbers = [_number(rank, f"ranks[{i}]") for i, rank in enumerate(ranks)]
-    sources = [_image(image, f"images[{i}]", root, check_images) for i, image in enumerate(images)]
-    pairs: list[PreferencePair] = []
-    ties: list[str] = []
+        raise BadRow(f"images: needs at least 2, has {len(images)}")
+    numbers = [number(rank, f"ranks[{i}]") for i, rank in enumerate(ranks)]
+    sources = [image_cell(image, f"images[{i}]", root, check) for i, image in enumerate(images)]
+    pairs: list[tuple[PreferencePair, str | None]] = []
     for first, second in itertools.combinations(range(len(images)), 2):
-        if numbers[first] == numbers[second]:
-            ties.append(f"tie: images {first} and {second} share rank {numbers[first]:g}")
-            continue
-        better, worse = (first, second) if numbers[first] < numbers[second] else (second, first)
-        pairs.append(PreferencePair(chosen=sources[better], rejected=sources[worse], **common))
-    return pairs, ties
+        same = numbers[first] == numbers[second]
+        tie = f"tie: images {first} and {second} share rank {numbers[first]:g}" if same else None
+        better, worse = (first, second) if numbers[first] <= numbers[second] else (second, first)
+        pairs.append((PreferencePair(chosen=sources[better], rejected=sources[worse], **common), tie))
+    return pairs
 
 
-def _image(cell: Any, field: str, root: Path, check: bool) -> ImageSource:
+def image_cell(cell: Any, field: str, root: Path, check: Check) -> ImageSource:
+    """The picture that a cell of a row names or holds, looked at as far as `check` says."""
     if isinstance(cell, Mapping):  # the image cell of Hugging Face datasets
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and cell:
         path = Path(cell) if Path(cell).is_absolute() else root / cell
-        if not path.is_file():
-            raise _BadRow(f"missing file: {field} = {cell}")
+        if check != "none" and not path.is_file():
+            raise BadRow(f"missing file: {field} = {cell}")
         source: ImageSource = path
     elif isinstance(cell, bytes) and cell:
         source = cell
     else:
-        raise _BadRow(f"no image: {field} is {'missing' if cell is None else type(cell).__name__}")
-    if check:
+        raise BadRow(f"no image: {field} is {'missing' if cell is None else type(cell).__name__}")
+    if check == "decode":
         try:
             load_image(source)
         except InvalidInputError as error:
-            raise _BadRow(f"{error} in {field}") from error
+            raise BadRow(f"{error} in {field}") from error
     return source
 
 
-def _number(value: Any, field: str) -> float:
+def number(value: Any, field: str) -> float:
+    """A finite number in a field of a row."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _BadRow(f"not a number: {field} = {value!r}")
+        raise BadRow(f"not a number: {field} = {value!r}")
     return float(value)
 
 
 def _whole(row: Mapping[str, Any], field: str) -> int | None:
     value = row.get(field)
-    return None if value is None else int(_number(value, field))
+    return None if value is None else int(number(value, field))
 
 
 def _votes(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     given = [row.get(field) for field in ("votes_chosen", "votes_rejected")]
     if given == [None, None]:
         return None, None
-    chosen, rejected = (_number(row.get(field), field) for field in ("votes_chosen", "votes_rejected"))
+    chosen, rejected = (number(row.get(field), field) for field in ("votes_chosen", "votes_rejected"))
     if chosen < 0 or rejected < 0 or chosen + rejected == 0:
-        raise _BadRow(f"votes: {chosen:g} and {rejected:g} must be at least 0 and not both 0")
+        raise BadRow(f"votes: {chosen:g} and {rejected:g} must be at least 0 and not both 0")
     return chosen, rejected

@@ -1,0 +1,85 @@
+"""`dina-lrm audit`: what a test set shares with training data, and whether its sides stand evenly."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dina_lrm.cli.console import log, print_json, print_table, progress_bar
+from dina_lrm.cli.options import JsonFlag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Compare a test set with the data a model may have been trained on, by prompt, file and perceptual hash,
+    and measure how often the side that stood first was chosen."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """The tested set: hpdv3, hpdv3++, hpdv2, imagereward, genai-bench, pickapic, or rows."""
+    root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder with its files as published; for rows, the file."""
+    split: str | None = None
+    """By default the one that is evaluated on."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    """The other set; by default the same source."""
+    against_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """By default the same folder."""
+    against_split: str = "train"
+    """Split of the other set."""
+    images: bool = True
+    """Hash the images; without, only prompts are compared."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Lists everything shared, one JSON object a line."""
+    as_json: JsonFlag = False
+    """Print one JSON object instead of a table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = tyro.cli(Audit, prog="dina-lrm audit", args=arguments)
+
+    from dina_lrm.data.inspection import PHASH_DISTANCE, audit
+    from dina_lrm.data.sources import read_source
+
+    other_name = options.against or options.source
+    tested = read_source(options.source, options.root, split=options.split, check_images="none")
+    other = read_source(
+        other_name,
+        options.against_root or options.root,
+        split=None if other_name == "rows" else options.against_split,
+        check_images="none",
+    )
+    with progress_bar("images") as progress:
+        task = progress.add_task("hashing", total=None)
+        found = audit(
+            tested,
+            other,
+            look_at_images=options.images,
+            on_image=lambda done: progress.update(task, completed=done),
+        )
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found.overlaps))
+        log(f"{len(found.overlaps)} overlaps listed in {options.output}")
+    bias = found.position_bias
+    if options.as_json:
+        record = {name: value for name, value in asdict(found).items() if name != "overlaps"}
+        print_json({**record, "position_bias": bias})
+        return 0
+    rows = [("prompts shared", f"{found.shared_prompts:,} of {found.prompts:,}")]
+    if found.shared_files is not None:
+        rows.append(("images with the same bytes", f"{found.shared_files:,} of {found.images:,}"))
+        near = f"images within {PHASH_DISTANCE} bits of perceptual hash"
+        rows.append((near, f"{found.shared_pictures:,} of {found.images:,}"))
+        rows.append(("images that could not be read", f"{found.unreadable_images:,}"))
+    rows.append(("comparisons touched by any of it", f"{found.tainted_pairs:,} of {found.pairs:,}"))
+    if bias is None:
+        rows.append(("first side chosen", "not known: the layout keeps no positions"))
+    else:
+        share, low, high = (100 * number for number in bias)
+        stated = f"{share:.1f} % ({low:.1f} to {high:.1f}) of {found.positioned_pairs:,}"
+        rows.append(("first side chosen", stated))
+    print_table(["", "found"], rows, title=f"{options.source} against {other_name} {options.against_split}")
+    return 0

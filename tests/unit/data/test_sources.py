@@ -1,0 +1,350 @@
+"""Public data sets in their published layout: a row becomes comparisons or a reject; the counts add up."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dina_lrm.cli import main as cli
+from dina_lrm.data.inspection import audit, inspect
+from dina_lrm.data.pairs import Check, Reject
+from dina_lrm.data.sources import SOURCES, Comparison, read_source
+from dina_lrm.errors import InvalidInputError
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
+    """Smooth, so that a perceptual hash means something."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(seed: int, form: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed, size).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(root: Path, names: list[str]) -> None:
+    for seed, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(file)
+
+
+def dump(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def table(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def read(
+    name: str, root: Path, split: str | None = None, check: Check = "exists"
+) -> tuple[list[Comparison], list[Reject]]:
+    items = list(read_source(name, root, split=split, check_images=check))
+    return [i for i in items if isinstance(i, Comparison)], [i for i in items if isinstance(i, Reject)]
+
+
+# --- layouts
+
+
+def test_hpdv3(tmp_path: Path) -> None:
+    write(tmp_path, [f"images/{name}.jpg" for name in "abcdef"])
+    row = {
+        "prompt": "a lighthouse",
+        "path1": "images/a.jpg",
+        "path2": "images/b.jpg",
+        "model1": "flux",
+        "model2": "infinity",
+    }
+    dump(
+        tmp_path / "train.json",
+        [
+            row | {"choice_dist": [12, 7], "confidence": 0.99},
+            row | {"choice_dist": [3, 16], "confidence": "null"},  # the larger count is path1's all the same
+            row | {"choice_dist": None, "confidence": None, "model1": "midjourney", "model2": "null"},
+            row | {"path2": "images/missing.jpg"},
+            row | {"prompt": " "},
+            row | {"choice_dist": [1, 2, 3]},
+            "not a row",
+        ],
+    )  # fmt: skip
+    comparisons, rejects = read("hpdv3", tmp_path, "train")
+    votes = [(c.pair.votes_chosen, c.pair.votes_rejected, c.confidence) for c in comparisons]
+    assert votes == [(12, 7, 0.99), (16, 3, None), (None, None, None)]
+    assert all(c.pair.chosen == tmp_path / "images/a.jpg" for c in comparisons)
+    assert comparisons[0].generators == ("flux", "infinity")
+    assert comparisons[2].generators == ("midjourney", None)
+    assert [c.row for c in comparisons] == [0, 1, 2]
+    assert [(r.row, r.reason.split(":")[0]) for r in rejects] == [
+        (3, "missing file"),
+        (4, "no prompt"),
+        (5, "votes"),
+        (6, "not a JSON object"),
+    ]
+
+
+def test_hpdv3_plus(tmp_path: Path) -> None:
+    write(tmp_path, ["x/a.png", "x/b.png"])
+    for name in ("aes", "tf"):
+        dump(tmp_path / f"test/test_{name}.json", [{"prompt": "p", "path1": "x/a.png", "path2": "x/b.png"}])
+    comparisons, rejects = read("hpdv3++", tmp_path)
+    assert [c.pair.source for c in comparisons] == ["hpdv3++ aes", "hpdv3++ tf"]
+    assert not rejects
+
+
+def test_hpdv2(tmp_path: Path) -> None:
+    write(tmp_path, ["train/a.jpg", "train/b.jpg", "test/c.jpg", "test/d.jpg", "test/e.jpg"])
+    dump(
+        tmp_path / "train.json",
+        [
+            {"prompt": "p", "file_path": ["a.jpg", "b.jpg"], "human_preference": preference}
+            for preference in ([1, 0], [0, 1])
+        ],
+    )
+    dump(
+        tmp_path / "test.json",
+        [{"prompt": "p", "image_path": ["c.jpg", "d.jpg", "e.jpg"], "rank": [2, 1, 2]}],
+    )
+    train, _ = read("hpdv2", tmp_path, "train")
+    assert [(c.pair.chosen, c.chosen_was_first) for c in train] == [
+        (tmp_path / "train/a.jpg", True),
+        (tmp_path / "train/b.jpg", False),
+    ]
+    test, _ = read("hpdv2", tmp_path, "test")
+    assert [(Path(str(c.pair.chosen)).name, Path(str(c.pair.rejected)).name, c.tie) for c in test] == [
+        ("d.jpg", "c.jpg", False),
+        ("c.jpg", "e.jpg", True),
+        ("d.jpg", "e.jpg", False),
+    ]
+
+
+def test_genai_bench(tmp_path: Path) -> None:
+    cell = {"bytes": encoded(1), "path": "left.png"}
+    rows = [
+        {"prompt": "p", "left_image": cell, "right_image": {"bytes": encoded(2), "path": None},
+         "left_model": "l", "right_model": "r", "vote_type": vote}
+        for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote", "nobody")
+    ]  # fmt: skip
+    table(tmp_path / "image_generation" / "test_v1-00000-of-00001.parquet", rows)
+    comparisons, rejects = read("genai-bench", tmp_path, check="decode")
+    assert [(c.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
+        (False, True, ("l", "r")),
+        (False, False, ("r", "l")),
+        (True, True, ("l", "r")),
+        (True, True, ("l", "r")),
+    ]
+    assert comparisons[1].pair.chosen == encoded(2)
+    assert [r.reason.split(":")[0] for r in rejects] == ["votes"]
+
+
+def test_pickapic(tmp_path: Path) -> None:
+    def row(labels: tuple[float, float], **other: Any) -> dict[str, Any]:
+        sides = {"image_0_uid": "u0", "image_1_uid": "u1", "model_0": "a", "model_1": "b"}
+        cells = {"jpg_0": encoded(1, "JPEG"), "jpg_1": encoded(2, "JPEG")}
+        return (
+            {"caption": "p", "label_0": labels[0], "label_1": labels[1], "has_label": True}
+            | sides
+            | cells
+            | other
+        )
+
+    rows = [row((1, 0)), row((0, 1)), row((0.5, 0.5)), row((1, 0), has_label=False), row((1, 1))]
+    table(tmp_path / "data" / "test_unique-00000-of-00001.parquet", rows)
+    comparisons, rejects = read("pickapic", tmp_path, check="decode")
+    assert [(c.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
+        (False, True, ("a", "b")),
+        (False, False, ("b", "a")),
+        (True, True, ("a", "b")),
+    ]
+    assert [r.reason.split(":")[0] for r in rejects] == ["no label", "votes"]
+    bare = [{name: value for name, value in one.items() if not name.startswith("jpg")} for one in rows]
+    table(tmp_path / "bare" / "test_unique-00000-of-00001.parquet", bare)
+    assert len(read("pickapic", tmp_path / "bare", check="none")[0]) == 3, "the edition without images"
+    assert len(read("pickapic", tmp_path / "bare")[0]) == 0
+
+
+def test_our_own_rows(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png", "c.png"])
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": "p", "chosen": "a.png", "rejected": "b.png", "votes_chosen": 3, "votes_rejected": 1},
+        {"prompt": "q", "images": ["a.png", "b.png", "c.png"], "ranks": [1, 1, 2]},
+        {"prompt": "r", "chosen": "a.png"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    comparisons, rejects = read("rows", file)
+    assert [c.tie for c in comparisons] == [False, True, False, False]
+    assert [r.row for r in rejects] == [2, 3]
+
+
+# --- what goes wrong
+
+
+def test_a_list_that_breaks_off_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    rows = [{"prompt": "p", "path1": "a.png", "path2": "b.png"}] * 3
+    whole = json.dumps(rows)
+    (tmp_path / "test.json").write_text(whole[: len(whole) - 20])
+    comparisons, rejects = read("hpdv3", tmp_path)
+    assert len(comparisons) == 2
+    assert len(rejects) == 1
+    assert "breaks off" in rejects[0].reason
+
+
+def test_unknown_names_and_folders(tmp_path: Path) -> None:
+    for name, split, message in (
+        ("hpdv4", None, "unknown source 'hpdv4'; known: rows, hpdv3"),
+        ("hpdv3", "validation", "hpdv3 has no split 'validation'; it has train, test, all"),
+        ("hpdv3", None, "is this the folder of hpdv3"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            list(read_source(name, tmp_path, split=split))
+    with pytest.raises(InvalidInputError, match="no file of preference rows"):
+        list(read_source("rows", tmp_path / "none.jsonl"))
+
+
+# --- inspect
+
+
+def imagereward_like(root: Path) -> None:
+    """466 prompts with the public number of pairs: 6,399 strict and 831 tied, 7,230 in all.
+
+    317 lists of 4 pictures (6 pairs each), one of 6 (15), one of 7 (21) and 147 of 9 (36) have
+    1,902 + 15 + 21 + 5,292 = 7,230 pairs. 365 of the lists tie two pairs (1, 1, 2, 2, 3 ..) and 101 tie one
+    (1, 1, 2, 3 ..): 730 + 101 = 831 ties.
+    """
+    items = []
+    for index, size in enumerate([4] * 317 + [6, 7] + [9] * 147):
+        ranking = [1, 1, 2, 2, *range(3, size - 1)] if index < 365 else [1, 1, *range(2, size)]
+        files = [f"rm_images/{index}_{i}.webp" for i in range(size)]
+        items.append(
+            {"id": f"{index:06}", "prompt": f"prompt {index}", "generations": files, "ranking": ranking}
+        )
+    dump(root / "test.json", items)
+
+
+def test_inspect_counts_imagereward_without_its_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imagereward_like(tmp_path)
+    assert cli.main(["inspect", "imagereward", "--root", str(tmp_path), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["rows"], counts["prompts"]) == (466, 466)
+    assert (counts["strict_pairs"], counts["ties"]) == (6399, 831)
+    assert counts["missing_images"] == counts["images"] > 2000
+    assert counts["rejects"] == {}
+    assert cli.main(["inspect", "imagereward", "--root", str(tmp_path), "--no-images"]) == 0
+    output = capsys.readouterr().out
+    assert "6,399" in output
+    assert "missing images" not in output
+
+
+def test_inspect_sees_repetitions_votes_and_sizes(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png", "c.png"])
+    picture(3, (32, 32)).save(tmp_path / "c.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    row = {"prompt": "p", "path1": "a.png", "path2": "b.png"}
+    dump(
+        tmp_path / "test.json",
+        [
+            row | {"choice_dist": [5, 0], "confidence": 0.99},
+            row | {"path1": "b.png", "path2": "a.png", "choice_dist": [3, 2], "confidence": 0.5},
+            row | {"prompt": "q", "path2": "c.png"},
+            row | {"prompt": "r", "path1": "broken.png", "path2": "gone.png"},
+            row | {"prompt": None},
+        ],
+    )
+    found = inspect(read_source("hpdv3", tmp_path, check_images="none"))
+    assert (found.rows, found.prompts, found.strict_pairs, found.ties) == (5, 3, 4, 0)
+    assert dict(found.rejects) == {"no prompt": 1}
+    assert (found.pairs_with_votes, found.total_votes, found.unanimous) == (2, 10, 1)
+    assert (found.pairs_with_confidence, found.confident) == (2, 1)
+    assert found.repeated_pairs == 1, "the same two pictures for the same prompt, sides swapped"
+    assert (found.images, found.shared_images) == (5, 1), "a.png stands under p and q"
+    assert (found.missing_images, found.unreadable_images) == (1, 1)
+    assert dict(found.resolutions) == {"24x16": 2, "32x32": 1}
+
+
+# --- audit
+
+
+def test_audit_finds_what_two_sets_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, [f"train/{i}.png" for i in range(4)])
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/same.png").write_bytes((tmp_path / "train/0.png").read_bytes())
+    picture(1, (48, 32)).save(tmp_path / "test/resized.jpg", quality=90)  # train/1.png at twice the size
+    for i in (7, 8, 9, 10):
+        picture(i).save(tmp_path / f"test/{i}.png")
+    dump(
+        tmp_path / "train.json",
+        [
+            {"prompt": "A red circle!", "file_path": ["0.png", "1.png"], "human_preference": [1, 0]},
+            {"prompt": "a tree", "file_path": ["2.png", "3.png"], "human_preference": [0, 1]},
+        ],
+    )
+    dump(
+        tmp_path / "test.json",
+        [
+            {"prompt": "a red  circle", "image_path": ["7.png", "8.png"], "rank": [1, 2]},
+            {"prompt": "new", "image_path": ["same.png", "9.png"], "rank": [1, 2]},
+            {"prompt": "newer", "image_path": ["resized.jpg", "10.png"], "rank": [2, 1]},
+            {"prompt": "newest", "image_path": ["9.png", "10.png"], "rank": [1, 2]},
+        ],
+    )
+    found = audit(read_source("hpdv2", tmp_path, split="test"), read_source("hpdv2", tmp_path, split="train"))
+    assert (found.prompts, found.shared_prompts) == (4, 1)
+    assert (found.shared_files, found.shared_pictures) == (1, 2)
+    assert (found.pairs, found.tainted_pairs) == (4, 3)
+    kinds = {(one.kind, Path(one.tested).name) for one in found.overlaps}
+    assert kinds == {
+        ("prompt", "a red  circle"),
+        ("file", "same.png"),
+        ("picture", "same.png"),
+        ("picture", "resized.jpg"),
+    }
+    share, low, high = found.position_bias or (0, 0, 0)
+    assert (share, found.positioned_pairs) == (0.75, 4)
+    assert 0 < low < share < high < 1
+
+    listing = tmp_path / "out" / "overlaps.jsonl"
+    assert cli.main(["audit", "hpdv2", "--root", str(tmp_path), "--output", str(listing), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["tainted_pairs"] == 3
+    assert len(listing.read_text().splitlines()) == 4
+    assert cli.main(["audit", "hpdv2", "--root", str(tmp_path), "--no-images"]) == 0
+    output = capsys.readouterr().out
+    assert "prompts shared" in output
+    assert "perceptual" not in output
+
+
+def test_audit_of_a_layout_without_positions(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    row = {"prompt": "p", "path1": "a.png", "path2": "b.png"}
+    dump(tmp_path / "test.json", [row])
+    dump(tmp_path / "train.json", [row | {"prompt": "q", "path1": "missing.png"}])
+    streams = [
+        read_source("hpdv3", tmp_path, split=split, check_images="none") for split in ("test", "train")
+    ]
+    found = audit(*streams)
+    assert found.position_bias is None
+    assert (found.shared_files, found.unreadable_images) == (1, 1)
+    with pytest.raises(InvalidInputError, match="no comparisons to audit"):
+        audit([], [])
+
+
+def test_every_source_says_where_its_files_are() -> None:
+    for source in SOURCES.values():
+        assert source.default_split in source.splits
+        assert all(source.splits.values())
