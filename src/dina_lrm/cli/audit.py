@@ -18,7 +18,7 @@ class Audit:
     and measure how often the side that stood first was chosen."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """The tested set: hpdv3, hpdv3++, hpdv2, imagereward, genai-bench, pickapic, or rows."""
+    """The tested set, one of those of `dina-lrm inspect`."""
     root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder with its files as published; for rows, the file."""
     split: str | None = None
@@ -44,11 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.data.sources import read_source
 
     other_name = options.against or options.source
+    against_split = None if other_name in ("rows", "folder") else options.against_split
     tested = read_source(options.source, options.root, split=options.split, check_images="none")
     other = read_source(
         other_name,
         options.against_root or options.root,
-        split=None if other_name == "rows" else options.against_split,
+        split=against_split,
         check_images="none",
     )
     with progress_bar("images") as progress:
@@ -81,5 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         share, low, high = (100 * number for number in bias)
         stated = f"{share:.1f} % ({low:.1f} to {high:.1f}) of {found.positioned_pairs:,}"
         rows.append(("first side chosen", stated))
-    print_table(["", "found"], rows, title=f"{options.source} against {other_name} {options.against_split}")
+    print_table(
+        ["", "found"], rows, title=f"{options.source} against {other_name} {against_split or ''}".rstrip()
+    )
     return 0

@@ -22,7 +22,8 @@ class Inspect:
     """Count rows, prompts, pairs, ties, votes, repetitions, missing images and resolutions of a data set."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """hpdv3, hpdv3++, hpdv2, imagereward, genai-bench, pickapic, or rows (our own .jsonl or .parquet)."""
+    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, a folder of pairs, or rows
+    (our own .jsonl or .parquet)."""
     root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder with the data set's files as published; for rows, the file."""
     split: str | None = None

@@ -6,7 +6,11 @@
     imagereward  test.json: ranking of generations, 1 is best, ties allowed
     genai-bench  parquet: left_image, right_image, vote_type
     pickapic     parquet: jpg_0, jpg_1, label_0, label_1
+    imagerewarddb  parquet of the configs *_pair (img_better, img_worse) and *_group (lists with ranks)
+    folder       NAME.txt with NAME.chosen.* and NAME.rejected.* beside it, in any subfolder
     rows         our own .jsonl or .parquet rows (`data.pairs`)
+
+The parquet sets can also be streamed from the Hugging Face hub, through `datasets` (`read_hub`).
 
 Nothing is dropped: what cannot be a comparison is a `Reject` with its reason. Ties are comparisons on which
 nobody won; which side they name `chosen` means nothing. Files of any size are read as a stream.
@@ -33,7 +37,7 @@ from dina_lrm.data.pairs import (
 )
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["SOURCES", "Comparison", "Source", "read_source"]
+__all__ = ["SOURCES", "Comparison", "Source", "read_hub", "read_source"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +67,9 @@ class Source:
     splits: dict[str, tuple[str, ...]]
     """Files of each split, relative to the root; glob patterns allowed."""
     default_split: str
-    images: str
-    """Where the images lie, for messages."""
     read_row: Callable[["_Row"], Iterator[Comparison]]
+    hub: tuple[str, str | None] | None = None
+    """Repository and config on the Hugging Face hub, where it is published as a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,10 @@ def read_source(
     if name == "rows":
         yield from _own_rows(root, check_images)
         return
-    if name not in SOURCES:
-        raise InvalidInputError(f"unknown source {name!r}; known: rows, {', '.join(SOURCES)}")
-    source = SOURCES[name]
-    split = source.default_split if split is None else split
-    if split not in source.splits:
-        raise InvalidInputError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}")
+    if name == "folder":
+        yield from _folder(root, check_images)
+        return
+    source, split = _source(name, split)
     files = [file for pattern in source.splits[split] for file in sorted(root.glob(pattern))]
     if not files:
         wanted = ", ".join(source.splits[split])
@@ -132,12 +134,62 @@ def read_source(
             if isinstance(values, BadRow):
                 yield Reject(row=index, reason=f"{values} ({relative})")
                 continue
-            row = _Row(values, index, relative, root, check_images)
-            try:
-                yield from source.read_row(row)
-            except BadRow as bad:
-                prompt = values.get("prompt") or values.get("caption")
-                yield Reject(row=index, reason=str(bad), prompt=prompt if isinstance(prompt, str) else None)
+            yield from _comparisons(source, _Row(values, index, relative, root, check_images))
+
+
+def read_hub(
+    name: str, *, split: str | None = None, dataset: str | None = None, check_images: Check = "exists"
+) -> Iterator[Comparison | Reject]:
+    """The same for a parquet set, streamed from the hub: nothing is downloaded whole.
+
+    Args:
+        name: a source with a hub id: genai-bench, pickapic or imagerewarddb.
+        dataset: another repository of the same layout, or a local folder of its files.
+        split: as of the data set; None: the source's default.
+
+    Raises:
+        InvalidInputError: no such source or split, or the source is not published as parquet.
+    """
+    import datasets
+
+    source, split = _source(name, split)
+    if source.hub is None:
+        raise InvalidInputError(
+            f"{name} is not published as a table that can be streamed: download it, and use read_source"
+        )
+    repository, config = source.hub
+    if dataset is not None and Path(dataset).is_dir():
+        files = [
+            str(file) for pattern in source.splits[split] for file in sorted(Path(dataset).glob(pattern))
+        ]
+        stream: Any = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+    else:
+        own = config if dataset is None else None
+        stream = datasets.load_dataset(dataset or repository, own, split=split, streaming=True)
+    for column, feature in (stream.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    for index, values in enumerate(stream):
+        yield from _comparisons(source, _Row(values, index, f"{repository}/{split}", Path(), check_images))
+
+
+def _source(name: str, split: str | None) -> tuple["Source", str]:
+    if name not in SOURCES:
+        raise InvalidInputError(f"unknown source {name!r}; known: rows, folder, {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    split = source.default_split if split is None else split
+    if split not in source.splits:
+        raise InvalidInputError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}")
+    return source, split
+
+
+def _comparisons(source: "Source", row: "_Row") -> Iterator[Comparison | Reject]:
+    try:
+        yield from source.read_row(row)
+    except BadRow as bad:
+        prompt = row.values.get("prompt") or row.values.get("caption")
+        prompt = prompt if isinstance(prompt, str) else None
+        yield Reject(row=row.index, reason=str(bad), prompt=prompt)
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -190,6 +242,29 @@ def _own_rows(file: Path, check: Check) -> Iterator[Comparison | Reject]:
         except BadRow as bad:
             prompt = values.get("prompt")
             yield Reject(row=index, reason=str(bad), prompt=prompt if isinstance(prompt, str) else None)
+
+
+def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
+    """NAME.txt holds the prompt; NAME.chosen.png and NAME.rejected.png, of any format, lie beside it."""
+    if not root.is_dir():
+        raise InvalidInputError(f"no folder of pairs at {root}")
+    for index, file in enumerate(sorted(root.rglob("*.txt"))):
+        try:
+            prompt = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            yield Reject(row=index, reason=f"unreadable prompt: {file.name} ({error})")
+            continue
+        values: dict[str, Any] = {"prompt": prompt}
+        for side in ("chosen", "rejected"):
+            stem = f"{file.stem}.{side}"
+            places = [place for place in file.parent.iterdir() if place.stem == stem]
+            values[side] = str(places[0].relative_to(root)) if len(places) == 1 else None
+        row = _Row(values, index, str(file.relative_to(root)), root, check)
+        try:
+            images = [row.image(values[side], f"{file.stem}.{side}.*") for side in ("chosen", "rejected")]
+            yield row.compare(row.prompt(), *images)
+        except BadRow as bad:
+            yield Reject(row=index, reason=str(bad), prompt=prompt or None)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
@@ -266,6 +341,20 @@ def _imagereward(row: _Row) -> Iterator[Comparison]:
     files, ranks = _lists(row.values, "generations", "ranking")
     images = [row.image(file, "generations", "images", "test_images") for file in files]
     yield from _ranked(row, row.prompt(), images, [number(rank, "ranking") for rank in ranks], "imagereward")
+
+
+def _imagerewarddb(row: _Row) -> Iterator[Comparison]:
+    """Configs *_pair, whose ties were dropped, and *_group. Source: zai-org/ImageRewardDB."""
+    values, prompt = row.values, row.prompt()
+    if "img_better" in values:
+        sides = [row.image(values.get(name), name) for name in ("img_better", "img_worse")]
+        yield row.compare(prompt, *sides, source="imagerewarddb")
+    elif isinstance(values.get("image"), Sequence):
+        cells, ranks = _lists(values, "image", "rank")
+        images = [row.image(cell, "image") for cell in cells]
+        yield from _ranked(row, prompt, images, [number(rank, "rank") for rank in ranks], "imagerewarddb")
+    else:
+        raise BadRow("one picture a row: use a config that ends in _pair or _group")
 
 
 def _genai_bench(row: _Row) -> Iterator[Comparison]:
@@ -358,7 +447,6 @@ SOURCES: dict[str, Source] = {
             name="hpdv3",
             splits={"train": ("train.json",), "test": ("test.json",), "all": ("all.json",)},
             default_split="test",
-            images="images/",
             read_row=_hpdv3,
         ),
         Source(
@@ -368,21 +456,18 @@ SOURCES: dict[str, Source] = {
                 "test": ("test/test_aes.json", "test/test_tf.json"),
             },
             default_split="test",
-            images="the root",
             read_row=_hpdv3_plus,
         ),
         Source(
             name="hpdv2",
             splits={"train": ("train.json",), "test": ("test.json",)},
             default_split="test",
-            images="train/ and test/",
             read_row=_hpdv2,
         ),
         Source(
             name="imagereward",
             splits={"test": ("test.json", "data/test.json")},
             default_split="test",
-            images="the root or images/",
             read_row=_imagereward,
         ),
         Source(
@@ -392,8 +477,8 @@ SOURCES: dict[str, Source] = {
                 "test": ("**/image_generation/test-*.parquet", "test-*.parquet"),
             },
             default_split="test_v1",
-            images="inside",
             read_row=_genai_bench,
+            hub=("TIGER-Lab/GenAI-Bench", "image_generation"),
         ),
         Source(
             name="pickapic",
@@ -402,8 +487,15 @@ SOURCES: dict[str, Source] = {
                 for split in ("train", "validation", "validation_unique", "test", "test_unique")
             },
             default_split="test_unique",
-            images="inside",
             read_row=_pickapic,
+            hub=("yuvalkirstain/pickapic_v2", None),
+        ),
+        Source(
+            name="imagerewarddb",
+            splits={split: (f"**/{split}-*.parquet",) for split in ("train", "validation", "test")},
+            default_split="test",
+            read_row=_imagerewarddb,
+            hub=("zai-org/ImageRewardDB", "8k_pair"),
         ),
     )
 }

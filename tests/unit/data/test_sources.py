@@ -12,7 +12,7 @@ from PIL import Image
 from dina_lrm.cli import main as cli
 from dina_lrm.data.inspection import audit, inspect
 from dina_lrm.data.pairs import Check, Reject
-from dina_lrm.data.sources import SOURCES, Comparison, read_source
+from dina_lrm.data.sources import SOURCES, Comparison, read_hub, read_source
 from dina_lrm.errors import InvalidInputError
 
 
@@ -189,6 +189,60 @@ def test_our_own_rows(tmp_path: Path) -> None:
     assert [r.row for r in rejects] == [2, 3]
 
 
+def test_imagerewarddb(tmp_path: Path) -> None:
+    cells = [{"bytes": encoded(seed), "path": None} for seed in (1, 2, 3)]
+    table(
+        tmp_path / "8k_pair" / "test-00000-of-00001.parquet",
+        [{"prompt_id": "0", "prompt": "p", "img_better": cells[0], "img_worse": cells[1]}],
+    )
+    table(
+        tmp_path / "8k_group" / "test-00000-of-00001.parquet",
+        [{"prompt_id": "0", "prompt": "p", "image": cells, "rank": [2, 1, 2]}],
+    )
+    table(tmp_path / "8k" / "test-00000-of-00001.parquet", [{"prompt": "p", "image": cells[0], "rank": 1}])
+    pairs, _ = read("imagerewarddb", tmp_path / "8k_pair", check="decode")
+    assert (pairs[0].pair.chosen, pairs[0].pair.rejected) == (encoded(1), encoded(2))
+    group, _ = read("imagerewarddb", tmp_path / "8k_group", check="decode")
+    assert [(c.pair.chosen, c.tie) for c in group] == [
+        (encoded(2), False),
+        (encoded(1), True),
+        (encoded(2), False),
+    ]
+    nothing, rejects = read("imagerewarddb", tmp_path / "8k")
+    assert not nothing
+    assert "_pair or _group" in rejects[0].reason
+
+
+def test_a_folder_of_pairs(tmp_path: Path) -> None:
+    write(tmp_path, ["x/1.chosen.png", "x/1.rejected.jpg", "2.chosen.png", "3.chosen.png", "3.rejected.png"])
+    for name, prompt in (("x/1", "a tree\n"), ("2", "no other side"), ("3", " ")):
+        (tmp_path / f"{name}.txt").write_text(prompt)
+    comparisons, rejects = read("folder", tmp_path, check="decode")
+    assert [c.pair.prompt for c in comparisons] == ["a tree"]
+    assert comparisons[0].pair.rejected == tmp_path / "x/1.rejected.jpg"
+    assert [r.reason for r in rejects] == ["no image: 2.rejected.* is missing", "no prompt: prompt = ''"]
+    with pytest.raises(InvalidInputError, match="no folder of pairs"):
+        list(read_source("folder", tmp_path / "none"))
+
+
+def test_the_hubs_stream_equals_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: `datasets` streams a local folder of the same layout."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    cell = {"bytes": encoded(1), "path": "left.png"}
+    row = {"prompt": "p", "left_image": cell, "right_image": {"bytes": encoded(2), "path": "right.png"}}
+    row |= {"left_model": "l", "right_model": "r"}
+    rows = [row | {"vote_type": vote} for vote in ("rightvote", "tievote", "nobody")]
+    table(tmp_path / "data" / "test_v1-00000-of-00001.parquet", rows)
+    streamed = list(read_hub("genai-bench", dataset=str(tmp_path / "data"), check_images="decode"))
+    local = list(read_source("genai-bench", tmp_path / "data", check_images="decode"))
+    assert [getattr(item, "pair", item) for item in streamed] == [
+        getattr(item, "pair", item) for item in local
+    ]
+    assert len(streamed) == 3
+    with pytest.raises(InvalidInputError, match="hpdv3 is not published as a table"):
+        list(read_hub("hpdv3"))
+
+
 # --- what goes wrong
 
 
@@ -205,7 +259,7 @@ def test_a_list_that_breaks_off_is_told(tmp_path: Path) -> None:
 
 def test_unknown_names_and_folders(tmp_path: Path) -> None:
     for name, split, message in (
-        ("hpdv4", None, "unknown source 'hpdv4'; known: rows, hpdv3"),
+        ("hpdv4", None, "unknown source 'hpdv4'; known: rows, folder, hpdv3"),
         ("hpdv3", "validation", "hpdv3 has no split 'validation'; it has train, test, all"),
         ("hpdv3", None, "is this the folder of hpdv3"),
     ):
