@@ -212,6 +212,9 @@ class TrainConfig:
     """How many levels such a step may take; read only when ensemble_fraction > 0."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; trained weights and the loss stay in float32 always."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's blocks again in the backward pass instead of keeping their activations: less
+    memory, more time, the same numbers."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps after."""
     cpu: bool = False

@@ -186,7 +186,8 @@ def sd35m_12_layers_logit_normal() -> TrainConfig:
 
 # --- other generators --------------------------------------------------------------------------------------
 #
-# Data, optimiser, noise and validation are those of sd35m-12-layers. None of these has been trained yet.
+# Data, optimiser, noise and validation are those of sd35m-12-layers; blocks are computed again in the
+# backward pass, to save memory. None of these has been trained yet.
 
 
 def _other_generator(name: str, model: ModelConfig) -> TrainConfig:
@@ -195,7 +196,7 @@ def _other_generator(name: str, model: ModelConfig) -> TrainConfig:
         train=f"latents/hpdv3-train-{generator}.safetensors",
         validation=f"latents/hpdv3-test-{generator}.safetensors",
     )
-    return replace(base, model=model, data=data, output=f"runs/{name}")
+    return replace(base, model=model, data=data, output=f"runs/{name}", gradient_checkpointing=True)
 
 
 def sd35l_19_layers() -> TrainConfig:

@@ -14,6 +14,7 @@ import torch
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.config import OptimizerConfig, TrainConfig
 from dina_lrm.data.latents import LatentPairs
+from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import train
 from tests.families import FAMILIES, family_conditioning, family_latents
 
@@ -75,6 +76,28 @@ def test_thirty_steps(family: str, frames: int | None, family_folders: Any, tmp_
         loaded = RewardModel.from_pretrained(model.save_pretrained(tmp_path / "reward"))
         assert torch.equal(loaded.score_latents(*arguments, seed=0), scores)
     assert result.history
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_number(family: str, family_folders: Any) -> None:
+    pairs = make_pairs(family).batch(range(6))
+    noise = torch.randn(pairs.latents_chosen.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        model = RewardModel.initialize(family_folders(family), lora_rank=2, seed=0)
+        for parameter in model.adapter.parameters() if model.adapter else []:
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        runs: list[int] = []
+        model.backbone.kept_blocks[-1].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        scorer = PairScorer(model, gradient_checkpointing=checkpointing)
+        chosen, rejected = scorer(pairs, noise, torch.full((1, 6), 0.4))
+        (chosen - rejected).sum().backward()
+        assert len(runs) == 1 + checkpointing
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("lora_" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
 
 
 def test_pairs_of_another_family_are_refused(family_folders: Any) -> None:

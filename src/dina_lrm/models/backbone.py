@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dina_lrm.core.noise import NoiseSchedule
 from dina_lrm.core.tensors import Features
@@ -44,6 +45,11 @@ Run = Callable[..., Any]
 def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The plain `Run`."""
     return block(*args, **kwargs)
+
+
+def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A `Run` that keeps no activations of a block and computes it again in the backward pass."""
+    return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dina_lrm.config import TrainConfig
 from dina_lrm.core.noise import sample_noise_levels
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch, mix_seeds
-from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.backbone import Conditioning, call, checkpointed
 from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.reward_model import RewardModel
 
@@ -56,9 +56,10 @@ class PairScorer(nn.Module):
     Everything that trains goes through `forward`, so a distributed wrapper sees every gradient.
     """
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.gradient_checkpointing = gradient_checkpointing
 
     def tokens(self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]) -> HeadTokens:
         """Head tokens of every distinct latent at its pair's levels; rows are (level, latent)."""
@@ -72,7 +73,8 @@ class PairScorer(nn.Module):
             latents = backbone.schedule.add_noise(latents, torch.cat([noise[pair]] * num_levels), sigmas)
         conditioning = Conditioning(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask)
         rows = conditioning.index_select(pair.repeat(num_levels))
-        return self.model.tokens(backbone.features(latents, rows, sigmas))
+        run = checkpointed if self.gradient_checkpointing and torch.is_grad_enabled() else call
+        return self.model.tokens(backbone.features(latents, rows, sigmas, run=run))
 
     def scores(self, tokens: HeadTokens, num_levels: int, batch: PairBatch) -> tuple[Score, Score]:
         """Scores of (chosen, rejected) from the tokens of one or more levels."""

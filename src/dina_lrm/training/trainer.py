@@ -142,7 +142,7 @@ class _Run:
             betas=settings.betas,
             eps=settings.eps,
         )
-        self.scorer = PairScorer(model)
+        self.scorer = PairScorer(model, gradient_checkpointing=config.gradient_checkpointing)
         prepared: Any = torch.compile(self.scorer, dynamic=False) if config.compile else self.scorer
         self.prepared, self.optimizer = self.accelerator.prepare(prepared, optimizer)
         self.average = None
@@ -463,7 +463,7 @@ def _labelled(pairs: LatentPairs, config: TrainConfig) -> LatentPairs:
 
 _MAY_CHANGE = frozenset(
     "num_steps time_budget_seconds output resume log_every checkpoint_every keep tensorboard compile cpu "
-    "validation data model".split()
+    "gradient_checkpointing validation data model".split()
 )
 
 
