@@ -22,8 +22,37 @@ TEST_STREAM = 7
 class Evaluate:
     """Measure a reward on a benchmark: at single noise levels, as ensembles, and its calibration."""
 
-    benchmark: Literal["shapes"] = "shapes"
-    """shapes: pictures of the bundled generator, simulated raters whose law is known."""
+    benchmark: Literal[
+        "shapes",
+        "hpdv3",
+        "hpdv3++",
+        "hpdv2",
+        "imagereward",
+        "imagerewarddb",
+        "genai-bench",
+        "pickapic",
+        "folder",
+        "rows",
+    ] = "shapes"
+    """shapes: pictures of the bundled generator, simulated raters whose law is known. Any other is a set of
+    human preferences in its original layout, under --root."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder with the benchmark's files as published; for rows, the file. Not for shapes."""
+    split: str | None = None
+    """Of the benchmark; by default the one it is evaluated on. Not for shapes."""
+    rule: Literal[
+        "published",
+        "strict",
+        "strict-by-prompt",
+        "inversions",
+        "concordance",
+        "three-way",
+        "soft-labels",
+        "tie-calibrated",
+    ] = "published"
+    """How ties count and what is averaged; published: as the benchmark's own code does it. Not for shapes."""
+    tie_threshold: float = 0.0
+    """Largest score difference that the rule takes for a tie. Not for shapes."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
@@ -51,6 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("num_prompts", "num_draws", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1; got {getattr(options, name)}")
+    if (options.benchmark == "shapes") != (options.root is None):
+        raise UsageError("--root DIR goes with every benchmark but shapes, and not with shapes")
+    if options.benchmark != "shapes":
+        return evaluate_public(options)
     ensembles = [parse_noise_levels(levels) for levels in options.ensembles]
     model = options.model.load()
 
@@ -86,6 +119,48 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     print_result(result)
     log(f"{folder}: results.json, results.md, scores.parquet  ({result.seconds:.0f} s)")
+    return 0
+
+
+def evaluate_public(options: Evaluate) -> int:
+    """Human preferences: the model's own noise levels, the benchmark's own rule."""
+    from dina_lrm.data.sources import read_source
+    from dina_lrm.evaluation.public import evaluate_comparisons
+    from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES
+
+    assert options.root is not None
+    rule = DEFAULT_RULE[options.benchmark] if options.rule == "published" else options.rule
+    if RULES[rule].fits_threshold and options.tie_threshold == 0:
+        log(f"rule {rule} fits its threshold on other pairs; with --tie-threshold 0 only equal scores tie")
+    model = options.model.load()
+    stream = read_source(options.benchmark, options.root, split=options.split)
+    with progress_bar("pictures") as progress:
+        task = progress.add_task("scoring", total=None)
+        result = evaluate_comparisons(
+            model,
+            stream,
+            rule=rule,
+            threshold=options.tie_threshold,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    folder = result.save(options.output or default_output(options))
+    if options.as_json:
+        print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
+        return 0
+    named = {"published" if options.rule == "published" else "chosen": result.published}
+    rows = [
+        [f"{label}: {found.rule}", percent(found.accuracy), f"{found.num_pairs:,}", f"{found.num_prompts:,}"]
+        for label, found in (named | {"by pair": result.by_pair, "by prompt": result.by_prompt}).items()
+    ]
+    levels = ", ".join(f"{level:g}" for level in result.noise_levels)
+    title = f"{options.benchmark}: {len(result.comparisons):,} comparisons, sigma = {levels}"
+    print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
+    ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
+    log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    listed = ", rejects.jsonl" if result.rejects else ""
+    log(f"{folder}: results.json, scores.parquet{listed}")
     return 0
 
 

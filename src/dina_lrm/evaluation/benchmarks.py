@@ -112,10 +112,10 @@ class EvaluationResult:
         """Write results.json, results.md and scores.parquet (one row a pair, raw scores of every setting)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(
+        write_whole(
             folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
         )
-        _write(folder / "results.md", self.to_markdown().encode())
+        write_whole(folder / "results.md", self.to_markdown().encode())
         self._write_scores(folder / "scores.parquet")
         return folder
 
@@ -227,7 +227,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(content)

@@ -1,0 +1,82 @@
+"""`dina-lrm evaluate` on human preferences in a published layout, with the bundled reward."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from dina_lrm import RewardModel
+from dina_lrm.cli import main as cli
+from dina_lrm.shapes.render import render
+from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
+
+NUM_PROMPTS = 12
+
+
+@pytest.fixture(scope="module")
+def hpdv2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HPDv2's test layout: a fitting render, one with a wrong attribute, and one that raters tied with it."""
+    root = tmp_path_factory.mktemp("hpdv2")
+    (root / "test").mkdir()
+    rng = np.random.default_rng(5)
+    items = []
+    for index in range(NUM_PROMPTS):
+        spec = sample_caption(rng, num_objects=1)
+        files = []
+        for side, shown in (("right", spec), ("wrong", change_attribute(rng, spec)), ("also", spec)):
+            files.append(f"{index}-{side}.png")
+            render(sample_scene(rng, shown)).save(root / "test" / files[-1])
+        items.append({"prompt": spec.caption, "image_path": files, "rank": [1, 2, 2]})
+    (root / "test" / "0-also.png").write_bytes(b"broken")
+    items.append({"prompt": "no such picture", "image_path": ["x.png", "y.png"], "rank": [1, 2]})
+    (root / "test.json").write_text(json.dumps(items))
+    return root
+
+
+def test_published_rule_rejects_and_scores(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--benchmark", "hpdv2", "--root", str(hpdv2), "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["published"]["rule"] == "inversions"
+    # 3 comparisons a prompt; two of the first prompt's touch the broken picture, and one row has no pictures
+    assert (result["num_comparisons"], result["num_rejects"]) == (3 * NUM_PROMPTS - 2, 3)
+    assert result["num_rows"] == result["num_comparisons"] + result["num_rejects"]
+    assert result["published"]["num_rater_ties"] == NUM_PROMPTS - 1
+    assert result["by_pair"]["num_pairs"] == result["num_comparisons"] - (NUM_PROMPTS - 1)
+
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(reject["reason"].split(":")[0] for reject in rejects) == [
+        "missing file",
+        "unreadable image",
+        "unreadable image",
+    ]
+    table = parquet.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert len(table) == result["num_comparisons"]
+    strict = [row["score_chosen"] > row["score_rejected"] for row in table if not row["tie"]]
+    assert result["by_pair"]["accuracy"]["value"] == pytest.approx(np.mean(strict))
+
+    model = RewardModel.from_pretrained("bundled")
+    row = table[0]
+    again = model.score(row["prompt"], [row["chosen"], row["rejected"]]).scores.tolist()
+    assert again == pytest.approx([row["score_chosen"], row["score_rejected"]], abs=1e-4)
+
+
+def test_the_rule_changes_the_figure_and_is_named(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--benchmark", "hpdv2", "--root", str(hpdv2), "--output", str(tmp_path)]
+    assert cli.main([*arguments, "--rule", "concordance"]) == 0
+    captured = capsys.readouterr()
+    assert "chosen: concordance" in captured.out
+    assert f"{NUM_PROMPTS - 1} rater ties" in captured.err
+    assert "3 of" in captured.err
+
+
+def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--benchmark", "hpdv2"]) == 2
+    assert cli.main(["evaluate", "--benchmark", "shapes", "--root", str(hpdv2)]) == 2
+    assert "--root DIR goes with every benchmark but shapes" in capsys.readouterr().err
