@@ -76,6 +76,36 @@ def test_the_rule_changes_the_figure_and_is_named(
     assert "3 of" in captured.err
 
 
+def test_two_models_are_compared_pair_by_pair(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--benchmark", "hpdv2", "--root", str(hpdv2), "--rule", "strict", "--json"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    again = [*arguments, "--output", str(tmp_path / "two"), "--against", str(tmp_path / "one")]
+    assert cli.main(again) == 0
+    same = json.loads(capsys.readouterr().out.splitlines()[-1])["against"]
+    assert (same["only_first"], same["only_second"], same["p_value"]) == (0, 0, 1.0)
+    assert same["difference"]["value"] == 0
+
+    table = parquet.read_table(tmp_path / "one" / "scores.parquet")
+    rows = table.to_pylist()
+    right = [row for row in rows if not row["tie"] and row["score_chosen"] > row["score_rejected"]]
+    for row in right[:4]:  # another model: the first four right answers turned around
+        row["score_chosen"], row["score_rejected"] = row["score_rejected"], row["score_chosen"]
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "one" / "scores.parquet")
+    assert cli.main(again) == 0
+    worse = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (worse["against"]["only_first"], worse["against"]["only_second"]) == (4, 0)
+    assert worse["against"]["difference"]["value"] == pytest.approx(4 / worse["by_pair"]["num_pairs"])
+    assert worse["against"]["p_value"] == pytest.approx(2 * 0.5**4)
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "one" / "scores.parquet")
+    assert cli.main(again) == 2
+    assert "holds other comparisons" in capsys.readouterr().err
+
+
 def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--benchmark", "hpdv2"]) == 2
     assert cli.main(["evaluate", "--benchmark", "shapes", "--root", str(hpdv2)]) == 2

@@ -53,6 +53,8 @@ class Evaluate:
     """How ties count and what is averaged; published: as the benchmark's own code does it. Not for shapes."""
     tie_threshold: float = 0.0
     """Largest score difference that the rule takes for a tie. Not for shapes."""
+    against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Result of another model on the same comparisons, to be compared pair by pair. Not for shapes."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
 def evaluate_public(options: Evaluate) -> int:
     """Human preferences: the model's own noise levels, the benchmark's own rule."""
     from dina_lrm.data.sources import read_source
-    from dina_lrm.evaluation.public import evaluate_comparisons
+    from dina_lrm.evaluation.public import as_json, evaluate_comparisons
     from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES
 
     assert options.root is not None
@@ -145,9 +147,11 @@ def evaluate_public(options: Evaluate) -> int:
             batch_size=options.batch_size,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    paired = None if options.against is None else result.against(options.against)
     folder = result.save(options.output or default_output(options))
     if options.as_json:
-        print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
+        record = {"model": options.model.model, "output": str(folder), **result.to_dict()}
+        print_json(record if paired is None else record | {"against": as_json(paired)})
         return 0
     named = {"published" if options.rule == "published" else "chosen": result.published}
     rows = [
@@ -159,6 +163,11 @@ def evaluate_public(options: Evaluate) -> int:
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
     log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    if paired is not None:
+        log(
+            f"minus {options.against}: {percent(paired.difference)} points; {paired.only_first} pairs "
+            f"better, {paired.only_second} worse (McNemar p = {paired.p_value:.2g})"
+        )
     listed = ", rejects.jsonl" if result.rejects else ""
     log(f"{folder}: results.json, scores.parquet{listed}")
     return 0

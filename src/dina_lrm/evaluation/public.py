@@ -14,10 +14,11 @@ from dina_lrm.data.pairs import ImageSource, Reject, load_image, write_rejects
 from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.benchmarks import write_whole
-from dina_lrm.evaluation.rules import RULES, RuleAccuracy, accuracy_by_rule
+from dina_lrm.evaluation.paired import PairedDifference, paired_difference
+from dina_lrm.evaluation.rules import RULES, RuleAccuracy, accuracy_by_rule, credits
 from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["PublicResult", "evaluate_comparisons"]
+__all__ = ["PublicResult", "as_json", "evaluate_comparisons"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +42,7 @@ class PublicResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the single scores."""
-        accuracies = {name: asdict(getattr(self, name)) for name in ("published", "by_pair", "by_prompt")}
-        for accuracy in accuracies.values():  # one prompt has no interval, and NaN is no JSON
-            interval = accuracy["accuracy"]
-            accuracy["accuracy"] = {k: v if np.isfinite(v) else None for k, v in interval.items()}
+        accuracies = {name: as_json(getattr(self, name)) for name in ("published", "by_pair", "by_prompt")}
         return {
             "noise_levels": list(self.noise_levels),
             "seed": self.seed,
@@ -81,6 +79,49 @@ class PublicResult:
             folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
         )
         return folder
+
+    def against(self, folder: str | Path) -> PairedDifference:
+        """This model minus the one whose result was saved in `folder`, under this result's rule.
+
+        Raises:
+            InvalidInputError: there is no such result, or it holds other comparisons.
+        """
+        import pyarrow.parquet as parquet
+
+        file = Path(folder) / "scores.parquet"
+        if not file.is_file():
+            raise InvalidInputError(f"no result to compare with: {file} is missing")
+        rows = parquet.read_table(file).to_pylist()
+        names = {"prompt", "chosen", "rejected", "tie", "row", "file", "score_chosen", "score_rejected"}
+        if rows and not names <= set(rows[0]):
+            raise InvalidInputError(
+                f"{file} is not the result of a public benchmark: its columns are {list(rows[0])}"
+            )
+
+        def key(row: dict[str, Any]) -> tuple[Any, ...]:
+            return row["file"], row["row"], row["chosen"], row["rejected"]
+
+        theirs = {key(row): row["score_chosen"] - row["score_rejected"] for row in rows}
+        ours = [
+            key(
+                {
+                    "file": c.file,
+                    "row": c.row,
+                    "chosen": _name(c.pair.chosen),
+                    "rejected": _name(c.pair.rejected),
+                }
+            )
+            for c in self.comparisons
+        ]
+        if set(ours) != set(theirs):
+            common = len(set(ours) & set(theirs))
+            raise InvalidInputError(
+                f"{file} holds other comparisons: {common} in common, {len(ours)} here, {len(theirs)} there"
+            )
+        rule, ties = RULES[self.published.rule], np.array([c.tie for c in self.comparisons])
+        margins = self.score_chosen - self.score_rejected, np.array([theirs[one] for one in ours])
+        worth = [credits(rule, margin, ties, threshold=self.published.threshold) for margin in margins]
+        return paired_difference(*worth, np.array([c.pair.prompt for c in self.comparisons]), seed=self.seed)
 
 
 def evaluate_comparisons(
@@ -165,6 +206,15 @@ def evaluate_comparisons(
         score_chosen=chosen,
         score_rejected=rejected,
     )
+
+
+def as_json(result: RuleAccuracy | PairedDifference) -> dict[str, Any]:
+    """Plain JSON types: one prompt has no interval, and NaN is no JSON."""
+    record = asdict(result)
+    for name, value in record.items():
+        if isinstance(value, dict):  # an Interval
+            record[name] = {k: v if np.isfinite(v) else None for k, v in value.items()}
+    return record
 
 
 def _name(image: ImageSource) -> str:
