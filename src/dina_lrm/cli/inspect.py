@@ -24,8 +24,9 @@ class Inspect:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, a folder of pairs, or rows
     (our own .jsonl or .parquet)."""
-    root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder with the data set's files as published; for rows, the file."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face hub
+    has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""
     split: str | None = None
     """By default the one that is evaluated on."""
     images: bool = True
@@ -42,9 +43,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--max-sizes is at least 0; got {options.max_sizes}")
 
     from dina_lrm.data.inspection import inspect
-    from dina_lrm.data.sources import read_source
+    from dina_lrm.data.sources import read_hub, read_source
 
-    stream = read_source(options.source, options.root, split=options.split, check_images="none")
+    if options.root is None:
+        stream = read_hub(options.source, split=options.split, check_images="none")
+    else:
+        stream = read_source(options.source, options.root, split=options.split, check_images="none")
     with progress_bar("rows") as progress:
         task = progress.add_task(options.source, total=None)
         found = inspect(
@@ -56,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.as_json:
         print_json({"source": options.source, "split": options.split, **found.to_dict()})
     else:
-        print_table(["", "count"], list(lines(found)), title=f"{options.source} in {options.root}")
+        print_table(
+            ["", "count"], list(lines(found)), title=f"{options.source} in {options.root or 'the hub'}"
+        )
     return 0
 
 

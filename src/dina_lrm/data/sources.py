@@ -152,10 +152,10 @@ def read_hub(
     """
     import datasets
 
-    source, split = _source(name, split)
-    if source.hub is None:
+    source, split = (None, split) if name in ("rows", "folder") else _source(name, split)
+    if source is None or source.hub is None or split is None:
         raise InvalidInputError(
-            f"{name} is not published as a table that can be streamed: download it, and use read_source"
+            f"{name} is not published as a table that can be streamed: it needs the folder of its files"
         )
     repository, config = source.hub
     if dataset is not None and Path(dataset).is_dir():

@@ -120,8 +120,9 @@ class PublicResult:
             )
         rule, ties = RULES[self.published.rule], np.array([c.tie for c in self.comparisons])
         margins = self.score_chosen - self.score_rejected, np.array([theirs[one] for one in ours])
-        worth = [credits(rule, margin, ties, threshold=self.published.threshold) for margin in margins]
-        return paired_difference(*worth, np.array([c.pair.prompt for c in self.comparisons]), seed=self.seed)
+        own, other = (credits(rule, margin, ties, threshold=self.published.threshold) for margin in margins)
+        prompts = np.array([c.pair.prompt for c in self.comparisons])
+        return paired_difference(own, other, prompts, seed=self.seed)
 
 
 def evaluate_comparisons(
