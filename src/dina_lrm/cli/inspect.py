@@ -25,8 +25,8 @@ class Inspect:
     """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, a folder of pairs, or rows
     (our own .jsonl or .parquet)."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face hub
-    has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""
+    """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face
+    hub has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""
     split: str | None = None
     """By default the one that is evaluated on."""
     images: bool = True
