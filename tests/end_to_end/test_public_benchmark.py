@@ -48,6 +48,8 @@ def test_published_rule_rejects_and_scores(
     assert result["published"]["num_rater_ties"] == NUM_PROMPTS - 1
     assert result["by_pair"]["num_pairs"] == result["num_comparisons"] - (NUM_PROMPTS - 1)
 
+    assert -1 <= result["kendall"]["low"] <= result["kendall"]["value"] <= 1
+
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert sorted(reject["reason"].split(":")[0] for reject in rejects) == [
         "missing file",

@@ -1,5 +1,6 @@
 """`dina-lrm evaluate`: accuracy with intervals, share of the Bayes-optimal, calibration; table and files."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,8 @@ def evaluate_public(options: Evaluate) -> int:
     title = f"{options.benchmark}: {len(result.comparisons):,} comparisons, sigma = {levels}"
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
+    if not math.isnan(result.kendall.value):
+        log(f"Kendall's tau-b, mean over prompts: {result.kendall}")
     log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
     if paired is not None:
         log(

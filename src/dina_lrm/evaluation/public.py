@@ -14,8 +14,9 @@ from dina_lrm.data.pairs import ImageSource, Reject, load_image, write_rejects
 from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.benchmarks import write_whole
+from dina_lrm.evaluation.metrics import Interval
 from dina_lrm.evaluation.paired import PairedDifference, paired_difference
-from dina_lrm.evaluation.rules import RULES, RuleAccuracy, accuracy_by_rule, credits
+from dina_lrm.evaluation.rules import RULES, RuleAccuracy, accuracy_by_rule, credits, kendall_by_prompt
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["PublicResult", "as_json", "evaluate_comparisons"]
@@ -33,6 +34,8 @@ class PublicResult:
     """Strict, over pairs."""
     by_prompt: RuleAccuracy
     """Strict, mean over prompts."""
+    kendall: Interval
+    """Tau-b between scores and the raters' order, mean over prompts with ranked lists; NaN without any."""
     num_rows: int
     """Comparisons and rejects: all that the source gave."""
     rejects: tuple[Reject, ...]
@@ -48,6 +51,7 @@ class PublicResult:
             "seed": self.seed,
             "rule_source": RULES[self.published.rule].source,
             **accuracies,
+            "kendall": _finite(asdict(self.kendall)),
             "num_rows": self.num_rows,
             "num_comparisons": len(self.comparisons),
             "num_rejects": len(self.rejects),
@@ -201,6 +205,7 @@ def evaluate_comparisons(
         published=accuracy(rule, threshold),
         by_pair=accuracy("strict", 0.0),
         by_prompt=accuracy("strict-by-prompt", 0.0),
+        kendall=kendall_by_prompt(chosen - rejected, ties, prompts, seed=seed),
         num_rows=num_rows,
         rejects=tuple(rejects),
         comparisons=tuple(scored),
@@ -214,8 +219,12 @@ def as_json(result: RuleAccuracy | PairedDifference) -> dict[str, Any]:
     record = asdict(result)
     for name, value in record.items():
         if isinstance(value, dict):  # an Interval
-            record[name] = {k: v if np.isfinite(v) else None for k, v in value.items()}
+            record[name] = _finite(value)
     return record
+
+
+def _finite(interval: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if np.isfinite(value) else None for name, value in interval.items()}
 
 
 def _name(image: ImageSource) -> str:

@@ -18,7 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from dina_lrm.evaluation.metrics import Interval, cluster_bootstrap
 
-__all__ = ["RULES", "Rule", "RuleAccuracy", "accuracy_by_rule", "best_threshold", "credits"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "RuleAccuracy",
+    "accuracy_by_rule",
+    "best_threshold",
+    "credits",
+    "kendall_by_prompt",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,3 +228,27 @@ def best_threshold(rule: Rule | str, margin: ArrayLike, rater_tie: ArrayLike) ->
     candidates = np.unique(np.append(np.abs(np.asarray(margin, dtype=np.float64)), 0.0))
     means = [float(np.nanmean(credits(rule, margin, rater_tie, threshold=t))) for t in candidates]
     return float(candidates[int(np.argmax(means))])
+
+
+def kendall_by_prompt(
+    margin: ArrayLike, rater_tie: ArrayLike, prompts: ArrayLike, *, num_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Kendall's tau-b between scores and the raters' order, mean over prompts, with an interval over prompts.
+
+    It needs every two pictures of a prompt, as ranked lists give them. With C concordant and D discordant of
+    n pairs, R ties of the raters and S of the scores, tau_b = (C - D) / sqrt((n - R) (n - S)). A prompt with
+    one pair, or on which raters or scores tie everywhere, has no order to compare and is left out.
+
+    >>> kendall_by_prompt([1.0, 2.0, -1.0], [False] * 3, ["p"] * 3).value  # 2 right, 1 wrong of 3
+    0.3333333333333333
+    """
+    margins, ties, labels = np.asarray(margin, float), np.asarray(rater_tie, bool), np.asarray(prompts)
+    taus, used = [], []
+    for label in np.unique(labels):
+        rows = labels == label
+        signs = np.where(ties[rows], 0.0, np.sign(margins[rows]))
+        pairs, rater, score = rows.sum(), ties[rows].sum(), (margins[rows] == 0).sum()
+        if pairs > 1 and rater < pairs and score < pairs:
+            taus.append(signs.sum() / np.sqrt((pairs - rater) * (pairs - score)))
+            used.append(label)
+    return cluster_bootstrap(taus, used, num_resamples=num_resamples, seed=seed)

@@ -1,10 +1,19 @@
 """Each benchmark's rule on cases worked out by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from dina_lrm.data.sources import SOURCES
-from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES, accuracy_by_rule, best_threshold, credits
+from dina_lrm.evaluation.rules import (
+    DEFAULT_RULE,
+    RULES,
+    accuracy_by_rule,
+    best_threshold,
+    credits,
+    kendall_by_prompt,
+)
 
 MARGIN = [1.0, 2.0, -1.0, 0.0, 3.0, 0.0]
 TIE = [False, False, False, False, True, True]
@@ -113,3 +122,30 @@ def test_the_interval_covers() -> None:
 def test_every_source_has_a_published_rule() -> None:
     assert set(DEFAULT_RULE) == {*SOURCES, "rows", "folder"}
     assert set(DEFAULT_RULE.values()) <= set(RULES)
+
+
+def test_kendall_is_scipys_tau_b() -> None:
+    from scipy.stats import kendalltau
+
+    rng = np.random.default_rng(3)
+    margin, tie, prompt, expected = [], [], [], []
+    for label in range(20):
+        ranks = rng.integers(1, 4, size=6)  # with ties
+        scores = np.round(rng.standard_normal(6) - 0.5 * ranks, 0 if label % 2 else 3)  # sometimes with ties
+        expected.append(kendalltau(-ranks, scores, variant="b").statistic)
+        for i, j in itertools.combinations(range(6), 2):
+            better, worse = (i, j) if ranks[i] <= ranks[j] else (j, i)
+            margin.append(scores[better] - scores[worse])
+            tie.append(ranks[i] == ranks[j])
+            prompt.append(label)
+    found = kendall_by_prompt(margin, tie, prompt)
+    assert found.value == pytest.approx(np.nanmean(expected))
+    assert found.low < found.value < found.high
+
+
+def test_kendall_leaves_out_prompts_without_an_order() -> None:
+    margin, tie = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0], [False, False, True, False, False, False]
+    found = kendall_by_prompt(margin, tie, ["p", "p", "p", "q", "q", "r"])
+    # p: C = 2 of 3 pairs, one rater tie: 2 / sqrt(2 * 3); q: scores tie everywhere; r: one pair
+    assert found.value == pytest.approx(2 / 6**0.5)
+    assert np.isnan(kendall_by_prompt([0.0], [False], ["p"]).value)
