@@ -218,6 +218,10 @@ def _rows(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
     import ijson
 
     with file.open("rb") as stream:
+        if not stream.read(64).lstrip().startswith(b"["):
+            yield BadRow("not JSON: a list of rows is expected, as in the published file")
+            return
+        stream.seek(0)
         try:
             for item in ijson.items(stream, "item", use_float=True):
                 yield _mapping(item)

@@ -257,6 +257,16 @@ def test_a_list_that_breaks_off_is_told(tmp_path: Path) -> None:
     assert "breaks off" in rejects[0].reason
 
 
+@pytest.mark.parametrize("content", ['{"prompt": "p"}', "", "prompt,path1,path2"])
+def test_a_file_that_is_no_list_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "test.json").write_text(content)
+    comparisons, rejects = read("hpdv3", tmp_path)
+    assert not comparisons
+    assert [reject.reason for reject in rejects] == [
+        "not JSON: a list of rows is expected, as in the published file (test.json)"
+    ]
+
+
 def test_unknown_names_and_folders(tmp_path: Path) -> None:
     for name, split, message in (
         ("hpdv4", None, "unknown source 'hpdv4'; known: rows, folder, hpdv3"),
