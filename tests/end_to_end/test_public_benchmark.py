@@ -10,7 +10,7 @@ import pytest
 from dina_lrm import RewardModel
 from dina_lrm.cli import main as cli
 from dina_lrm.shapes.render import render
-from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
+from dina_lrm.shapes.scenes import CaptionSpec, change_attribute, sample_caption, sample_scene
 
 NUM_PROMPTS = 12
 
@@ -106,6 +106,45 @@ def test_two_models_are_compared_pair_by_pair(
     parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "one" / "scores.parquet")
     assert cli.main(again) == 2
     assert "holds other comparisons" in capsys.readouterr().err
+
+
+def test_a_threshold_is_fitted_on_another_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pick-a-Pic's layout: equal renders that raters tied on, and right against wrong ones."""
+    import io
+
+    import pyarrow
+
+    rng = np.random.default_rng(9)
+
+    def png(spec: CaptionSpec) -> bytes:
+        buffer = io.BytesIO()
+        render(sample_scene(rng, spec)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    for split in ("validation_unique", "test_unique"):
+        rows = []
+        for index in range(10):
+            spec = sample_caption(rng, num_objects=1)
+            tied = index % 2 == 0
+            other = spec if tied else change_attribute(rng, spec)
+            labels = (0.5, 0.5) if tied else (1.0, 0.0)
+            rows.append(
+                {"caption": spec.caption, "jpg_0": png(spec), "jpg_1": png(other), "has_label": True}
+                | dict(zip(("label_0", "label_1"), labels, strict=True))
+            )
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{split}-00000-of-00001.parquet")
+    arguments = ["evaluate", "--benchmark", "pickapic", "--root", str(tmp_path), "--json"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    plain = json.loads(capsys.readouterr().out)["published"]
+    assert (plain["rule"], plain["threshold"], plain["num_score_ties"]) == ("three-way", 0.0, 0)
+    assert cli.main([*arguments, "--threshold-split", "validation_unique"]) == 0
+    captured = capsys.readouterr()
+    fitted = json.loads(captured.out)["published"]
+    assert fitted["threshold"] > 0
+    assert "fitted on 10 comparisons of validation_unique" in captured.err
+    assert fitted["accuracy"]["value"] > plain["accuracy"]["value"], "small margins on ties now count as ties"
+    assert cli.main([*arguments, "--rule", "strict", "--threshold-split", "validation_unique"]) == 2
 
 
 def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:

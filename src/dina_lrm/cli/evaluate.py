@@ -14,6 +14,7 @@ from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, parse_nois
 if TYPE_CHECKING:
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
+    from dina_lrm.evaluation.public import PublicResult
 
 TEST_STREAM = 7
 """Sets the test captions' seed apart from those of training and validation pairs."""
@@ -54,6 +55,8 @@ class Evaluate:
     """How ties count and what is averaged; published: as the benchmark's own code does it. Not for shapes."""
     tie_threshold: float = 0.0
     """Largest score difference that the rule takes for a tie. Not for shapes."""
+    threshold_split: str | None = None
+    """Split on which to fit that difference instead, for the rules that fit one. Not for shapes."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Result of another model on the same comparisons, to be compared pair by pair. Not for shapes."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -129,25 +132,40 @@ def evaluate_public(options: Evaluate) -> int:
     """Human preferences: the model's own noise levels, the benchmark's own rule."""
     from dina_lrm.data.sources import read_source
     from dina_lrm.evaluation.public import as_json, evaluate_comparisons
-    from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES
+    from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES, best_threshold
 
     assert options.root is not None
     rule = DEFAULT_RULE[options.benchmark] if options.rule == "published" else options.rule
-    if RULES[rule].fits_threshold and options.tie_threshold == 0:
-        log(f"rule {rule} fits its threshold on other pairs; with --tie-threshold 0 only equal scores tie")
-    model = options.model.load()
-    stream = read_source(options.benchmark, options.root, split=options.split)
-    with progress_bar("pictures") as progress:
-        task = progress.add_task("scoring", total=None)
-        result = evaluate_comparisons(
-            model,
-            stream,
-            rule=rule,
-            threshold=options.tie_threshold,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+    fits = RULES[rule].fits_threshold
+    if options.threshold_split is not None and not fits:
+        raise UsageError(f"--threshold-split: rule {rule} fits no threshold")
+    if fits and options.threshold_split is None and options.tie_threshold == 0:
+        log(
+            f"rule {rule} fits a threshold on other pairs (--threshold-split); without, only equal scores tie"
         )
+    model = options.model.load()
+
+    def measure(split: str | None, threshold: float) -> "PublicResult":
+        assert options.root is not None
+        with progress_bar("pictures") as progress:
+            task = progress.add_task("scoring", total=None)
+            return evaluate_comparisons(
+                model,
+                read_source(options.benchmark, options.root, split=split),
+                rule=rule,
+                threshold=threshold,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+
+    threshold = options.tie_threshold
+    if options.threshold_split is not None:
+        fitted_on = measure(options.threshold_split, 0.0)
+        ties = [item.tie for item in fitted_on.comparisons]
+        threshold = best_threshold(rule, fitted_on.score_chosen - fitted_on.score_rejected, ties)
+        log(f"threshold {threshold:.4g}, fitted on {len(ties):,} comparisons of {options.threshold_split}")
+    result = measure(options.split, threshold)
     paired = None if options.against is None else result.against(options.against)
     folder = result.save(options.output or default_output(options))
     if options.as_json:
