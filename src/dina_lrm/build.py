@@ -3,9 +3,10 @@
 Modules and functions elsewhere take plain values, so each can be used without a config.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,12 +15,16 @@ from rich.progress import Progress
 from dina_lrm.config import ModelConfig, TrainConfig
 from dina_lrm.data.latents import LatentPairs, encode_pairs, mix_seeds
 from dina_lrm.data.pairs import Reject, read_pairs, write_rejects
+from dina_lrm.data.prepare import Prepared, PrepareSettings, prepare, prompt_rows
+from dina_lrm.data.shards import LatentShards, PairSet
+from dina_lrm.data.sources import read_source, source_files
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training.trainer import StepMetrics, TrainResult, train
 
-__all__ = ["latent_pairs", "reward_model", "run_training", "shapes_pairs"]
+__all__ = ["latent_pairs", "pair_encoder", "prepare_source", "reward_model", "run_training", "shapes_pairs"]
 
 Log = Callable[[str], None]
 
@@ -58,6 +63,67 @@ def reward_model(
     )
 
 
+def pair_encoder(
+    device: str, *, pipeline: str, max_pixels: int | None, max_text_tokens: int | None
+) -> Encoders:
+    """VAE and text encoders that `data.prepare` uses; text encoders in bfloat16 on a GPU."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return pipeline_encoders(pipeline, max_pixels=max_pixels, max_text_tokens=max_text_tokens, dtype=dtype)
+
+
+def prepare_source(
+    source: str,
+    root: str | Path,
+    output: str | Path,
+    *,
+    pipeline: str = "bundled",
+    split: str | None = None,
+    max_pixels: int | None = 1024 * 1024,
+    mixed_sizes: Literal["pad", "reject"] = "pad",
+    ties: Literal["reject", "half"] = "reject",
+    min_confidence: float | None = None,
+    embeddings: bool = True,
+    prompt_dtype: Literal["float16", "float32"] = "float16",
+    max_text_tokens: int | None = None,
+    pairs_per_shard: int = 1024,
+    pairs_per_row_group: int = 64,
+    devices: Sequence[str] = ("cpu",),
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Prepared:
+    """A data set in its original layout to latent shards: what `dina-lrm prepare` does, see its help.
+
+    Args:
+        devices: one process each.
+        on_progress: called with "pairs" or "prompts", how many are done, and how many of these were found
+            done.
+    """
+    root, output = Path(root), Path(output)
+    files = source_files(source, root, split=split)
+    base = root if root.is_dir() else root.parent
+    encoder = pipeline_encoders(pipeline, dtype=torch.float32)
+    if source != "latent-cache":
+        encoder.picture_size(1024, 1024)  # a pipeline without a VAE is refused before anything is written
+    settings = PrepareSettings(
+        source=source,
+        split=split,
+        pipeline=pipeline,
+        latent_space=encoder.latent_space,
+        max_pixels=max_pixels,
+        mixed_sizes=mixed_sizes,
+        ties=ties,
+        min_confidence=min_confidence,
+        embeddings=embeddings,
+        prompt_dtype=prompt_dtype,
+        max_text_tokens=max_text_tokens,
+        pairs_per_shard=pairs_per_shard,
+        pairs_per_row_group=pairs_per_row_group,
+        files={file.relative_to(base).as_posix(): file.stat().st_size for file in files},
+    )
+    load = partial(pair_encoder, pipeline=pipeline, max_pixels=max_pixels, max_text_tokens=max_text_tokens)
+    stream = read_source(source, root, split=split, check_images="none")
+    return prepare(stream, output, load, settings, root=base, devices=devices, on_progress=on_progress)
+
+
 def latent_pairs(
     source: str,
     model: RewardModel,
@@ -66,16 +132,18 @@ def latent_pairs(
     seed: int = 0,
     image_root: str | None = None,
     rejects_file: Path | None = None,
+    cache_gigabytes: float = 2.0,
     log: Log | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> LatentPairs:
-    """Pairs of latents from "shapes", a latents file (.safetensors), a folder of such files, or preference
-    rows (.jsonl, .parquet).
+) -> PairSet:
+    """Pairs of latents from "shapes", a folder of `dina-lrm prepare`, a latents file (.safetensors), a folder
+    of such files, or preference rows (.jsonl, .parquet).
 
     Args:
         num_prompts, seed: of shapes pairs; read only for them.
         image_root: of relative paths in rows; read only for them.
         rejects_file: where unusable rows are listed with their reason.
+        cache_gigabytes: of shards kept in memory.
         log: told what was found.
         on_progress: called with (images done, images in all).
     """
@@ -85,9 +153,18 @@ def latent_pairs(
         path = Path(source)
         if not path.is_dir():
             return LatentPairs.load(path)
+        if (path / "prepare.json").is_file() or (path / "manifest.json").is_file():
+            return LatentShards.open(
+                path,
+                encode=lambda prompts: prompt_rows(model.encode_prompts(prompts)),
+                cache_bytes=round(cache_gigabytes * 2**30),
+            )
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise InvalidInputError(f"the folder {source!r} holds no latents file (.safetensors)")
+            raise InvalidInputError(
+                f"the folder {source!r} holds neither shards of `dina-lrm prepare` nor latents files "
+                "(.safetensors)"
+            )
         return LatentPairs.concatenate([LatentPairs.load(file) for file in files])
     match Path(source).suffix:
         case ".jsonl" | ".parquet":
@@ -103,8 +180,8 @@ def latent_pairs(
             return pairs
         case _:
             raise InvalidInputError(
-                'pairs come from "shapes", a .safetensors file of latents or a folder of them, or '
-                ".jsonl / .parquet rows; "
+                'pairs come from "shapes", a folder of `dina-lrm prepare`, a .safetensors file of latents '
+                "or a folder of them, or .jsonl / .parquet rows; "
                 f"not {source!r}"
             )
 
@@ -150,8 +227,11 @@ def run_training(
     )
     model = reward_model(config.model, likelihood, seed=config.seed)
     output = None if config.output is None else Path(config.output)
+    if config.resume and output is not None and log is not None:
+        begun = any((output / name).exists() for name in ("last", "last.old"))
+        log(f"going on with {output}" if begun else f"no checkpoint in {output} yet: starting anew")
 
-    def pairs(part: str, source: str, num_prompts: int, seed: int) -> LatentPairs:
+    def pairs(part: str, source: str, num_prompts: int, seed: int) -> PairSet:
         stored = (
             None if output is None or _holds_latents(source) else output / "pairs" / f"{part}.safetensors"
         )
@@ -175,12 +255,13 @@ def run_training(
                 seed=seed,
                 image_root=config.data.image_root,
                 rejects_file=None if output is None else output / f"rejects_{part}.jsonl",
+                cache_gigabytes=config.data.cache_gigabytes,
                 log=log,
                 on_progress=report,
             )
         if log is not None:
             log(f"{part}: {len(made)} pairs of {made.num_prompts} prompts")
-        if stored is not None:
+        if stored is not None and isinstance(made, LatentPairs):
             made.save(stored)
         return made
 

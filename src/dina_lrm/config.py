@@ -65,14 +65,16 @@ class DataConfig:
     """Where the pairs come from, and what their votes mean."""
 
     train: str = "shapes"
-    """Training pairs: "shapes" (made on the spot), a latents file (.safetensors) or a folder of them, or
-    preference rows (.jsonl, .parquet), which are encoded first."""
+    """Training pairs: "shapes" (made on the spot), a folder of `dina-lrm prepare`, a latents file
+    (.safetensors) or a folder of them, or preference rows (.jsonl, .parquet), which are encoded first."""
     validation: str | None = "shapes"
     """Validation pairs, in the same forms. None: no validation, and the model stays uncalibrated."""
     train_prompts: int = 6000
     """Prompts of the shapes training pairs; read only when train = "shapes"."""
     validation_prompts: int = 500
     """Prompts of the shapes validation pairs; read only when validation = "shapes"."""
+    cache_gigabytes: float = 2.0
+    """Prepared latents kept in memory by each process, and as much again of prompt embeddings."""
     image_root: str | None = None
     """Folder that relative image paths start from; None: the folder of the rows file."""
     labels: Literal["votes", "majority"] = "votes"
@@ -159,6 +161,8 @@ class ValidationConfig:
     """Single levels measured. The best candidate becomes the model's default for scoring."""
     ensembles: tuple[tuple[float, ...], ...] = ((0.2, 0.5, 0.7),)
     """Token-level ensembles measured and taken as candidates too."""
+    patience: int | None = None
+    """Stop when so many validations in a row have brought nothing better. None: never."""
     max_pairs: int = 500
     """Pairs used while training; the last validation, which chooses the default, uses them all."""
     batch_size: int = 64
@@ -225,6 +229,8 @@ class TrainConfig:
     """Optimizer steps between writes of OUTPUT/last; there is always one at the end."""
     keep: Literal["best", "last"] = "best"
     """Which weights the model ends with: the best validation's, or the last. Without validation, last."""
+    wandb: str | None = None
+    """Project on Weights & Biases to report to, when wandb is installed. None: not reported."""
     tensorboard: bool = True
     """Write TensorBoard files to OUTPUT/tensorboard, when tensorboard is installed."""
 
@@ -255,6 +261,8 @@ class TrainConfig:
         require(budget is None or budget > 0, "time_budget_seconds", budget, "positive, or None")
         for period in ("log_every", "checkpoint_every"):
             require(getattr(self, period) >= 1, period, getattr(self, period), "at least 1")
+        patience = self.validation.patience
+        require(patience is None or patience >= 1, "validation.patience", patience, "at least 1, or None")
         require(self.validation.every >= 1, "validation.every", self.validation.every, "at least 1")
         levels = [*self.validation.noise_levels, *(s for e in self.validation.ensembles for s in e)]
         for sigma in levels:

@@ -1,11 +1,16 @@
-"""One way from a decoded picture to plain RGB, so that a picture is trained on as it is scored."""
+"""One way from a decoded picture to the tensor that is encoded: a picture is trained on as it is scored."""
+
+import math
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["upright_rgb"]
+__all__ = ["fitted_size", "resized", "rgb_tensor", "upright_rgb"]
 
 
 def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
@@ -29,3 +34,50 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def rgb_tensor(image: Image.Image, name: str = "image") -> Tensor:
+    """`upright_rgb` as floats (3, height, width) in [0, 1]."""
+    pixels = np.array(upright_rgb(image, name))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def fitted_size(
+    height: int,
+    width: int,
+    *,
+    multiple: int,
+    max_side: int | None = None,
+    max_pixels: int | None = None,
+    name: str = "image",
+) -> tuple[int, int]:
+    """Height and width that a picture is encoded at: shrunk to the limits where needed, sides rounded down to
+    a multiple; never enlarged.
+
+    Raises:
+        InvalidInputError: a side comes to nothing; `name` says which picture.
+
+    >>> fitted_size(1080, 1920, multiple=16, max_pixels=1024 * 1024)
+    (768, 1360)
+    """
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(height, width))
+    if max_pixels is not None:
+        scale = min(scale, math.sqrt(max_pixels / (height * width)))
+    # The small addend keeps 0.1 * 640 = 63.999 from losing a whole multiple.
+    new_height, new_width = (int(side * scale / multiple + 1e-6) * multiple for side in (height, width))
+    if min(new_height, new_width) == 0:
+        raise InvalidInputError(
+            f"{name} of {height} x {width} pixels is too small or too narrow: "
+            f"both sides must come to at least {multiple} pixels"
+            f"{'' if max_side is None else f' within {max_side} a side'}"
+        )
+    return new_height, new_width
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """(3, *frame, height, width) at another size: bicubic, antialiased, within [0, 1]."""
+    if picture.shape[-2:] == (height, width):
+        return picture
+    frames = picture.reshape(3, -1, *picture.shape[-2:]).transpose(0, 1)
+    frames = F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
+    return frames.transpose(0, 1).reshape(*picture.shape[:-2], height, width).clamp(0, 1)

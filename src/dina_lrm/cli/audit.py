@@ -10,6 +10,7 @@ import tyro
 
 from dina_lrm.cli.console import log, print_json, print_table, progress_bar
 from dina_lrm.cli.options import JsonFlag
+from dina_lrm.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Audit:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """The tested set, one of those of `dina-lrm inspect`."""
     root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder with its files as published; for rows, the file."""
+    """Folder with its files as published; for jsonl, also the file."""
     split: str | None = None
     """By default the one that is evaluated on."""
     against: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.data.sources import read_source
 
     other_name = options.against or options.source
-    against_split = None if other_name in ("rows", "folder") else options.against_split
+    against_split = None if other_name in ("jsonl", "folder") else options.against_split
     tested = read_source(options.source, options.root, split=options.split, check_images="none")
     other = read_source(
         other_name,
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found.overlaps))
+        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found.overlaps)
+        write_whole(options.output, lines.encode())
         log(f"{len(found.overlaps)} overlaps listed in {options.output}")
     bias = found.position_bias
     if options.as_json:

@@ -34,12 +34,12 @@ class Evaluate:
         "genai-bench",
         "pickapic",
         "folder",
-        "rows",
+        "jsonl",
     ] = "shapes"
     """shapes: pictures of the bundled generator, simulated raters whose law is known. Any other is a set of
     human preferences in its original layout, under --root."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with the benchmark's files as published; for rows, the file. Not for shapes."""
+    """Folder with the benchmark's files as published; for jsonl, also the file. Not for shapes."""
     split: str | None = None
     """Of the benchmark; by default the one it is evaluated on. Not for shapes."""
     rule: Literal[

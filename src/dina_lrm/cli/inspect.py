@@ -22,8 +22,8 @@ class Inspect:
     """Count rows, prompts, pairs, ties, votes, repetitions, missing images and resolutions of a data set."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, a folder of pairs, or rows
-    (our own .jsonl or .parquet)."""
+    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, latent-cache, folder, or
+    jsonl (our own rows, .jsonl or .parquet)."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face
     hub has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "probability that one image is preferred to another",
     "inspect": "what is in a set of preference data, with or without its images",
     "audit": "what a test set shares with training data; position bias",
+    "prepare": "encode a data set into latent shards, once, for training",
     "train": "train a reward on preference pairs, from a recipe",
     "evaluate": "accuracy, intervals and calibration on a benchmark",
     "demo": "generate, train, measure and rank offline; writes a report",

@@ -8,7 +8,6 @@ file.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, read_image, scoring_levels
+from dina_lrm.files import write_whole
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -374,12 +374,8 @@ def continue_from(parts: Path) -> int:
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    write_whole(path, "".join(lines).encode())
 
 
 def merge_parts(parts: Path, target: Path, rejects: Path) -> tuple[int, int]:

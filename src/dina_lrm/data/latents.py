@@ -8,7 +8,6 @@ batches is a pure function of (seed, step), so resuming a run is arithmetic and 
 import functools
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,6 +25,7 @@ from torch import Tensor
 from dina_lrm.core.tensors import Latents
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import written_aside
 
 __all__ = ["LatentPairs", "PairBatch", "batch_indices", "encode_pairs", "mix_seeds"]
 
@@ -49,6 +49,13 @@ class PairBatch:
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The same on a device."""
+        tensors: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name, tensor in tensors.items():
+            tensors[name] = None if tensor is None else tensor.to(device, non_blocking=True)
+        return PairBatch(**tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +124,6 @@ class LatentPairs:
         indices: Tensor | Sequence[int],
         *,
         draws: Int64[Tensor, " batch"] | None = None,
-        device: torch.device | str | None = None,
     ) -> PairBatch:
         """Gather the pairs of these indices, in this order, as float32.
 
@@ -134,8 +140,7 @@ class LatentPairs:
             if table is None:
                 return None
             picked = table.index_select(0, index)
-            picked = picked.float() if picked.is_floating_point() else picked
-            return picked if device is None else picked.to(device, non_blocking=True)
+            return picked.float() if picked.is_floating_point() else picked
 
         prompt = self.prompt_index[rows]
         mask, embeds = self.attention_mask, self.prompt_embeds
@@ -149,9 +154,25 @@ class LatentPairs:
             pooled_prompt_embeds=gather(self.pooled_prompt_embeds, prompt),
             attention_mask=gather(mask, prompt),
             target=gather(self.target, rows),
-            distinct=distinct if device is None else distinct.to(device),
-            position=position if device is None else position.to(device),
+            distinct=distinct,
+            position=position,
         )
+
+    def order(
+        self, step: int, *, batch_size: int, seed: int, by_prompt: bool = False
+    ) -> Int64[Tensor, " batch"]:
+        """Indices of the pairs of a step: see `batch_indices`."""
+        groups = self.prompt_index if by_prompt else None
+        return batch_indices(len(self), batch_size, seed=seed, step=step, groups=groups)
+
+    def parts(self, indices: Tensor, size: int) -> Sequence[Tensor]:
+        """The same pairs in parts of at most `size`, each of one latent shape: here all are."""
+        return indices.split(size)
+
+    @property
+    def examples(self) -> Int64[Tensor, " shape"]:
+        """One pair of each latent shape."""
+        return torch.arange(min(1, len(self)))
 
     def subset(self, indices: Tensor | Sequence[int]) -> "LatentPairs":
         """The pairs of these indices; the tables of latents and prompts are shared, not copied."""
@@ -182,21 +203,16 @@ class LatentPairs:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             field.name: value.cpu().contiguous()
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        partial = path.with_name(path.name + ".partial")
         metadata = {"format": _FORMAT, "prompts": json.dumps(self.prompts)}
         if self.latent_space is not None:
             metadata["latent_space"] = self.latent_space
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with written_aside(Path(path)) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentPairs":

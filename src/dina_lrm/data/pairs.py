@@ -10,22 +10,61 @@ import io
 import itertools
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
+from dina_lrm.data.rows import BadRow, rows_of_file
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import written_aside
 from dina_lrm.pictures import upright_rgb
 
-__all__ = ["ImageSource", "PairRows", "PreferencePair", "Reject", "load_image", "read_pairs", "write_rejects"]
+__all__ = [
+    "ImageSource",
+    "PairRows",
+    "PreferencePair",
+    "Reject",
+    "StoredLatent",
+    "load_image",
+    "read_pairs",
+    "write_rejects",
+]
 
-ImageSource = Path | Image.Image | bytes
-"""An image that is on disk, in memory, or in a table cell."""
+
+@dataclass(frozen=True, slots=True)
+class StoredLatent:
+    """A picture that was encoded already: an array as `numpy.save` writes it, shifted and scaled."""
+
+    content: bytes
+    name: str = "latent"
+    """Of the picture it was encoded from."""
+
+    def array(self) -> np.ndarray:
+        """(channel, height, width), floating.
+
+        Raises:
+            InvalidInputError: the bytes hold no such array, or one that is not finite.
+        """
+        try:
+            latent = np.load(io.BytesIO(self.content), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InvalidInputError(f"unreadable latent: {len(self.content)} bytes ({error})") from error
+        if latent.ndim == 4 and len(latent) == 1:
+            latent = latent[0]
+        if latent.ndim not in (3, 4) or latent.dtype.kind != "f":
+            raise InvalidInputError(f"unreadable latent: shape {latent.shape}, dtype {latent.dtype}")
+        if not np.isfinite(latent).all():
+            raise InvalidInputError("latent is not finite")
+        return latent
+
+
+ImageSource = Path | Image.Image | bytes | StoredLatent
+"""An image that is on disk, in memory, in a table cell, or encoded already."""
 
 Check = Literal["none", "exists", "decode"]
 """How far a reader looks at images: not at all, whether they are there, whether they can be decoded."""
@@ -71,6 +110,8 @@ class Reject:
     """What is wrong, naming the field and its value."""
     prompt: str | None = None
     """The prompt, where it can be read."""
+    file: str | None = None
+    """The file of the row, where there may be several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +132,6 @@ class PairRows:
         return line
 
 
-class BadRow(Exception):
-    """Raised by readers of rows for a row that becomes a reject."""
-
-
 def read_pairs(
     path: str | Path,
     *,
@@ -102,7 +139,7 @@ def read_pairs(
     check_images: bool = True,
     rejects_file: str | Path | None = None,
 ) -> PairRows:
-    """Read preference rows from `path` (.jsonl or .parquet).
+    """Read preference rows from `path` (.jsonl, .json or .parquet).
 
     Args:
         path: the file of rows.
@@ -121,13 +158,13 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     rejects: list[Reject] = []
     num_rows = 0
-    for row_index, row in enumerate(_rows(path)):
+    for row_index, row in enumerate(rows_of_file(path)):
         num_rows += 1
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
         prompt = prompt if isinstance(prompt, str) else None
         try:
-            if isinstance(row, _Unreadable):
-                raise BadRow(row.reason)
+            if isinstance(row, BadRow):
+                raise row
             found = pairs_of_row(row, root, "decode" if check_images else "exists")
         except BadRow as bad:
             rejects.append(Reject(row=row_index, reason=str(bad), prompt=prompt))
@@ -142,16 +179,10 @@ def read_pairs(
 
 
 def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
-    """List rejects as jsonl: row, reason, prompt. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    """List rejects as jsonl: row, reason, prompt, file. The file appears whole or not at all."""
+    with written_aside(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for reject in rejects:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -159,6 +190,8 @@ def load_image(source: ImageSource) -> Image.Image:
     says what."""
     if isinstance(source, Image.Image):
         return upright_rgb(source)
+    if isinstance(source, StoredLatent):
+        raise InvalidInputError("no picture: this source holds latents")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -172,39 +205,6 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 # --- one row -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    reason: str
-
-
-def _rows(path: Path) -> Iterator[Mapping[str, Any] | _Unreadable]:
-    match path.suffix:
-        case ".jsonl":
-            with path.open("rb") as file:
-                for line in file:
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                        yield _Unreadable(f"not JSON: {error}")
-                        continue
-                    yield (
-                        row
-                        if isinstance(row, dict)
-                        else _Unreadable("not a JSON object: " + type(row).__name__)
-                    )
-        case ".parquet":
-            import pyarrow.parquet as parquet  # here, since only this branch needs it
-
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        case suffix:
-            raise InvalidInputError(
-                f"preference rows are .jsonl or .parquet, not {suffix or 'without suffix'}: {path}"
-            )
 
 
 def pairs_of_row(row: Mapping[str, Any], root: Path, check: Check) -> list[tuple[PreferencePair, str | None]]:

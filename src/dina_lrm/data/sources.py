@@ -8,7 +8,8 @@
     pickapic     parquet: jpg_0, jpg_1, label_0, label_1
     imagerewarddb  parquet of the configs *_pair (img_better, img_worse) and *_group (lists with ranks)
     folder       NAME.txt with NAME.chosen.* and NAME.rejected.* beside it, in any subfolder
-    rows         our own .jsonl or .parquet rows (`data.pairs`)
+    jsonl        our own rows, .jsonl or .parquet (`data.pairs`)
+    latent-cache  the latents that the paper's code caches: parquet, and an index in CSV
 
 The parquet sets can also be streamed from the Hugging Face hub, through `datasets` (`read_hub`).
 
@@ -18,26 +19,36 @@ nobody won; which side they name `chosen` means nothing. Files of any size are r
 Source: the layouts are those of the data sets' own readers; each reader's docstring says whose.
 """
 
+import ast
+import csv
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dina_lrm.data.pairs import (
-    BadRow,
     Check,
     ImageSource,
     PreferencePair,
     Reject,
+    StoredLatent,
     image_cell,
     number,
     pairs_of_row,
 )
+from dina_lrm.data.rows import BadRow, count_rows, rows_of_file
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["SOURCES", "Comparison", "Source", "read_hub", "read_source"]
+__all__ = [
+    "SOURCES",
+    "Comparison",
+    "Source",
+    "read_hub",
+    "read_source",
+    "source_files",
+    "source_length",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +119,8 @@ def read_source(
     """Comparisons of a data set, row by row, with a `Reject` for each row that cannot be one.
 
     Args:
-        name: one of `SOURCES`, or "rows" with `root` the file of rows itself.
-        root: folder that holds the data set's files as published.
+        name: one of `SOURCES`, "folder", "latent-cache" or "jsonl".
+        root: folder that holds the data set's files as published; for jsonl, also the file itself.
         split: see `SOURCES[name].splits`; None: its default.
         check_images: "none" leaves images alone, so that counts can be had without them.
 
@@ -117,24 +128,64 @@ def read_source(
         InvalidInputError: no such source or split, or none of its files are there.
     """
     root = Path(root)
-    if name == "rows":
-        yield from _own_rows(root, check_images)
-        return
     if name == "folder":
         yield from _folder(root, check_images)
         return
-    source, split = _source(name, split)
-    files = [file for pattern in source.splits[split] for file in sorted(root.glob(pattern))]
-    if not files:
-        wanted = ", ".join(source.splits[split])
-        raise InvalidInputError(f"no {wanted} in {root}: is this the folder of {name}?")
+    read_row = {"jsonl": _own_row, "latent-cache": _cached_row}.get(name)
+    if read_row is None:
+        read_row = _source(name, split)[0].read_row
+    files = source_files(name, root, split=split)
+    base = root if root.is_dir() else root.parent
+    kept = _cache_index(root) if name == "latent-cache" else None
     for file in files:
-        relative = str(file.relative_to(root))
-        for index, values in enumerate(_rows(file)):
+        relative = str(file.relative_to(base))
+        for index, values in enumerate(rows_of_file(file)):
+            if kept is not None and (file.name, index) not in kept:
+                values = BadRow("not in the index of the cache")
             if isinstance(values, BadRow):
-                yield Reject(row=index, reason=f"{values} ({relative})")
+                yield Reject(row=index, reason=str(values), file=relative)
                 continue
-            yield from _comparisons(source, _Row(values, index, relative, root, check_images))
+            yield from _comparisons(read_row, _Row(values, index, relative, base, check_images))
+
+
+def source_files(name: str, root: str | Path, *, split: str | None = None) -> list[Path]:
+    """The files that `read_source` reads rows from, in its order; none are pictures.
+
+    Raises:
+        InvalidInputError: no such source or split, or none of its files are there.
+    """
+    root = Path(root)
+    match name:
+        case "folder":
+            patterns: tuple[str, ...] = ("**/*.txt",)
+        case "jsonl":
+            if root.suffix in (".jsonl", ".parquet"):
+                if not root.is_file():
+                    raise InvalidInputError(f"no file of preference rows at {root}")
+                return [root]
+            patterns = ("*.jsonl", "*.parquet")
+        case "latent-cache":
+            patterns = ("**/part_rank*.parquet",)
+        case _:
+            source, split = _source(name, split)
+            patterns = source.splits[split]
+    files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
+    if not files:
+        raise InvalidInputError(f"no {', '.join(patterns)} in {root}: is this the folder of {name}?")
+    return files
+
+
+def source_length(name: str, root: str | Path, *, split: str | None = None) -> int:
+    """How many comparisons and rejects `read_source` gives, for a progress bar.
+
+    Exact, but for parquet, which may hold pictures and is not read through: a row of a list counts as one.
+    """
+    files = source_files(name, root, split=split)
+    if name == "folder":
+        return len(files)
+    if any(file.suffix == ".parquet" for file in files):
+        return sum(count_rows(file) for file in files)
+    return sum(1 for _ in read_source(name, root, split=split, check_images="none"))
 
 
 def read_hub(
@@ -152,7 +203,8 @@ def read_hub(
     """
     import datasets
 
-    source, split = (None, split) if name in ("rows", "folder") else _source(name, split)
+    own = name in ("jsonl", "folder", "latent-cache")
+    source, split = (None, split) if own else _source(name, split)
     if source is None or source.hub is None or split is None:
         raise InvalidInputError(
             f"{name} is not published as a table that can be streamed: it needs the folder of its files"
@@ -170,12 +222,14 @@ def read_hub(
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
     for index, values in enumerate(stream):
-        yield from _comparisons(source, _Row(values, index, f"{repository}/{split}", Path(), check_images))
+        row = _Row(values, index, f"{repository}/{split}", Path(), check_images)
+        yield from _comparisons(source.read_row, row)
 
 
 def _source(name: str, split: str | None) -> tuple["Source", str]:
     if name not in SOURCES:
-        raise InvalidInputError(f"unknown source {name!r}; known: rows, folder, {', '.join(SOURCES)}")
+        known = ", ".join(("jsonl", "folder", "latent-cache", *SOURCES))
+        raise InvalidInputError(f"unknown source {name!r}; known: {known}")
     source = SOURCES[name]
     split = source.default_split if split is None else split
     if split not in source.splits:
@@ -183,69 +237,89 @@ def _source(name: str, split: str | None) -> tuple["Source", str]:
     return source, split
 
 
-def _comparisons(source: "Source", row: "_Row") -> Iterator[Comparison | Reject]:
+def _comparisons(
+    read_row: Callable[["_Row"], Iterator[Comparison]], row: "_Row"
+) -> Iterator[Comparison | Reject]:
     try:
-        yield from source.read_row(row)
+        yield from read_row(row)
     except BadRow as bad:
         prompt = row.values.get("prompt") or row.values.get("caption")
         prompt = prompt if isinstance(prompt, str) else None
-        yield Reject(row=row.index, reason=str(bad), prompt=prompt)
+        yield Reject(row=row.index, reason=str(bad), prompt=prompt, file=row.file)
 
 
-# --- files -------------------------------------------------------------------------------------------------
+# --- layouts of our own ------------------------------------------------------------------------------------
 
 
-def _rows(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
-    """Rows of a JSON list, JSON lines or parquet; a row that is none is told, a file that breaks off too."""
-    if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as parquet
+def _own_row(row: _Row) -> Iterator[Comparison]:
+    """Our own rows: chosen and rejected, or images and ranks (`data.pairs`)."""
+    for pair, tie in pairs_of_row(row.values, row.root, row.check):
+        yield Comparison(pair=pair, tie=tie is not None, row=row.index, file=row.file)
 
-        try:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            yield BadRow(f"unreadable parquet: {error}")
-        return
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for line in filter(bytes.strip, lines):
+
+def _cached_row(row: _Row) -> Iterator[Comparison]:
+    """A row of the latent cache: latent1 is the chosen side, both in float32, shifted and scaled.
+
+    `detailed_results` is a dict written as text, with votes_chosen, votes_rejected and confidence. Source:
+    the cache that the paper's code trains on.
+    """
+    values = row.values
+    try:
+        details = ast.literal_eval(values.get("detailed_results") or "{}")
+    except (ValueError, SyntaxError) as error:
+        raise BadRow(f"detailed_results: not a dict written as text ({error})") from error
+    if not isinstance(details, Mapping):
+        raise BadRow(f"detailed_results: {type(details).__name__}, not a dict")
+    sides = []
+    for side in ("latent1", "latent2"):
+        content = values.get(side)
+        if not isinstance(content, bytes):
+            raise BadRow(f"no latent: {side} is {type(content).__name__}")
+        sides.append(StoredLatent(content, name=str(values.get(side.replace("latent", "image") + "_path"))))
+        if row.check != "none":
+            try:
+                sides[-1].array()
+            except InvalidInputError as error:
+                raise BadRow(f"{error} in {side}") from error
+    confidence = _stated(details.get("confidence"))
+    yield row.compare(
+        row.prompt(),
+        *sides,
+        confidence=None if confidence is None else number(confidence, "confidence"),
+        generators=(_stated(values.get("model1")), _stated(values.get("model2"))),
+        source="latent-cache",
+        **_votes(details.get("votes_chosen"), details.get("votes_rejected")),
+    )
+
+
+def _cache_index(root: Path) -> set[tuple[str, int]] | None:
+    """Rows that the index lists, by file name and position in the file; None where there is no index."""
+    import pyarrow.parquet as parquet
+
+    listed: set[tuple[str, int]] = set()
+    starts: dict[str, list[int]] = {}
+    files = {file.name: file for file in root.glob("**/part_rank*.parquet")}
+    indices = sorted(root.glob("**/*.csv"))
+    for index in indices:
+        with index.open(newline="", encoding="utf-8") as lines:
+            for entry in csv.DictReader(lines):
                 try:
-                    yield _mapping(json.loads(line))
-                except ValueError as error:
-                    yield BadRow(f"not JSON: {error}")
-        return
-    import ijson
-
-    with file.open("rb") as stream:
-        if not stream.read(64).lstrip().startswith(b"["):
-            yield BadRow("not JSON: a list of rows is expected, as in the published file")
-            return
-        stream.seek(0)
-        try:
-            for item in ijson.items(stream, "item", use_float=True):
-                yield _mapping(item)
-        except ijson.JSONError as error:
-            yield BadRow(f"not JSON: the list breaks off or is damaged ({error})")
-
-
-def _mapping(value: Any) -> Mapping[str, Any] | BadRow:
-    return value if isinstance(value, Mapping) else BadRow(f"not a JSON object: {type(value).__name__}")
-
-
-def _own_rows(file: Path, check: Check) -> Iterator[Comparison | Reject]:
-    if not file.is_file():
-        raise InvalidInputError(f"no file of preference rows at {file}")
-    for index, values in enumerate(_rows(file)):
-        if isinstance(values, BadRow):
-            yield Reject(row=index, reason=str(values))
-            continue
-        try:
-            for pair, tie in pairs_of_row(values, file.parent, check):
-                yield Comparison(pair=pair, tie=tie is not None, row=index, file=file.name)
-        except BadRow as bad:
-            prompt = values.get("prompt")
-            yield Reject(row=index, reason=str(bad), prompt=prompt if isinstance(prompt, str) else None)
+                    name = Path(entry["parquet_path"]).name
+                    group, position = int(entry["row_group"]), int(entry["row_index"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise InvalidInputError(
+                        f"{index} is not an index of the latent cache: {error}"
+                    ) from error
+                if name not in files:
+                    raise InvalidInputError(f"{index} names {name}, which is not in {root}")
+                if name not in starts:
+                    metadata = parquet.read_metadata(files[name])
+                    sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+                    starts[name] = [0, *itertools.accumulate(sizes)]
+                if not 0 <= group < len(starts[name]) - 1:
+                    raise InvalidInputError(f"{index} names row group {group} of {name}, which has fewer")
+                listed.add((name, starts[name][group] + position))
+    return listed if indices else None
 
 
 def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
@@ -256,7 +330,7 @@ def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
         try:
             prompt = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            yield Reject(row=index, reason=f"unreadable prompt: {file.name} ({error})")
+            yield Reject(row=index, reason=f"unreadable prompt: {file.name} ({error})", file=file.name)
             continue
         values: dict[str, Any] = {"prompt": prompt}
         for side in ("chosen", "rejected"):
@@ -268,7 +342,7 @@ def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
             images = [row.image(values[side], f"{file.stem}.{side}.*") for side in ("chosen", "rejected")]
             yield row.compare(row.prompt(), *images)
         except BadRow as bad:
-            yield Reject(row=index, reason=str(bad), prompt=prompt or None)
+            yield Reject(row=index, reason=str(bad), prompt=prompt or None, file=row.file)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
@@ -286,10 +360,7 @@ def _hpdv3(row: _Row) -> Iterator[Comparison]:
     if votes is not None:
         if not isinstance(votes, Sequence) or len(votes) != 2:
             raise BadRow(f"votes: choice_dist = {votes!r} is not a pair of numbers")
-        counts = sorted((number(vote, "choice_dist") for vote in votes), reverse=True)
-        if counts[1] < 0 or counts[0] == 0:
-            raise BadRow(f"votes: choice_dist = {votes!r} must be at least 0 and not both 0")
-        given = {"votes_chosen": counts[0], "votes_rejected": counts[1]}
+        given = _votes(*sorted((number(vote, "choice_dist") for vote in votes), reverse=True))
     confidence = _stated(values.get("confidence"))
     yield row.compare(
         row.prompt(),
@@ -408,6 +479,16 @@ def _pickapic(row: _Row) -> Iterator[Comparison]:
         chosen_was_first=first,
         source="pickapic",
     )
+
+
+def _votes(chosen: Any, rejected: Any) -> dict[str, float]:
+    """Fields of the row type; none where the layout states none."""
+    if _stated(chosen) is None or _stated(rejected) is None:
+        return {}
+    votes = number(chosen, "votes_chosen"), number(rejected, "votes_rejected")
+    if min(votes) < 0 or max(votes) == 0:
+        raise BadRow(f"votes: {votes[0]:g} and {votes[1]:g} must be at least 0 and not both 0")
+    return {"votes_chosen": votes[0], "votes_rejected": votes[1]}
 
 
 def _ranked(

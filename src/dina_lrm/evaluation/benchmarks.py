@@ -7,7 +7,6 @@ noise draws. For simulated raters it reports the share of what the best possible
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.metrics import Interval, Ties, cluster_bootstrap, pair_correctness
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, SettingResult, noise_sweep
+from dina_lrm.files import write_whole, written_aside
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["BayesReference", "EvaluationResult", "evaluate_latent_pairs"]
@@ -132,9 +132,8 @@ class EvaluationResult:
         for label, scores in self.scores.items():
             columns[f"{label}: chosen"] = scores.chosen.mean(dim=0).numpy()
             columns[f"{label}: rejected"] = scores.rejected.mean(dim=0).numpy()
-        partial = path.with_name(path.name + ".partial")
-        parquet.write_table(pyarrow.table(columns), partial)
-        partial.replace(path)
+        with written_aside(path) as partial:
+            parquet.write_table(pyarrow.table(columns), partial)
 
 
 def evaluate_latent_pairs(
@@ -225,13 +224,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

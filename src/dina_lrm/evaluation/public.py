@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from dina_lrm.data.pairs import ImageSource, Reject, load_image, write_rejects
 from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.evaluation.benchmarks import write_whole
 from dina_lrm.evaluation.metrics import Interval
 from dina_lrm.evaluation.paired import PairedDifference, paired_difference
 from dina_lrm.evaluation.rules import RULES, RuleAccuracy, accuracy_by_rule, credits, kendall_by_prompt
+from dina_lrm.files import write_whole, written_aside
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["PublicResult", "as_json", "evaluate_comparisons"]
@@ -74,9 +74,8 @@ class PublicResult:
             "score_chosen": self.score_chosen,
             "score_rejected": self.score_rejected,
         }
-        aside = folder / "scores.parquet.tmp"
-        parquet.write_table(pyarrow.table(columns), aside)
-        aside.replace(folder / "scores.parquet")
+        with written_aside(folder / "scores.parquet") as aside:
+            parquet.write_table(pyarrow.table(columns), aside)
         if self.rejects:
             write_rejects(self.rejects, folder / "rejects.jsonl")
         write_whole(

@@ -119,7 +119,7 @@ DEFAULT_RULE = {
     "genai-bench": "strict",
     "pickapic": "three-way",
     "folder": "strict",
-    "rows": "strict",
+    "jsonl": "strict",
 }
 """The published rule of each source (`data.sources`); for GenAI-Bench the accuracy without ties, which most
 papers state."""

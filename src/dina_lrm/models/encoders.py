@@ -18,10 +18,11 @@ from torch import Tensor
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.families import backbone_of
+from dina_lrm.models.families import backbone_of, read_architecture
 from dina_lrm.models.images import as_pictures, fit
 from dina_lrm.models.source import PipelineSource
 from dina_lrm.models.text import quiet_loading
+from dina_lrm.pictures import fitted_size
 
 PICTURES_PER_CALL = 8
 
@@ -71,16 +72,9 @@ class Encoders:
             seeds: None takes the mean of the VAE's posterior; otherwise one sample per picture from its seed.
         """
         vae = self._load_vae(device)
-        factor, side = pixels_per_latent(vae.config), self.architecture.max_latent_side
+        limits = self._limits()
         pictures = [
-            fit(
-                picture,
-                multiple=factor * self.architecture.picture_multiple,
-                max_side=None if side is None else factor * side,
-                max_pixels=self.max_pixels,
-                name=f"image {index}",
-            )
-            for index, picture in enumerate(as_pictures(images))
+            fit(picture, **limits, name=f"image {index}") for index, picture in enumerate(as_pictures(images))
         ]
         self._check_frames(pictures, vae.config)
         latents: dict[int, Tensor] = {}
@@ -99,6 +93,36 @@ class Encoders:
                 scaled = self._without_frames((encoded.float() - shift) * scale)
             latents |= dict(zip(rows, scaled.to(device), strict=True))
         return [latents[row] for row in range(len(pictures))]
+
+    def picture_size(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
+        """Height and width at which a picture is encoded; the VAE need not be loaded.
+
+        Raises:
+            InvalidInputError: the picture is too small; `name` says which.
+        """
+        return fitted_size(height, width, **self._limits(), name=name)
+
+    def _limits(self) -> dict[str, Any]:
+        factor = pixels_per_latent(self._vae_config())
+        side = self.architecture.max_latent_side
+        return {
+            "multiple": factor * self.architecture.picture_multiple,
+            "max_side": None if side is None else factor * side,
+            "max_pixels": self.max_pixels,
+        }
+
+    def _vae_config(self) -> Any:
+        if self._vae is not None:
+            return self._vae.config
+        self._need_vae()
+        return self.source.config("vae", "config.json")
+
+    def _need_vae(self) -> None:
+        if not self.source.has("vae"):
+            raise MissingComponentError(
+                f"pipeline {self.source.name} has no vae, so pictures cannot be encoded: "
+                f"give a pipeline that has it, or use score_latents"
+            )
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, device: torch.device) -> Tensor:
@@ -137,11 +161,7 @@ class Encoders:
 
     def _load_vae(self, device: torch.device) -> Any:
         if self._vae is None:
-            if not self.source.has("vae"):
-                raise MissingComponentError(
-                    f"pipeline {self.source.name} has no vae, so pictures cannot be encoded: "
-                    f"give a pipeline that has it, or use score_latents"
-                )
+            self._need_vae()
             if self.source.live is not None:
                 self._vae = self.source.live.vae
             else:
@@ -163,6 +183,22 @@ def encoders_for(
     if not any(source.has(part) for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")):
         return None
     return Encoders(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
+
+
+def pipeline_encoders(
+    pipeline: Any, *, max_pixels: int | None = None, max_text_tokens: int | None = None, dtype: torch.dtype
+) -> Encoders:
+    """VAE and text encoders of a pipeline without its diffusion network, each loaded when first used.
+
+    Args:
+        pipeline: "bundled", a folder, a hub id or a live pipeline; its network's config.json says which
+            family it is.
+        max_pixels: pictures with more are shrunk.
+        dtype: of the text encoders.
+    """
+    source = PipelineSource(pipeline)
+    architecture = read_architecture(source.network_config())
+    return Encoders(source, architecture, max_text_tokens=max_text_tokens, max_pixels=max_pixels, dtype=dtype)
 
 
 def pixels_per_latent(config: Any) -> int:

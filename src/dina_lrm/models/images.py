@@ -1,18 +1,16 @@
 """Pictures in, tensors in [0, 1] out: every kind a user may hold, at its own aspect ratio."""
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.pictures import fitted_size, resized, rgb_tensor
 
 Picture = Float[Tensor, "3 *frame height width"]
 """A video has its frames before height."""
@@ -59,10 +57,7 @@ def as_picture(image: Any, name: str = "image") -> Picture:
 
 
 def _from_pil(image: Any, name: str) -> Picture:
-    from dina_lrm.pictures import upright_rgb
-
-    pixels = np.array(upright_rgb(image, name))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return rgb_tensor(image, name)
 
 
 def _from_tensor(image: Tensor, name: str) -> Picture:
@@ -100,19 +95,5 @@ def fit(
 ) -> Float[Tensor, "3 *frame new_height new_width"]:
     """Shrink to the limits where needed and round the sides down to a multiple; never enlarge."""
     height, width = picture.shape[-2:]
-    scale = 1.0 if max_side is None else min(1.0, max_side / max(height, width))
-    if max_pixels is not None:
-        scale = min(scale, math.sqrt(max_pixels / (height * width)))
-    # The small addend keeps 0.1 * 640 = 63.999 from losing a whole multiple.
-    new_height, new_width = (int(side * scale / multiple + 1e-6) * multiple for side in (height, width))
-    if min(new_height, new_width) == 0:
-        raise InvalidInputError(
-            f"{name} of {height} x {width} pixels is too small or too narrow: "
-            f"both sides must come to at least {multiple} pixels"
-            f"{'' if max_side is None else f' within {max_side} a side'}"
-        )
-    if (new_height, new_width) == (height, width):
-        return picture
-    frames = picture.reshape(3, -1, height, width).transpose(0, 1)
-    resized = F.interpolate(frames, size=(new_height, new_width), mode="bicubic", antialias=True)
-    return resized.transpose(0, 1).reshape(*picture.shape[:-2], new_height, new_width).clamp(0, 1)
+    size = fitted_size(height, width, multiple=multiple, max_side=max_side, max_pixels=max_pixels, name=name)
+    return resized(picture, *size)

@@ -1,5 +1,7 @@
 """What a run tells while it goes on: metrics.jsonl, TensorBoard, a progress bar, the caller."""
 
+import hashlib
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dina_lrm.training.state import write_file
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import write_whole
 
 __all__ = ["Reporter", "StepMetrics", "Window"]
+
+CURVES = ("loss", "accuracy", "learning_rate", "gradient_norm", "pairs_per_second", "data_wait_fraction")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +38,8 @@ class StepMetrics:
     gradient_norm: float | None = None
     """Before clipping, of the last step."""
     pairs_per_second: float | None = None
+    data_wait_fraction: float | None = None
+    """Of the time of training, spent waiting for the next batch to be read."""
     epoch: float | None = None
     validation: dict[str, float] | None = None
     """Accuracy of each candidate, "0.4" or "0.2+0.5+0.7", with averaged weights; set on validations only."""
@@ -63,13 +70,13 @@ class Window:
         yield
         self.started += time.perf_counter() - start
 
-    def close(self, accelerator: Accelerator) -> tuple[float, float, float]:
-        """Mean loss, accuracy, pairs per second; starts the next window."""
+    def close(self, accelerator: Accelerator) -> tuple[float, float, float, float]:
+        """Mean loss, accuracy, pairs, seconds; starts the next window."""
         sums: Any = accelerator.reduce(self.sums, reduction="sum")
         loss, parts, right, counted, pairs = sums.tolist()
         seconds = max(time.perf_counter() - self.started, 1e-9)
         self._open()
-        return loss / parts, right / max(counted, 1.0), pairs / seconds
+        return loss / parts, right / max(counted, 1.0), pairs, seconds
 
 
 class Reporter:
@@ -79,6 +86,7 @@ class Reporter:
         output: folder of metrics.jsonl and tensorboard/; None writes nothing.
         total: optimizer steps, for the bar, which is drawn on terminals only.
         tensorboard: write TensorBoard files, when it is installed.
+        wandb: project on Weights & Biases, and the config to show there; None: not told.
         on_step: called with every line.
     """
 
@@ -88,6 +96,7 @@ class Reporter:
         total: int,
         *,
         tensorboard: bool,
+        wandb: tuple[str, dict[str, Any]] | None,
         console: Console,
         on_step: Callable[[StepMetrics], None] | None,
     ) -> None:
@@ -95,6 +104,7 @@ class Reporter:
         self.log_file = None if output is None else output / "metrics.jsonl"
         self.on_step = on_step
         self.board = _board(output) if tensorboard and output is not None else None
+        self.wandb = None if wandb is None or output is None else _wandb_run(output, *wandb)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -112,8 +122,8 @@ class Reporter:
         if self.log_file is None or not self.log_file.exists():
             return
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if step > 0 else []
-        self.history = [StepMetrics(**entry) for line in lines if (entry := json.loads(line))["step"] <= step]
-        write_file(self.log_file, "".join(_line(metrics) for metrics in self.history).encode())
+        self.history = [metrics for line in lines if (metrics := _read(line)) and metrics.step <= step]
+        write_whole(self.log_file, "".join(_line(metrics) for metrics in self.history).encode())
 
     def __enter__(self) -> None:
         self.progress.start()
@@ -122,6 +132,8 @@ class Reporter:
         self.progress.stop()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def tell(self, metrics: StepMetrics) -> None:
         """One line, everywhere."""
@@ -129,12 +141,19 @@ class Reporter:
         if self.log_file is not None:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(_line(metrics))
+        values = {
+            f"train/{key}": value
+            for key in CURVES
+            if (value := getattr(metrics, key)) is not None and metrics.loss is not None
+        }
+        values |= {
+            f"validation/accuracy at {key}": value for key, value in (metrics.validation or {}).items()
+        }
         if self.board is not None:
-            for key in ("loss", "accuracy", "learning_rate", "gradient_norm", "pairs_per_second"):
-                if (value := getattr(metrics, key)) is not None:
-                    self.board.add_scalar(f"train/{key}", value, metrics.step)
-            for label, accuracy in (metrics.validation or {}).items():
-                self.board.add_scalar(f"validation/accuracy at {label}", accuracy, metrics.step)
+            for key, value in values.items():
+                self.board.add_scalar(key, value, metrics.step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=metrics.step)
         if metrics.loss is not None and metrics.accuracy is not None:
             self.training = f"loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.1%}"
         if metrics.validation:
@@ -147,6 +166,26 @@ class Reporter:
 
 def _line(metrics: StepMetrics) -> str:
     return json.dumps({key: value for key, value in asdict(metrics).items() if value is not None}) + "\n"
+
+
+def _read(line: str) -> StepMetrics | None:
+    """None for a line that was being written when the run was killed."""
+    try:
+        return StepMetrics(**json.loads(line))
+    except (json.JSONDecodeError, TypeError):
+        return None
+
+
+def _wandb_run(output: Path, project: str, config: dict[str, Any]) -> Any:
+    """The run of this folder: one that is resumed goes on in the same curves."""
+    try:
+        wandb: Any = importlib.import_module("wandb")  # an extra
+    except ImportError as error:
+        raise InvalidInputError("wandb is not installed: pip install 'dina-lrm[track]'") from error
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:12]
+    return wandb.init(
+        project=project, name=output.name, id=name, resume="allow", dir=str(output), config=config
+    )
 
 
 def _board(output: Path) -> Any:

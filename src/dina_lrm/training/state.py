@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dina_lrm.errors import CheckpointError
+from dina_lrm.files import write_whole
 
-__all__ = ["Position", "load_state", "replace_folder", "save_state", "write_file"]
+__all__ = ["Position", "load_state", "replace_folder", "save_state"]
 
 FOLDER = "training_state"
 
@@ -65,7 +66,7 @@ def save_state(
         {name: value.cpu().clone().contiguous() for name, value in tensors.items()},
         folder / "tensors.safetensors",
     )
-    write_file(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
+    write_whole(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
 
 
 def load_state(
@@ -114,17 +115,7 @@ def load_state(
     return position, [best[name] for name in parameters] if best else None
 
 
-# --- files that appear whole or not at all -----------------------------------------------------------------
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write aside, flush to disk, rename."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+# --- a folder that appears whole or not at all -------------------------------------------------------------
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:

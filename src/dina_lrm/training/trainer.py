@@ -13,6 +13,7 @@ devices changes nothing but rounding.
 """
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -32,15 +33,17 @@ from dina_lrm.config import TrainConfig, to_dict
 from dina_lrm.core.attention import PlainAttention
 from dina_lrm.core.calibration import fit_scale
 from dina_lrm.core.likelihood import pairwise_loss
-from dina_lrm.core.noise import seeded_noise
-from dina_lrm.data.latents import LatentPairs, batch_indices, first_occurrences, mix_seeds
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.files import write_whole
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.config import Calibration
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training import optim, state
+from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.progress import Reporter, StepMetrics, Window
-from dina_lrm.training.step import PairScorer, draw_step, loss_level
+from dina_lrm.training.step import PairScorer, loss_level
 from dina_lrm.training.validation import Levels, accuracy, fixed_sample, levels_label, validation_margins
 
 __all__ = ["StepMetrics", "TrainResult", "train"]
@@ -53,7 +56,7 @@ class TrainResult:
     steps: int
     seconds: float
     stopped_by: str
-    """"steps" or "time_budget"."""
+    """"steps", "time_budget" or "patience"."""
     best_step: int | None
     best_accuracy: float | None
     """Best candidate on the validation pairs used while training."""
@@ -71,8 +74,8 @@ class TrainResult:
 def train(
     config: TrainConfig,
     model: RewardModel,
-    train_pairs: LatentPairs,
-    validation_pairs: LatentPairs | None = None,
+    train_pairs: PairSet,
+    validation_pairs: PairSet | None = None,
     *,
     on_step: Callable[[StepMetrics], None] | None = None,
     console: Console | None = None,
@@ -100,8 +103,8 @@ class _Run:
         self,
         config: TrainConfig,
         model: RewardModel,
-        train_pairs: LatentPairs,
-        validation_pairs: LatentPairs | None,
+        train_pairs: PairSet,
+        validation_pairs: PairSet | None,
         on_step: Callable[[StepMetrics], None] | None,
         console: Console | None,
     ) -> None:
@@ -119,12 +122,13 @@ class _Run:
             )
         if len(train_pairs) == 0:
             raise InvalidInputError("there are no training pairs")
-        for pairs in (train_pairs, validation_pairs):
-            if pairs is not None and len(pairs):
+        for pairs in filter(None, (train_pairs, validation_pairs)):
+            for pair in pairs.examples:
+                batch = pairs.batch(pair[None])
                 conditioning = Conditioning(
-                    pairs.prompt_embeds, pairs.pooled_prompt_embeds, pairs.attention_mask
+                    batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask
                 )
-                model.check_inputs(pairs.latents[:1], conditioning, pairs.latent_space)
+                model.check_inputs(batch.latents_chosen, conditioning, pairs.latent_space)
         self.train_pairs = _labelled(train_pairs, config)
         self.validation_pairs = (
             validation_pairs if validation_pairs is not None and len(validation_pairs) else None
@@ -162,6 +166,7 @@ class _Run:
             self.output if self.is_main else None,
             config.num_steps,
             tensorboard=config.tensorboard,
+            wandb=None if config.wandb is None else (config.wandb, to_dict(config)),
             console=(console or Console(stderr=True)) if self.is_main else Console(quiet=True),
             on_step=on_step,
         )
@@ -181,34 +186,43 @@ class _Run:
             self._resume()
         self.reporter.start(self.step)
         if self.output is not None and self.is_main:
-            state.write_file(
-                self.output / "train_config.json", json.dumps(to_dict(config), indent=2).encode()
-            )
+            write_whole(self.output / "train_config.json", json.dumps(to_dict(config), indent=2).encode())
 
         stopped_by = "steps"
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), self.reporter:
+        make = functools.partial(
+            step_parts,
+            config,
+            self.train_pairs,
+            self.model.schedule,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        loader = StepLoader(make, config.num_steps)
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), self.reporter, loader:
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.model.train()
             window = Window(self.device)
             while self.step < config.num_steps:
                 rate = optim.set_learning_rate(self.optimizer, self._rate_factor())
-                norm = self._optimize(window)
+                norm = self._optimize(loader, window)
                 self.step += 1
                 self.model.trained = True
                 out_of_time = self._out_of_time()
                 last = out_of_time or self.step == config.num_steps
                 if self.step % config.log_every == 0 or last:
-                    self._log_training(window, rate, norm)
+                    self._log_training(window, loader, rate, norm)
                 with window.paused():
                     due = self.step % config.validation.every == 0 or last
                     if self.validation_pairs is not None and due:
                         self._validate_and_keep()
                     if self.step % config.checkpoint_every == 0 or last:
                         self._checkpoint()
-                if out_of_time:
-                    stopped_by = "time_budget"
+                if out_of_time or self._out_of_patience():
+                    stopped_by = "time_budget" if out_of_time else "patience"
+                    if not last:
+                        self._checkpoint()
                     break
         return self._finish(stopped_by)
 
@@ -237,38 +251,28 @@ class _Run:
         budget = self.config.time_budget_seconds
         return budget is not None and self._agreed(self.seconds) >= budget
 
-    def _optimize(self, window: Window) -> Tensor:
+    def _out_of_patience(self) -> bool:
+        patience = self.config.validation.patience
+        if patience is None or self.best_step is None:
+            return False
+        return self.step - self.best_step >= patience * self.config.validation.every
+
+    def _optimize(self, loader: StepLoader, window: Window) -> Tensor:
         """One step over all accumulated parts; returns the gradient's norm before clipping."""
         config, accelerator = self.config, self.accelerator
         # Dropout too follows from the position, so no random state needs to be stored.
         torch.manual_seed(mix_seeds(config.seed, 2, self.step, accelerator.process_index))
-        prompts = self.train_pairs.prompt_index if config.group_by_prompt else None
-        indices = batch_indices(
-            len(self.train_pairs), config.batch_size, seed=config.seed, step=self.step, groups=prompts
-        )
-        draw_of = torch.arange(len(indices))
-        if prompts is not None:
-            first, group = first_occurrences(prompts[indices])
-            draw_of = first[group]
-        draws = draw_step(config, self.step).shared(draw_of)
-        sigma = self.model.schedule.match(draws.sigma.flatten()).sigma.reshape(draws.sigma.shape)
-        shape = tuple(self.train_pairs.latents.shape[1:])
-        part_size = config.batch_size // (config.accumulation_steps * accelerator.num_processes)
         loss_config = config.loss
-        for part in range(config.accumulation_steps):
-            start = (part * accelerator.num_processes + accelerator.process_index) * part_size
-            rows = slice(start, start + part_size)
-            batch = self.train_pairs.batch(indices[rows], draws=draw_of[rows], device=self.device)
-            noise = seeded_noise(shape, draws.noise_seeds[rows])[0].to(self.device, non_blocking=True)
-            levels = sigma[:, rows].to(self.device, non_blocking=True)
+        for part in loader.parts(self.step):
+            part = part.to(self.device)
             with accelerator.accumulate(self.prepared):
                 with self._precision():
-                    chosen, rejected = self.prepared(batch, noise, levels)
+                    chosen, rejected = self.prepared(part.batch, part.noise, part.sigma)
                 loss = pairwise_loss(
                     chosen.float(),
                     rejected.float(),
-                    loss_level(levels),
-                    target=batch.target,
+                    loss_level(part.sigma),
+                    target=part.batch.target,
                     likelihood=loss_config.likelihood,
                     loss=loss_config.loss,
                     slope=loss_config.slope,
@@ -277,7 +281,7 @@ class _Run:
                     margin=loss_config.margin,
                 ).mean()
                 accelerator.backward(loss)  # divides by the number of parts
-            window.add(loss.detach(), chosen.detach() - rejected.detach(), batch.target)
+            window.add(loss.detach(), chosen.detach() - rejected.detach(), part.batch.target)
         parameters = list(self.parameters.values())
         norm = accelerator.clip_grad_norm_(parameters, config.optimizer.max_gradient_norm)
         self.optimizer.step()
@@ -314,7 +318,7 @@ class _Run:
         finally:
             self.average.restore(parameters)
 
-    def _margins(self, pairs: LatentPairs) -> tuple[dict[Levels, Tensor], Tensor]:
+    def _margins(self, pairs: PairSet) -> tuple[dict[Levels, Tensor], Tensor]:
         self.model.eval()
         margins = validation_margins(
             self.scorer,
@@ -344,8 +348,9 @@ class _Run:
 
     # --- what is written
 
-    def _log_training(self, window: Window, rate: float, norm: Tensor) -> None:
-        loss, accuracy, pairs_per_second = window.close(self.accelerator)
+    def _log_training(self, window: Window, loader: StepLoader, rate: float, norm: Tensor) -> None:
+        loss, accuracy, pairs, seconds = window.close(self.accelerator)
+        waited, loader.waited_seconds = loader.waited_seconds, 0.0
         if not math.isfinite(loss):
             raise DinaError(
                 f"the loss is {loss} at step {self.step}: training has diverged; "
@@ -359,7 +364,8 @@ class _Run:
                 accuracy=accuracy,
                 learning_rate=rate,
                 gradient_norm=float(norm),
-                pairs_per_second=pairs_per_second,
+                pairs_per_second=pairs / seconds,
+                data_wait_fraction=waited / seconds,
                 epoch=self.step * self.config.batch_size / len(self.train_pairs),
             )
         )
@@ -397,6 +403,8 @@ class _Run:
         if self.is_main:
             state.recover_folder(last)
         self.accelerator.wait_for_everyone()
+        if not last.exists():  # stopped before the first checkpoint, or never begun
+            return
         position, best = state.load_state(last, self.parameters, self.optimizer, self.average)
         differing = _differences(position.config, to_dict(self.config))
         if differing:
@@ -453,7 +461,7 @@ class _Run:
 # --- small parts -------------------------------------------------------------------------------------------
 
 
-def _labelled(pairs: LatentPairs, config: TrainConfig) -> LatentPairs:
+def _labelled(pairs: PairSet, config: TrainConfig) -> PairSet:
     """Targets as the run wants them: shares of votes, or the majority's side (a split stays 0.5)."""
     if config.data.labels == "votes":
         return pairs
@@ -463,7 +471,7 @@ def _labelled(pairs: LatentPairs, config: TrainConfig) -> LatentPairs:
 
 _MAY_CHANGE = frozenset(
     "num_steps time_budget_seconds output resume log_every checkpoint_every keep tensorboard compile cpu "
-    "gradient_checkpointing validation data model".split()
+    "wandb gradient_checkpointing validation data model".split()
 )
 
 

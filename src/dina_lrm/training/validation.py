@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dina_lrm.core.noise import seeded_noise
-from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.data.shards import PairSet
 from dina_lrm.models.head import HeadTokens
 from dina_lrm.training.step import PairScorer
 
@@ -26,7 +27,7 @@ Levels = tuple[float, ...]
 @torch.no_grad()
 def validation_margins(
     scorer: PairScorer,
-    pairs: LatentPairs,
+    pairs: PairSet,
     candidates: Sequence[Levels],
     *,
     accelerator: Accelerator,
@@ -47,11 +48,13 @@ def validation_margins(
     levels = sorted({level for candidate in candidates for level in candidate})
     matched = scorer.model.schedule.match(torch.tensor(levels)).sigma.tolist()
     own = torch.arange(len(pairs))[accelerator.process_index :: accelerator.num_processes]
-    shape = tuple(pairs.latents.shape[1:])
     margins: dict[Levels, list[float]] = {candidate: [] for candidate in candidates}
-    for rows in own.split(batch_size):
+    targets: list[float] = []
+    for rows in pairs.parts(own, batch_size):
         prompts = pairs.prompt_index[rows]
-        batch = pairs.batch(rows, draws=prompts, device=device)
+        batch = pairs.batch(rows, draws=prompts).to(device)
+        targets += batch.target.tolist()
+        shape = tuple(batch.latents_chosen.shape[1:])
         noise = seeded_noise(shape, [mix_seeds(seed, 1, prompt) for prompt in prompts.tolist()])[0].to(device)
         with precision():
             tokens = {
@@ -62,7 +65,7 @@ def validation_margins(
                 joined = HeadTokens.stack([tokens[level] for level in candidate])
                 chosen, rejected = scorer.scores(joined, len(candidate), batch)
                 margins[candidate] += (chosen - rejected).tolist()
-    gathered = gather_object([(margins, pairs.target[own].tolist())])
+    gathered = gather_object([(margins, targets)])
     return (
         {
             candidate: torch.tensor([m for part, _ in gathered for m in part[candidate]])
@@ -83,7 +86,7 @@ def accuracy(margin: Tensor, target: Tensor) -> float:
     return right[counted].double().mean().item() if bool(counted.any()) else float("nan")
 
 
-def fixed_sample(pairs: LatentPairs, num: int, *, seed: int) -> LatentPairs:
+def fixed_sample(pairs: PairSet, num: int, *, seed: int) -> PairSet:
     """At most `num` pairs, always the same ones, in their order."""
     if len(pairs) <= num:
         return pairs

@@ -184,7 +184,7 @@ def test_our_own_rows(tmp_path: Path) -> None:
         {"prompt": "r", "chosen": "a.png"},
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    comparisons, rejects = read("rows", file)
+    comparisons, rejects = read("jsonl", file)
     assert [c.tie for c in comparisons] == [False, True, False, False]
     assert [r.row for r in rejects] == [2, 3]
 
@@ -235,9 +235,8 @@ def test_the_hubs_stream_equals_the_files(tmp_path: Path, monkeypatch: pytest.Mo
     table(tmp_path / "data" / "test_v1-00000-of-00001.parquet", rows)
     streamed = list(read_hub("genai-bench", dataset=str(tmp_path / "data"), check_images="decode"))
     local = list(read_source("genai-bench", tmp_path / "data", check_images="decode"))
-    assert [getattr(item, "pair", item) for item in streamed] == [
-        getattr(item, "pair", item) for item in local
-    ]
+    assert [item.pair for item in streamed[:2]] == [item.pair for item in local[:2]]
+    assert streamed[2].reason == local[2].reason
     assert len(streamed) == 3
     with pytest.raises(InvalidInputError, match="hpdv3 is not published as a table"):
         list(read_hub("hpdv3"))
@@ -262,21 +261,21 @@ def test_a_file_that_is_no_list_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "test.json").write_text(content)
     comparisons, rejects = read("hpdv3", tmp_path)
     assert not comparisons
-    assert [reject.reason for reject in rejects] == [
-        "not JSON: a list of rows is expected, as in the published file (test.json)"
+    assert [(reject.reason, reject.file) for reject in rejects] == [
+        ("not JSON: a list of rows is expected, as in the published file", "test.json")
     ]
 
 
 def test_unknown_names_and_folders(tmp_path: Path) -> None:
     for name, split, message in (
-        ("hpdv4", None, "unknown source 'hpdv4'; known: rows, folder, hpdv3"),
+        ("hpdv4", None, "unknown source 'hpdv4'; known: jsonl, folder, latent-cache, hpdv3"),
         ("hpdv3", "validation", "hpdv3 has no split 'validation'; it has train, test, all"),
         ("hpdv3", None, "is this the folder of hpdv3"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             list(read_source(name, tmp_path, split=split))
     with pytest.raises(InvalidInputError, match="no file of preference rows"):
-        list(read_source("rows", tmp_path / "none.jsonl"))
+        list(read_source("jsonl", tmp_path / "none.jsonl"))
 
 
 # --- inspect
