@@ -25,6 +25,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import Conditioning
 from tests.tiny import PROMPT
 
+PROMPTS = ("a red circle", "a red square", "two blue circle")
 SETTINGS: dict[str, Any] = {
     "source": "hpdv3",
     "split": None,
@@ -52,13 +53,13 @@ def save(file: Path, size: tuple[int, int] = (32, 32), seed: int = 0) -> Path:
 
 
 def hpdv3(root: Path, num: int = 11) -> Path:
-    """Rows of four pictures of two sizes; one picture missing, one cut off, one with NaN, one prompt empty."""
+    """Pictures of two sizes, and rows with one missing, one cut off, one with NaN, and with an empty prompt."""
     for index in range(4):
         save(root / f"images/{index}.png", (32, 32) if index < 3 else (48, 32), seed=index)
     (root / "images/cut.png").write_bytes((root / "images/0.png").read_bytes()[:60])
     Image.fromarray(np.full((32, 32), np.nan, dtype=np.float32)).save(root / "images/nan.tiff")
     good = [
-        {"prompt": f"a red circle {index % 3}", "path1": f"images/{index % 4}.png", "path2": "images/1.png"}
+        {"prompt": PROMPTS[index % 3], "path1": f"images/{index % 4}.png", "path2": "images/1.png"}
         for index in range(num)
     ]
     bad = [
@@ -157,10 +158,8 @@ def test_latents_are_float16_bytes_of_the_stated_shape(tmp_path: Path) -> None:
 def test_a_row_group_holds_one_shape(tmp_path: Path) -> None:
     import pyarrow.parquet as parquet
 
-    wide, square, other = (
-        save(tmp_path / f"{n}.png", s, n) for n, s in enumerate([(64, 32), (32, 32), (32, 32)])
-    )
-    copy = save(tmp_path / "copy.png", (64, 32), 9)
+    wide, copy = (save(tmp_path / f"{n}.png", (64, 32), n) for n in (1, 2))
+    square, other = (save(tmp_path / f"{n}.png", (32, 32), n) for n in (3, 4))
     items = [comparison(wide, copy, n) if n % 3 else comparison(square, other, n) for n in range(15)]
     shard(items, tmp_path / "shard.parquet")
     opened = parquet.ParquetFile(tmp_path / "shard.parquet")
@@ -412,7 +411,7 @@ def test_prompts_can_be_left_to_training(tiny_pipeline: Path, tmp_path: Path) ->
         return prompt_rows(encoder.encode_prompts(prompts, torch.device("cpu")))
 
     batch = LatentShards.open(tmp_path / "latents", encode=encode).batch([0, 1, 2])
-    assert batch.prompt_embeds[:, 0, 0].tolist() == [14.0, 14.0, 14.0]
+    assert batch.prompt_embeds[:, 0, 0].tolist() == [12.0, 12.0, 15.0]
 
 
 def test_datasets_reads_the_folder(
@@ -437,7 +436,7 @@ def test_the_command(tiny_pipeline: Path, tmp_path: Path, capsys: pytest.Capture
     told = capsys.readouterr()
     assert json.loads(told.out)["num_pairs"] == 11
     assert "comparisons" in told.err
-    assert cli.main(command[:2] + ["--root", str(tmp_path / "none"), "--output", "x"]) == 2
+    assert cli.main([*command[:2], "--root", str(tmp_path / "none"), "--output", "x"]) == 2
     assert "is this the folder of hpdv3" in capsys.readouterr().err
     assert cli.main([*command, "--processes", "0"]) == 2
 
