@@ -53,7 +53,7 @@ def save(file: Path, size: tuple[int, int] = (32, 32), seed: int = 0) -> Path:
 
 
 def hpdv3(root: Path, num: int = 11) -> Path:
-    """Pictures of two sizes, and rows with one missing, one cut off, one with NaN, and with an empty prompt."""
+    """Pictures of two sizes; rows with one missing, one cut off, one with NaN, and with an empty prompt."""
     for index in range(4):
         save(root / f"images/{index}.png", (32, 32) if index < 3 else (48, 32), seed=index)
     (root / "images/cut.png").write_bytes((root / "images/0.png").read_bytes()[:60])

@@ -1,0 +1,263 @@
+"""Training on shards: two latent shapes, stopped and killed runs, two processes; through the real command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dina_lrm.build import prepare_source, run_training
+from dina_lrm.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from dina_lrm.data.latents import LatentPairs
+from dina_lrm.data.shards import LatentShards
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.training.loader import step_parts
+from dina_lrm.training.trainer import TrainResult
+
+PROMPTS = ("a red circle", "a blue square", "two yellow triangle", "a small green ellipse")
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pairs of two sizes; the brighter picture is preferred."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(60):
+        size = (32, 32) if index % 3 else (48, 32)
+        pair = []
+        for side, low in (("a", 128), ("b", 0)):
+            pixels = rng.integers(low, low + 128, (size[1], size[0], 3), dtype=np.uint8)
+            file = root / f"{index}{side}.png"
+            Image.fromarray(pixels).save(file)
+            pair.append(file.name)
+        rows.append({"prompt": PROMPTS[index % 4], "chosen": pair[0], "rejected": pair[1]})
+    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    prepare_source(
+        "jsonl",
+        root / "rows.jsonl",
+        root / "latents",
+        pipeline=str(tiny_pipeline),
+        pairs_per_shard=16,
+        pairs_per_row_group=4,
+    )
+    return root / "latents"
+
+
+def config(pipeline: Path, shards: Path, output: Path | None, **settings: Any) -> TrainConfig:
+    base = TrainConfig(
+        model=ModelConfig(
+            pipeline=str(pipeline),
+            num_blocks=2,
+            image_taps=(1, 2),
+            text_taps=(1,),
+            lora_rank=2,
+            lora_alpha=4.0,
+        ),
+        data=DataConfig(train=str(shards), validation=str(shards)),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3, ema_decay=0.9),
+        validation=ValidationConfig(every=6, noise_levels=(0.2, 0.6), ensembles=((0.2, 0.6),), max_pairs=16),
+        output=None if output is None else str(output),
+        num_steps=18,
+        batch_size=8,
+        log_every=1,
+        checkpoint_every=4,
+        tensorboard=False,
+        cpu=True,
+    )
+    return replace(base, **settings)
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [line.loss for line in result.history if line.loss is not None]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(folder)}: {name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_run_on_two_shapes_learns(tiny_pipeline: Path, shards: Path) -> None:
+    model, result = run_training(config(tiny_pipeline, shards, None, num_steps=40))
+    assert isinstance(model, RewardModel)
+    assert len(LatentShards.open(shards).shapes) == 2
+    assert sum(losses(result)[-10:]) < 0.8 * sum(losses(result)[:10])
+    waits = [line.data_wait_fraction for line in result.history if line.data_wait_fraction is not None]
+    assert len(waits) == 40
+    assert all(0 <= wait <= 1 for wait in waits)
+
+
+def test_cutting_a_batch_over_processes_and_parts_changes_nothing(tiny_pipeline: Path, shards: Path) -> None:
+    """Step s of (2 processes x 1 part) and of (1 process x 2 parts) are the halves of the same batch."""
+    pairs = LatentShards.open(shards)
+    settings = config(tiny_pipeline, shards, None)
+    model, _ = run_training(replace(settings, num_steps=1))
+    schedule = model.schedule
+    for step in range(8):
+        whole = step_parts(settings, pairs, schedule, step)[0]
+        halves = step_parts(replace(settings, accumulation_steps=2), pairs, schedule, step)
+        ranks = [step_parts(settings, pairs, schedule, step, process=i, num_processes=2)[0] for i in (0, 1)]
+        for parts in (halves, ranks):
+            assert torch.equal(torch.cat([p.batch.latents_chosen for p in parts]), whole.batch.latents_chosen)
+            assert torch.equal(torch.cat([p.noise for p in parts]), whole.noise)
+            assert torch.equal(torch.cat([p.sigma for p in parts], dim=1), whole.sigma)
+            assert len({p.noise.shape for p in parts}) == 1
+
+
+def test_prompts_encoded_on_the_fly_train_alike(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    """Stored embeddings are float16, so the losses agree to that precision."""
+    prepare_source(
+        "jsonl",
+        shards.parent / "rows.jsonl",
+        tmp_path / "latents",
+        pipeline=str(tiny_pipeline),
+        embeddings=False,
+        pairs_per_shard=16,
+        pairs_per_row_group=4,
+    )
+    stored = losses(run_training(config(tiny_pipeline, shards, None, num_steps=4))[1])
+    fresh = losses(run_training(config(tiny_pipeline, tmp_path / "latents", None, num_steps=4))[1])
+    assert stored == pytest.approx(fresh, abs=2e-3)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    run_training(config(tiny_pipeline, shards, tmp_path / "whole"))
+    run_training(config(tiny_pipeline, shards, tmp_path / "cut", num_steps=7))
+    run_training(config(tiny_pipeline, shards, tmp_path / "cut", resume=True))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_pipeline: Path, shards: Path) -> None:
+    """At a rate of 1e-9 no validation beats the first, at step 6: two more, and it ends at step 18."""
+    settings = config(tiny_pipeline, shards, None, num_steps=60)
+    settings = replace(
+        settings,
+        optimizer=replace(settings.optimizer, learning_rate=1e-9),
+        validation=replace(settings.validation, patience=2),
+    )
+    _, result = run_training(settings)
+    assert (result.stopped_by, result.best_step, result.steps) == ("patience", 6, 18)
+
+
+def test_in_memory_pairs_wait_for_nothing_either(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    """A pair of the shards as a LatentPairs: the same batch."""
+    source = LatentShards.open(shards)
+    batch = source.batch([0])
+    pairs = LatentPairs(
+        latents=torch.cat([batch.latents_chosen, batch.latents_rejected]),
+        prompts=["p"],
+        prompt_embeds=batch.prompt_embeds,
+        pooled_prompt_embeds=batch.pooled_prompt_embeds,
+        prompt_index=torch.tensor([0]),
+        chosen=torch.tensor([0]),
+        rejected=torch.tensor([1]),
+        target=batch.target,
+    )
+    again = pairs.batch([0])
+    assert torch.equal(again.latents_chosen, batch.latents_chosen)
+    assert torch.equal(again.distinct, batch.distinct)
+
+
+# --- the real command, in processes of their own
+
+
+def arguments(settings: TrainConfig) -> list[str]:
+    """`dina-lrm train shapes` with the settings of `config`."""
+    model, values = settings.model, settings.validation
+    flags = {
+        "model.pipeline": model.pipeline,
+        "model.num-blocks": model.num_blocks,
+        "model.image-taps": [1, 2],
+        "model.text-taps": [1],
+        "model.lora-rank": 2,
+        "data.train": settings.data.train,
+        "data.validation": settings.data.validation,
+        "optimizer.learning-rate": 3e-3,
+        "optimizer.warmup-steps": 3,
+        "validation.every": values.every,
+        "validation.noise-levels": [0.2, 0.6],
+        "validation.max-pairs": 16,
+        "output": settings.output,
+        "num-steps": settings.num_steps,
+        "batch-size": settings.batch_size,
+        "accumulation-steps": settings.accumulation_steps,
+        "ensemble-fraction": 0,
+        "log-every": 1,
+        "checkpoint-every": settings.checkpoint_every,
+    }
+    command = ["train", "shapes", "--cpu", "--no-tensorboard", "--no-group-by-prompt"]
+    for name, value in flags.items():
+        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return command
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def trajectory(output: Path) -> np.ndarray:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def test_two_processes_equal_one_with_doubled_accumulation(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Through accelerate, with gloo. The losses of a step are of the same pairs; the weights differ by the
+    order of additions alone."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "-m", "dina_lrm"]
+    two = arguments(config(tiny_pipeline, shards, tmp_path / "two", num_steps=12))
+    one = arguments(config(tiny_pipeline, shards, tmp_path / "one", num_steps=12, accumulation_steps=2))
+    for command in ([*launch, *two], [sys.executable, "-m", "dina_lrm", *one]):
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    difference = np.abs(trajectory(tmp_path / "two") - trajectory(tmp_path / "one"))
+    assert len(difference) == 12
+    print(f"two processes against one: maximum {difference.max():.2g}, mean {difference.mean():.2g}")
+    assert difference.max() < 1e-5
+    assert difference.mean() < 2e-6
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as the first checkpoint is there, and once more a moment later."""
+    calm, killed = (
+        config(tiny_pipeline, shards, tmp_path / name, num_steps=40) for name in ("calm", "killed")
+    )
+    run = [sys.executable, "-m", "dina_lrm"]
+    subprocess.run([*run, *arguments(calm)], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    command = [*run, *arguments(killed), "--resume"]
+    for delay in (0.0, 0.3):
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        before = time.time()
+        while process.poll() is None and not any(
+            place.exists() and place.stat().st_mtime > before
+            for place in [tmp_path / "killed" / "last" / "training_state"]
+        ):
+            time.sleep(0.02)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    assert_same_weights(tmp_path / "calm", tmp_path / "killed")
