@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: P
     command = [*run, *arguments(killed), "--resume"]
     for delay in (0.0, 0.3):
         process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         before = time.time()
         while process.poll() is None and not any(
