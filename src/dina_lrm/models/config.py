@@ -68,6 +68,46 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptiveViews:
+    """Views learned on held-out pairs (`core.adaptive`), on which `compare` and `rank` can stop early.
+
+    After k views a picture's score is the first k entries of row k of `gains` times its (score - offset) at
+    each.
+    """
+
+    noise_levels: tuple[float, ...]
+    """Of each view, in the order in which they are drawn."""
+    gains: tuple[tuple[float, ...], ...]
+    """Row k - 1 holds k weights."""
+    deviations: tuple[float, ...]
+    """How uncertain a score difference still is after k views, in score units."""
+    offsets: tuple[float, ...]
+    """Mean score at each view's level, taken off so that pictures with different numbers of views compare."""
+    threshold: float
+    """A decision is final when |difference| / deviation reaches it."""
+    error: float
+    """Share of decisions that early stops may turn, which the threshold was chosen for."""
+    scale: float
+    """P(a preferred) = Phi(difference / scale)."""
+    num_pairs: int
+    """Held-out pairs that all of this was learned on."""
+
+    def __post_init__(self) -> None:
+        _check_levels(self.noise_levels, "adaptive.noise_levels")
+        count = len(self.noise_levels)
+        lengths = [len(row) for row in self.gains]
+        _require(lengths == list(range(1, count + 1)), "adaptive.gains", lengths, "rows of 1, 2, ... weights")
+        for name in ("deviations", "offsets"):
+            values = getattr(self, name)
+            good = len(values) == count and all(map(math.isfinite, values))
+            _require(good, f"adaptive.{name}", values, f"{count} finite numbers")
+        _require(min(self.deviations) > 0, "adaptive.deviations", self.deviations, "above 0")
+        _require(self.threshold >= 0, "adaptive.threshold", self.threshold, "at least 0")
+        _require(0 < self.error < 1, "adaptive.error", self.error, "in (0, 1)")
+        _require(math.isfinite(self.scale) and self.scale > 0, "adaptive.scale", self.scale, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelConfig:
     """Everything needed to rebuild a reward model beside its weights."""
 
@@ -103,6 +143,8 @@ class RewardModelConfig:
     """False: latents enter clean while the backbone is still told the noise level (an ablation)."""
     calibration: Calibration | None = None
     """Fitted after training; `compare` uses it."""
+    adaptive: AdaptiveViews | None = None
+    """Learned after training by `dina-lrm evaluate --learn-views`; adaptive `compare` and `rank` need it."""
     max_text_tokens: int | None = None
     """Tokens per prompt of the longest encoder (T5, UMT5, Qwen); None: what the backbone's pipeline reads."""
 

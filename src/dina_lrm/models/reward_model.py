@@ -20,6 +20,7 @@ from dina_lrm.core.noise import NoiseSchedule, seeded_noise
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
 from dina_lrm.models import loading
+from dina_lrm.models.adaptive import AdaptiveComparison, compare_adaptively, rank_adaptively, score_to_target
 from dina_lrm.models.backbone import Backbone, BackboneFeatures, Conditioning, check_tensor, rows_for
 from dina_lrm.models.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
@@ -235,6 +236,8 @@ class RewardModel(nn.Module):
         *,
         num_draws: int = 1,
         ensemble: Literal["tokens", "scores"] = "tokens",
+        target_error: float | None = None,
+        max_draws: int = 64,
         allow_untrained: bool | None = None,
     ) -> ScoreOutput:
         """Scores of pictures for prompts, pair by pair; one prompt or one picture serves all of the other.
@@ -244,8 +247,15 @@ class RewardModel(nn.Module):
             noise_levels: see `score_latents`.
             seed: of the noise; an int for all, or one per picture.
             num_draws: noise draws to average; more than one also gives standard errors.
+            target_error: draw as often as each picture needs for this standard error, instead of `num_draws`
+                times; see `core.adaptive.stein_draws` for what is guaranteed.
+            max_draws: most draws of a picture; read only with target_error.
         """
         self._require_trained(allow_untrained)
+        if target_error is not None and not (target_error > 0 and max_draws >= 2):
+            raise InvalidInputError(
+                f"target_error = {target_error} with max_draws = {max_draws}: need more than 0 and at least 2"
+            )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         pictures = as_pictures(images)
         batch = max(len(prompts), len(pictures))
@@ -260,17 +270,25 @@ class RewardModel(nn.Module):
         prompt_rows = [unique.index(prompt) for prompt in prompts] * (batch // len(prompts))
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
         latents = latents * (batch // len(latents))
-        draws = torch.empty(num_draws, batch, dtype=self.head.dtype, device=self.device)
-        for rows in _equal_shapes(latents):
-            stacked = torch.stack([latents[row] for row in rows])
-            self.backbone.check_latents(stacked)
-            noise = seeded_noise(stacked.shape[1:], [seeds[row] for row in rows], num_draws=num_draws)
-            which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
-            for draw in range(num_draws):
-                draws[draw, rows] = self._score(
-                    stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
-                )
-        return ScoreOutput(*mean_and_standard_error(draws))
+
+        def draws(pictures: Sequence[int], start: int, stop: int) -> Tensor:
+            """Scores (draw, picture) of noise draws start to stop - 1."""
+            found = torch.empty(stop - start, batch, dtype=self.head.dtype, device=self.device)
+            for rows in _equal_shapes(latents, pictures):
+                stacked = torch.stack([latents[row] for row in rows])
+                self.backbone.check_latents(stacked)
+                noise = seeded_noise(stacked.shape[1:], [seeds[row] for row in rows], num_draws=stop)
+                which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
+                for draw in range(start, stop):
+                    found[draw - start, rows] = self._score(
+                        stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
+                    )
+            return found[:, list(pictures)]
+
+        everyone = range(batch)
+        if target_error is None:
+            return ScoreOutput(*mean_and_standard_error(draws(everyone, 0, num_draws)))
+        return score_to_target(draws, batch, target_error, max_draws)
 
     def score_latents(
         self,
@@ -355,8 +373,16 @@ class RewardModel(nn.Module):
         seed: int = 0,
         *,
         num_draws: int = 1,
+        adaptive: bool = False,
     ) -> float:
-        """Probability that `image_a` is preferred to `image_b`, both seen through the same noise."""
+        """Probability that `image_a` is preferred to `image_b`, both seen through the same noise.
+
+        Args:
+            adaptive: draw views one after another and stop when it is settled which side leads
+                (`config.adaptive`); noise_levels and num_draws are not used then.
+        """
+        if adaptive:
+            return self.compare_views(prompt, image_a, image_b, seed).probability
         pictures = [*as_pictures(image_a), *as_pictures(image_b)]
         if len(pictures) != 2:
             raise InvalidInputError(f"compare takes two images, not {len(pictures)}")
@@ -367,10 +393,40 @@ class RewardModel(nn.Module):
         wanted = [round(level, 6) for level in levels.tolist()]
         return preference_probability(score_a - score_b, wanted, self.config)
 
+    @torch.no_grad()
+    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: int = 0) -> AdaptiveComparison:
+        """An adaptive `compare` that also says how many views it took.
+
+        Raises:
+            InvalidInputError: the reward has not learned views.
+        """
+        self._require_trained(None)
+        pictures = [*as_pictures(image_a), *as_pictures(image_b)]
+        if len(pictures) != 2:
+            raise InvalidInputError(f"compare takes two images, not {len(pictures)}")
+        latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
+        return compare_adaptively(self, prompt, latents, seed)
+
+    @torch.no_grad()
     def rank(
-        self, prompt: str, images: Any, noise_levels: NoiseLevels = None, seed: int = 0, *, num_draws: int = 1
+        self,
+        prompt: str,
+        images: Any,
+        noise_levels: NoiseLevels = None,
+        seed: int = 0,
+        *,
+        num_draws: int = 1,
+        adaptive: bool = False,
     ) -> list[RankedImage]:
-        """Pictures from best to worst, with scores."""
+        """Pictures from best to worst, with scores.
+
+        Args:
+            adaptive: as in `compare`: pictures are viewed until each is settled against its neighbours.
+        """
+        if adaptive:
+            self._require_trained(None)
+            latents = self._need_encoders("images", "vae").encode_images(as_pictures(images), self.device)
+            return rank_adaptively(self, prompt, list(images), latents, seed)
         scores = self.score(prompt, images, noise_levels, seed, num_draws=num_draws).scores.tolist()
         ranked = [
             RankedImage(index, image, score)
@@ -656,10 +712,11 @@ def _unmerge_first(model: RewardModel, *_: Any) -> None:
     model._set_merged(False)
 
 
-def _equal_shapes(latents: Sequence[Tensor]) -> list[list[int]]:
+def _equal_shapes(latents: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:
+    """These rows, those of latents of one shape together."""
     groups: dict[torch.Size, list[int]] = {}
-    for row, latent in enumerate(latents):
-        groups.setdefault(latent.shape, []).append(row)
+    for row in rows:
+        groups.setdefault(latents[row].shape, []).append(row)
     return list(groups.values())
 
 

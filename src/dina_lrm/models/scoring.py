@@ -23,6 +23,8 @@ class ScoreOutput:
     scores: Score
     standard_errors: Score | None
     """Of the mean over noise draws; None for a single draw."""
+    num_draws: Tensor | None = None
+    """(batch,) noise draws of each picture, where a target error decided it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class RankedImage:
     """Its place in the list that was given."""
     image: Any
     score: float
+    views: int | None = None
+    """Scores that it took, where the number adapts to the picture."""
 
 
 def resolve_levels(levels: NoiseLevels, default: Sequence[float], batch: int) -> Float[Tensor, "level batch"]:
