@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class Options:
     """A run is killed so long after its start."""
     num_steps: int = 60
     seed: int = 0
+    stages: tuple[Literal["prepare", "train"], ...] = ("prepare", "train")
+    """"train" needs OUTPUT/latents, which "prepare" leaves."""
 
 
 def main(options: Options) -> None:
@@ -58,15 +61,17 @@ def main(options: Options) -> None:
         return [*command, "--pairs-per-shard", "256"]
 
     def train(folder: Path) -> list[str]:
-        command = ["train", "shapes", "--data.train", str(prepared[0]), "--data.validation", str(prepared[0])]
+        command = ["train", "shapes", "--data.train", str(prepared[0]), "--data.validation", "None"]
         command += ["--output", str(folder), "--num-steps", str(options.num_steps), "--precision", "bfloat16"]
-        command += ["--checkpoint-every", "3", "--log-every", "3", "--validation.every", "10", "--resume"]
-        return [*command, "--validation.max-pairs", "50", "--optimizer.warmup-steps", "5", "--no-tensorboard"]
+        command += ["--checkpoint-every", "3", "--log-every", "3", "--resume", "--no-tensorboard"]
+        return [*command, "--optimizer.warmup-steps", "5"]
 
     for stage, command, (calm, killed), compare in (
         ("prepare", prepare, prepared, different_files),
         ("train", train, runs, different_weights),
     ):
+        if stage not in options.stages:
+            continue
         done(command(calm))
         moments: list[float] = []
         while len(moments) < options.kills:

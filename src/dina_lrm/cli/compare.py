@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from dina_lrm.cli.console import print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, read_image, scoring_levels
 
 
@@ -26,6 +26,9 @@ class Compare:
     """0 is clean, 1 is pure noise; several are one ensemble; auto: the model's own."""
     seed: int = 0
     """Of the noise; both images get the same."""
+    adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """View the images one noise level after another and stop when it is settled which leads, instead of at
+    --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-views."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
@@ -34,8 +37,16 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Compare, prog="dina-lrm compare", args=arguments)
     images = [read_image(path) for path in (options.image_a, options.image_b)]
     model = options.model.load()
-    levels = scoring_levels(options.noise_levels, model)
-    probability = float(model.compare(options.prompt, *images, noise_levels=levels, seed=options.seed))
+    if options.adaptive:
+        if options.noise_levels:
+            raise UsageError("--adaptive chooses the noise levels: leave out --noise-levels")
+        found = model.compare_views(options.prompt, *images, seed=options.seed)
+        probability, views = found.probability, found.views
+        assert model.config.adaptive is not None
+        levels = list(model.config.adaptive.noise_levels[:views])
+    else:
+        levels, views = scoring_levels(options.noise_levels, model), None
+        probability = float(model.compare(options.prompt, *images, noise_levels=levels, seed=options.seed))
     if options.as_json:
         print_json(
             {
@@ -44,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
                 "image_b": str(options.image_b),
                 "probability_a_preferred": probability,
                 "noise_levels": levels if isinstance(levels, list) else [levels],
+                "views": views,
                 "seed": options.seed,
                 "model": options.model.model,
             }
@@ -54,4 +66,6 @@ def main(arguments: Sequence[str]) -> int:
         (str(options.image_b), f"{1 - probability:.1%}"),
     ]
     print_table(["image", "preferred"], rows, title=options.prompt)
+    if views is not None:
+        log(f"settled after {views} views of each image")
     return 0

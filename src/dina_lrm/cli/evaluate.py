@@ -12,6 +12,8 @@ from dina_lrm.cli.console import UsageError, log, print_json, print_table, progr
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, parse_noise_levels
 
 if TYPE_CHECKING:
+    from dina_lrm import RewardModel
+    from dina_lrm.data.latents import LatentPairs
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
     from dina_lrm.evaluation.public import PublicResult
@@ -73,6 +75,11 @@ class Evaluate:
     """Lists of levels, each measured joined as tokens and as a mean of scores."""
     num_draws: int = 1
     """More than 1 measures the default over that many noise draws too."""
+    learn_views: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Learn on these pairs how many views a comparison needs, and store it in the model's folder, for
+    `compare --adaptive`. For shapes, or --pairs; use pairs that the reward is not tested on."""
+    max_turned: float = 0.05
+    """Share of decisions that an early stop may turn; read only with --learn-views."""
     seed: int = 0
     """Of the test pairs and of the noise."""
     batch_size: int = 128
@@ -90,6 +97,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError("--root DIR goes with every benchmark but shapes, and not with shapes")
     if options.benchmark != "shapes":
         return evaluate_public(options)
+    if options.learn_views and not Path(options.model.model).is_dir():
+        raise UsageError("--learn-views stores what it learns in the model's folder: give --model FOLDER")
     ensembles = [parse_noise_levels(levels) for levels in options.ensembles]
     model = options.model.load()
 
@@ -106,6 +115,8 @@ def main(arguments: Sequence[str]) -> int:
         )
         if options.pairs is not None:
             pairs.save(options.pairs)
+    if options.learn_views:
+        return learn_views(options, model, pairs)
     with progress_bar("passes") as progress:
         task = progress.add_task("measuring", total=None)
         result = evaluate_latent_pairs(
@@ -125,6 +136,41 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     print_result(result)
     log(f"{folder}: results.json, results.md, scores.parquet  ({result.seconds:.0f} s)")
+    return 0
+
+
+def learn_views(options: Evaluate, model: "RewardModel", pairs: "LatentPairs") -> int:
+    """Score the pairs at all levels, fit the plan, store it, say what it saves."""
+    from dataclasses import replace
+
+    from dina_lrm.evaluation import adaptive
+
+    with progress_bar("passes") as progress:
+        task = progress.add_task("scoring", total=None)
+        scores = adaptive.view_scores(
+            model,
+            pairs,
+            adaptive.LEVELS,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    learned, plan = adaptive.learn_views(scores, adaptive.LEVELS, pairs.target, error=options.max_turned)
+    found = adaptive.measure_views(scores, plan, learned.threshold, pairs)
+    model.config = replace(model.config, adaptive=learned)
+    model.save_pretrained(options.model.model)
+    if options.as_json:
+        print_json({"model": options.model.model, "noise_levels": list(learned.noise_levels), **found})
+        return 0
+    order = ", ".join(f"{level:g}" for level in learned.noise_levels)
+    rows = [
+        ["views in order, sigma", order],
+        ["all views", f"{100 * found['accuracy_all']:.1f} % right"],
+        ["stopping early", f"{100 * found['accuracy']:.1f} % right, {found['views']:.2f} views on average"],
+        ["decisions turned", f"{100 * found['turned']:.1f} % (allowed {100 * options.max_turned:g} %)"],
+    ]
+    print_table(["", "found"], rows, title=f"{options.model.model}: learned on {len(pairs):,} pairs")
+    log(f'next: dina-lrm compare --adaptive --model {options.model.model} "PROMPT" A B')
     return 0
 
 

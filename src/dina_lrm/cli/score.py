@@ -55,6 +55,10 @@ class Score:
     """0 is clean, 1 is pure noise; several are one ensemble; auto: the model's own."""
     num_draws: int = 1
     """Noise draws to average over; more than one gives a standard error."""
+    target_error: float | None = None
+    """Draw as often as each picture needs for this standard error: from 5 to --max-draws times."""
+    max_draws: int = 64
+    """Read only with --target-error."""
     seed: int = 0
     """Of the noise. A sample's score depends on its seed, not on what is scored beside it."""
     batch_size: int = 16
@@ -68,6 +72,11 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("num_draws", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1; got {getattr(options, name)}")
+    if options.target_error is not None and not (options.target_error > 0 and options.max_draws >= 2):
+        raise UsageError(
+            f"--target-error is above 0 and --max-draws at least 2; got {options.target_error:g} "
+            f"and {options.max_draws}"
+        )
     if options.input is None:
         if options.output is not None:
             raise UsageError("--output goes with --input; images on the command line are printed")
@@ -131,7 +140,15 @@ def score_batch(
     model: "RewardModel", prompts: list[str], images: list[Any], levels: float | list[float], options: Score
 ) -> tuple[list[float], list[float | None]]:
     """Scores, and standard errors where more than one draw was asked for."""
-    output = model.score(prompts, images, noise_levels=levels, seed=options.seed, num_draws=options.num_draws)
+    output = model.score(
+        prompts,
+        images,
+        noise_levels=levels,
+        seed=options.seed,
+        num_draws=options.num_draws,
+        target_error=options.target_error,
+        max_draws=options.max_draws,
+    )
     scores = [float(score) for score in output.scores]
     if output.standard_errors is None:
         return scores, [None] * len(scores)
@@ -170,6 +187,8 @@ def score_file(options: Score, source: Path, target: Path) -> int:
         "dtype": options.model.dtype,
         "noise_levels": levels if isinstance(levels, list) else [levels],
         "num_draws": options.num_draws,
+        "target_error": options.target_error,
+        "max_draws": options.max_draws,
         "seed": options.seed,
         "rows_per_part": ROWS_PER_PART,
     }

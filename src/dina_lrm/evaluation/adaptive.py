@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dina_lrm.core.adaptive import ViewPlan, controlled_threshold, fit_views, plan_views
+from dina_lrm.core.adaptive import ViewPlan, controlled_threshold, fit_views, plan_views, stopping_views
 from dina_lrm.core.calibration import fit_scale
 from dina_lrm.data.latents import LatentPairs, mix_seeds
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.evaluation.metrics import pairwise_accuracy
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, score_pairs
 from dina_lrm.models.config import AdaptiveViews
 from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["learn_views", "view_scores"]
+__all__ = ["learn_views", "measure_views", "view_scores", "views_along"]
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 NUM_VIEWS = 9
@@ -100,3 +101,21 @@ def views_along(margins: Tensor, plan: ViewPlan) -> Tensor:
         views.append(margins[taken[level], level])
         taken[level] += 1
     return torch.stack(views)
+
+
+def measure_views(
+    scores: Sequence[PairScores], plan: ViewPlan, threshold: float, pairs: LatentPairs
+) -> dict[str, float]:
+    """What stopping early costs and saves on these pairs: mean views, accuracies, decisions turned."""
+    margins = torch.stack([one.chosen - one.rejected for one in scores], dim=1).double()
+    along = views_along(margins, plan)
+    means = plan.means(along)
+    views = stopping_views(plan.certainty(along), threshold)
+    stopped = means.gather(0, views[None] - 1)[0]
+    target = pairs.target.numpy()
+    return {
+        "views": float(views.double().mean()),
+        "accuracy": pairwise_accuracy(stopped.numpy(), target).value,
+        "accuracy_all": pairwise_accuracy(means[-1].numpy(), target).value,
+        "turned": float((stopped.sign() != means[-1].sign()).double().mean()),
+    }
