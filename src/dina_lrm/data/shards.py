@@ -207,7 +207,7 @@ def _open(file: Path) -> Any:
     import pyarrow.parquet as parquet
 
     try:
-        opened = parquet.ParquetFile(file, memory_map=True)
+        opened = parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InvalidInputError(f"{file} is missing or damaged: {error}") from error
     found = (opened.schema_arrow.metadata or {}).get(b"format", b"").decode()
@@ -226,6 +226,13 @@ def shard_prompts(file: Path) -> list[str]:
     """Distinct prompts of a shard, in order of appearance."""
     column = _open(file).read(columns=["prompt"]).column("prompt")
     return list(dict.fromkeys(column.to_pylist()))
+
+
+def _halves(content: Any) -> Tensor:
+    """float16 numbers of a buffer, without a copy: valid as long as its table is."""
+    import pyarrow as pa
+
+    return torch.from_dlpack(pa.Array.from_buffers(pa.float16(), content.size // 2, [None, content]))
 
 
 def _tensor(content: Any, dtype: np.dtype, shape: Sequence[int]) -> Tensor:
@@ -448,8 +455,7 @@ class LatentShards:
         ):
             table = self._read(*self.places[group])
             for side, name in enumerate(("latents_chosen", "latents_rejected")):
-                stored = np.frombuffer(table.column(name)[row].as_buffer(), dtype=np.float16)
-                latents[side, entry] = torch.from_numpy(stored.reshape(shape).astype(np.float32))
+                latents[side, entry].copy_(_halves(table.column(name)[row].as_buffer()).view(shape))
         own = torch.arange(len(pairs)) if draws is None else draws
         sides = torch.stack([own.repeat(2), torch.cat([self.chosen[pairs], self.rejected[pairs]])], dim=1)
         distinct, position = first_occurrences(sides)
