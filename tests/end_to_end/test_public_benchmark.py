@@ -147,6 +147,62 @@ def test_a_threshold_is_fitted_on_another_split(tmp_path: Path, capsys: pytest.C
     assert cli.main([*arguments, "--rule", "strict", "--threshold-split", "validation_unique"]) == 2
 
 
+def test_levels_ensembles_and_draws_beside_the_default(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every way of scoring is a row with its calibration, and its scores are kept: the default's equal those
+    of a run without; the mean of levels is the mean of their scores."""
+    arguments = [
+        "evaluate",
+        "--benchmark",
+        "hpdv2",
+        "--root",
+        str(hpdv2),
+        "--output",
+        str(tmp_path),
+        "--json",
+    ]
+    arguments += ["--noise-levels", "0.2,0.5", "--ensembles", "0.2,0.5", "--num-draws", "2"]
+    assert cli.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    labels = [row["label"] for row in result["settings"]]
+    default = labels[0]
+    assert labels == [default, "0.2", "0.5", "0.2+0.5", "mean(0.2, 0.5)", f"{default} x2"]
+    assert result["settings"][0]["accuracy"] == result["published"]
+    assert result["settings"][-1]["draw_agreement"] > 0.5
+    assert all(0 <= row["reliability"]["expected_calibration_error"] <= 1 for row in result["settings"])
+    assert result["cost"]["flops"] > 1e6
+    assert result["cost"]["seconds"] > 0
+    assert -1 <= result["spearman"]["value"] <= 1
+    columns = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
+    averaged = (np.array(columns["0.2: chosen"]) + np.array(columns["0.5: chosen"])) / 2
+    assert np.allclose(columns["mean(0.2, 0.5): chosen"], averaged, atol=1e-5)
+    assert np.allclose(columns[f"{default} x2: chosen #0"], columns["score_chosen"], atol=1e-5)
+    page = (tmp_path / "results.html").read_text()
+    assert page.count("<svg") == 2
+    assert "mean(0.2, 0.5)" in page
+    assert "| mean(0.2, 0.5) |" in (tmp_path / "results.md").read_text()
+
+
+def test_several_models_on_one_benchmark(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled reward beside a CLIP score with random weights: results of each, and what they cost."""
+    from tests.unit.evaluation.test_baselines import tiny_clip
+
+    clip = tiny_clip(tmp_path / "clip")
+    arguments = ["evaluate", "--benchmark", "hpdv2", "--root", str(hpdv2), "--output", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--scorers", "dina", f"clip-score={clip}", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["model"] for record in records] == ["dina", f"clip-score={clip}".replace("/", "-")]
+    assert all(record["num_comparisons"] == records[0]["num_comparisons"] for record in records)
+    assert records[0]["cost"]["flops"] > records[1]["cost"]["flops"] > 0
+    page = (tmp_path / "out" / "costs.html").read_text()
+    assert page.count("<svg") == 3
+    assert cli.main([*arguments, "--scorers", "clipp"]) == 2
+    assert "unknown scorer 'clipp'" in capsys.readouterr().err
+
+
 def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--benchmark", "hpdv2"]) == 2
     assert cli.main(["evaluate", "--benchmark", "shapes", "--root", str(hpdv2)]) == 2

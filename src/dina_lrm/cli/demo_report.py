@@ -11,6 +11,7 @@ from dina_lrm.evaluation import figures
 from dina_lrm.evaluation.benchmarks import EvaluationResult
 from dina_lrm.evaluation.metrics import Interval
 from dina_lrm.evaluation.noise_sweep import SettingResult
+from dina_lrm.evaluation.page import reliability_curve
 from dina_lrm.evaluation.report import (
     Block,
     Fact,
@@ -227,7 +228,9 @@ def quality_section(results: DemoResults) -> Section:
         ],
         bayes_accuracy=bayes.accuracy.value if bayes else None,
     )
-    reliability = figures.reliability_diagram([reliability_curve(reward) for reward in rewards])
+    reliability = figures.reliability_diagram(
+        [reliability_curve(reward.label, reward.result.default.reliability) for reward in rewards]
+    )
     rows = [
         [
             reward.label,
@@ -432,18 +435,6 @@ def setting_name(item: SettingResult) -> str:
     if len(item.setting.noise_levels) == 1:
         return f"σ = {item.setting.label}"
     return f"ensemble {item.setting.label}" if item.setting.combine == "tokens" else item.setting.label
-
-
-def reliability_curve(reward: MeasuredReward) -> figures.ReliabilityCurve:
-    """The bins of the default setting, with Wilson intervals for what was observed."""
-    bins = reward.result.default.reliability
-    observed: list[Interval] = []
-    for share, count in zip(bins.bin_accuracy, bins.bin_count, strict=True):
-        interval = stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
-        observed.append(Interval(value=share, low=min(interval.low, share), high=max(interval.high, share)))
-    return figures.ReliabilityCurve(
-        label=reward.label, stated=bins.bin_probability, observed=observed, counts=bins.bin_count
-    )
 
 
 def best_of_group(rankings: Iterable[Ranking]) -> tuple[float, float, float]:

@@ -1,22 +1,24 @@
 """`dina-lrm evaluate`: accuracy with intervals, share of the Bayes-optimal, calibration; table and files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
-from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, parse_noise_levels
+from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_device, parse_noise_levels
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
     from dina_lrm.data.latents import LatentPairs
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
-    from dina_lrm.evaluation.public import PublicResult
+    from dina_lrm.evaluation.paired import PairedDifference
+    from dina_lrm.evaluation.public import PublicResult, ScoreFunction
 
 TEST_STREAM = 7
 """Sets the test captions' seed apart from those of training and validation pairs."""
@@ -62,6 +64,10 @@ class Evaluate:
     against: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Result of another model on the same comparisons, to be compared pair by pair. Not for shapes."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+    scorers: tuple[str, ...] = ()
+    """Several models on the same comparisons instead of --model, each NAME or NAME=LOCATION, as in: dina=RUN
+    clip-score pickscore=FOLDER. Names are those of the baselines guide. Writes costs.html too. Not for
+    shapes."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
     model is a folder, and runs/evaluation/BENCHMARK otherwise."""
@@ -69,10 +75,11 @@ class Evaluate:
     """Encoded pairs (.safetensors) instead of new ones; written there when the file does not exist yet."""
     num_prompts: int = 700
     """Captions that test pairs are made of."""
-    noise_levels: NoiseLevels = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    """Single levels; the model's own default is always measured."""
-    ensembles: tuple[str, ...] = ("0.2,0.5,0.7",)
-    """Lists of levels, each measured joined as tokens and as a mean of scores."""
+    noise_levels: NoiseLevels = ()
+    """Single levels to measure beside the model's own; auto: 0 to 0.9 for shapes, none for the others."""
+    ensembles: tuple[str, ...] | None = None
+    """Lists of levels, each measured joined as tokens and as a mean of scores. By default 0.2,0.5,0.7 for
+    shapes, none for the others."""
     num_draws: int = 1
     """More than 1 measures the default over that many noise draws too."""
     learn_views: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -99,12 +106,18 @@ def main(arguments: Sequence[str]) -> int:
         return evaluate_public(options)
     if options.learn_views and not Path(options.model.model).is_dir():
         raise UsageError("--learn-views stores what it learns in the model's folder: give --model FOLDER")
-    ensembles = [parse_noise_levels(levels) for levels in options.ensembles]
+    if options.scorers:
+        raise UsageError("--scorers goes with a public benchmark, not with shapes")
+    ensembles = [
+        parse_noise_levels(levels)
+        for levels in (("0.2,0.5,0.7",) if options.ensembles is None else options.ensembles)
+    ]
     model = options.model.load()
 
     from dina_lrm.build import shapes_pairs
     from dina_lrm.data.latents import LatentPairs, mix_seeds
-    from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
+    from dina_lrm.evaluation.benchmarks import SWEEP_LEVELS, evaluate_latent_pairs
+    from dina_lrm.evaluation.page import shapes_page
 
     if options.pairs is not None and options.pairs.exists():
         pairs = LatentPairs.load(options.pairs)
@@ -122,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         result = evaluate_latent_pairs(
             model,
             pairs,
-            noise_levels=options.noise_levels,
+            noise_levels=options.noise_levels or SWEEP_LEVELS,
             ensembles=ensembles,
             num_draws=options.num_draws,
             seed=options.seed,
@@ -131,11 +144,12 @@ def main(arguments: Sequence[str]) -> int:
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     folder = result.save(options.output or default_output(options))
+    shapes_page(result, folder)
     if options.as_json:
         print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
         return 0
     print_result(result)
-    log(f"{folder}: results.json, results.md, scores.parquet  ({result.seconds:.0f} s)")
+    log(f"{folder}: results.html, results.md, results.json, scores.parquet  ({result.seconds:.0f} s)")
     return 0
 
 
@@ -175,12 +189,11 @@ def learn_views(options: Evaluate, model: "RewardModel", pairs: "LatentPairs") -
 
 
 def evaluate_public(options: Evaluate) -> int:
-    """Human preferences: the model's own noise levels, the benchmark's own rule."""
-    from dina_lrm.data.sources import read_source
-    from dina_lrm.evaluation.public import as_json, evaluate_comparisons
-    from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES, best_threshold
+    """Human preferences, by the benchmark's own rule; one model, or several side by side."""
+    from dina_lrm.evaluation.page import cost_page, public_page
+    from dina_lrm.evaluation.public import as_json
+    from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES
 
-    assert options.root is not None
     rule = DEFAULT_RULE[options.benchmark] if options.rule == "published" else options.rule
     fits = RULES[rule].fits_threshold
     if options.threshold_split is not None and not fits:
@@ -189,16 +202,88 @@ def evaluate_public(options: Evaluate) -> int:
         log(
             f"rule {rule} fits a threshold on other pairs (--threshold-split); without, only equal scores tie"
         )
-    model = options.model.load()
+    output = options.output or default_output(options)
+    results: list[Any] = []
+    for name, load in score_functions(options).items():
+        score, scale = load()
+        result = measure_public(options, rule, name, score, scale)
+        folder = result.save(output / name if options.scorers else output)
+        public_page(result, options.benchmark, folder)
+        results.append(result)
+        paired = None if options.against is None else result.against(options.against)
+        if options.as_json:
+            record = {"model": name, "output": str(folder), **result.to_dict()}
+            print_json(record if paired is None else record | {"against": as_json(paired)})
+        else:
+            print_public(options, result, paired)
+            listed = ", rejects.jsonl" if result.rejects else ""
+            log(f"{folder}: results.html, results.md, results.json, scores.parquet{listed}")
+    if options.scorers:
+        cost_page(results, options.benchmark, output)
+        log(f"{output / 'costs.html'}: accuracy against FLOPs, seconds and memory")
+    return 0
+
+
+def score_functions(options: Evaluate) -> "dict[str, Callable[[], tuple[ScoreFunction, float | None]]]":
+    """What loads each model that is measured, by its name; a reward brings its calibration."""
+    if not options.scorers:
+        return {options.model.model: lambda: reward_function(options)}
+    loads: dict[str, Any] = {}
+    for given in options.scorers:
+        name, _, location = given.partition("=")
+        if given in loads:
+            raise UsageError(f"--scorers names {given!r} twice")
+        loads[given.replace("/", "-")] = partial(scorer_function, options, name, location or None)
+    return loads
+
+
+def reward_function(options: Evaluate) -> "tuple[ScoreFunction, float | None]":
+    """The reward at its own levels, and at those asked for; noise draws where asked for."""
+    from dina_lrm.evaluation.noise_sweep import Setting
+    from dina_lrm.evaluation.public import reward_scores
+
+    model = options.model.load().requires_grad_(False)
+    own = Setting(noise_levels=tuple(model.config.noise_levels))
+    settings = [own, *(Setting(noise_levels=(level,)) for level in options.noise_levels)]
+    for levels in map(parse_noise_levels, options.ensembles or ()):
+        settings += [Setting(noise_levels=levels, combine=way) for way in ("tokens", "scores")]
+    if options.num_draws > 1:
+        settings.append(Setting(noise_levels=own.noise_levels, num_draws=options.num_draws))
+    stored = model.config.calibration
+    fits = stored is not None and sorted(stored.noise_levels) == sorted(own.noise_levels)
+    return reward_scores(model, settings, seed=options.seed), stored.scale if fits and stored else None
+
+
+def scorer_function(
+    options: Evaluate, name: str, location: str | None
+) -> "tuple[ScoreFunction, float | None]":
+    import torch
+
+    from dina_lrm.evaluation.baselines import load_scorer
+
+    device = find_device(options.model.device)
+    dtype = getattr(torch, options.model.dtype)
+    scorer = load_scorer(name, location=location, device=device, dtype=dtype)
+    return lambda prompts, images: {name: scorer.score(prompts, images)}, None
+
+
+def measure_public(
+    options: Evaluate, rule: str, name: str, score: "ScoreFunction", scale: float | None
+) -> "PublicResult":
+    from dina_lrm.data.sources import read_source
+    from dina_lrm.evaluation.public import evaluate_comparisons
+    from dina_lrm.evaluation.rules import best_threshold
 
     def measure(split: str | None, threshold: float) -> "PublicResult":
         assert options.root is not None
         with progress_bar("pictures") as progress:
-            task = progress.add_task("scoring", total=None)
+            task = progress.add_task(f"scoring with {name}", total=None)
             return evaluate_comparisons(
-                model,
+                score,
                 read_source(options.benchmark, options.root, split=split),
                 rule=rule,
+                model=name,
+                calibration_scale=scale,
                 threshold=threshold,
                 seed=options.seed,
                 batch_size=options.batch_size,
@@ -211,33 +296,40 @@ def evaluate_public(options: Evaluate) -> int:
         ties = [item.tie for item in fitted_on.comparisons]
         threshold = best_threshold(rule, fitted_on.score_chosen - fitted_on.score_rejected, ties)
         log(f"threshold {threshold:.4g}, fitted on {len(ties):,} comparisons of {options.threshold_split}")
-    result = measure(options.split, threshold)
-    paired = None if options.against is None else result.against(options.against)
-    folder = result.save(options.output or default_output(options))
-    if options.as_json:
-        record = {"model": options.model.model, "output": str(folder), **result.to_dict()}
-        print_json(record if paired is None else record | {"against": as_json(paired)})
-        return 0
+    return measure(options.split, threshold)
+
+
+def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDifference | None") -> None:
     named = {"published" if options.rule == "published" else "chosen": result.published}
     rows = [
         [f"{label}: {found.rule}", percent(found.accuracy), f"{found.num_pairs:,}", f"{found.num_prompts:,}"]
         for label, found in (named | {"by pair": result.by_pair, "by prompt": result.by_prompt}).items()
     ]
-    levels = ", ".join(f"{level:g}" for level in result.noise_levels)
-    title = f"{options.benchmark}: {len(result.comparisons):,} comparisons, sigma = {levels}"
+    rows += [
+        [f"strict at {one.label}", percent(one.by_pair.accuracy), f"{one.by_pair.num_pairs:,}", ""]
+        for one in result.settings[1:]
+    ]
+    title = f"{result.model} on {options.benchmark}: {len(result.comparisons):,} comparisons, "
+    title += f"scores at {result.settings[0].label}"
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
-    if not math.isnan(result.kendall.value):
-        log(f"Kendall's tau-b, mean over prompts: {result.kendall}")
     log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    for name, value in (("Kendall's tau-b", result.kendall), ("Spearman's rho", result.spearman)):
+        if not math.isnan(value.value):
+            log(f"{name}, mean over prompts: {value}")
+    for one in result.settings:
+        if one.draw_agreement is not None:
+            log(f"two noise draws agree on {100 * one.draw_agreement:.1f} % of the comparisons ({one.label})")
+    cost = result.cost
+    flops = "" if cost.flops is None else f", {cost.flops / 1e9:,.1f} GFLOP"
+    log(
+        f"a score took {1000 * cost.seconds:.1f} ms{flops}; peak memory {cost.peak_memory_bytes / 1e9:.2f} GB"
+    )
     if paired is not None:
         log(
             f"minus {options.against}: {percent(paired.difference)} points; {paired.only_first} pairs "
             f"better, {paired.only_second} worse (McNemar p = {paired.p_value:.2g})"
         )
-    listed = ", rejects.jsonl" if result.rejects else ""
-    log(f"{folder}: results.json, scores.parquet{listed}")
-    return 0
 
 
 def default_output(options: Evaluate) -> Path:

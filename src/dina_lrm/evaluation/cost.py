@@ -4,7 +4,8 @@ The model is on the meta device, so that a network of twelve billion weights is 
 """
 
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,11 @@ __all__ = [
     "FULL_SIZE",
     "PROMPT_LENGTHS",
     "TEXT_TOKENS",
+    "MeasuredCost",
     "ScoreFlops",
+    "counted_flops",
     "limited_text_tokens",
+    "peak_memory_bytes",
     "score_flops",
     "weight_bytes",
 ]
@@ -129,3 +133,41 @@ def weight_bytes(model: RewardModel) -> int:
     )
     counts = model.num_parameters()
     return base + torch.float32.itemsize * (counts["total"] - counts["backbone"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredCost:
+    """What one score of one picture took, encoding and all, as it was measured."""
+
+    flops: int | None
+    """Counted by torch on one picture; None where it cannot (`counted_flops`)."""
+    seconds: float
+    """Mean over pictures, in batches."""
+    peak_memory_bytes: int
+    """Of the GPU, or of the whole process where there is none: read the latter as an upper bound."""
+    batch_size: int
+
+
+def counted_flops(run: Callable[[], object]) -> int | None:
+    """Floating-point operations of a call, two for each multiply-add.
+
+    None where torch's counter cannot follow it: it refuses modules that are handed weights in training
+    (`requires_grad_(False)` helps), and sees nothing of a model that computes elsewhere.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            run()
+    except AssertionError:
+        return None
+    return int(counter.get_total_flops()) or None
+
+
+def peak_memory_bytes() -> int:
+    """The largest amount of memory that was in use at once, since the start of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

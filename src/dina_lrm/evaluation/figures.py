@@ -178,6 +178,33 @@ def reliability_diagram(curves: Sequence[ReliabilityCurve], *, axes: Axes | None
 
 
 @figure_style()
+def accuracy_against_cost(
+    names: Sequence[str],
+    accuracies: Sequence[Interval],
+    costs: Sequence[float | None],
+    *,
+    unit: str,
+    axes: Axes | None = None,
+) -> Figure:
+    """One point a model, named beside it, on a logarithmic axis of cost; a model of unknown cost is left
+    out."""
+    axes = axes or new_figure()
+    axes.set_xscale("log")
+    for number, (name, accuracy, cost) in enumerate(zip(names, accuracies, costs, strict=True)):
+        if cost is None or cost <= 0:
+            continue
+        value = 100 * accuracy.value
+        spread = [[value - 100 * accuracy.low], [100 * accuracy.high - value]]
+        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        axes.errorbar([cost], [value], spread, color=colour, marker=marker, markersize=6, capsize=3)
+        axes.annotate(name, (cost, value), xytext=(7, 5), textcoords="offset points", color=colour)
+    axes.margins(x=0.3)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("accuracy, %")
+    return whole_figure(axes)
+
+
+@figure_style()
 def training_curve(
     steps: Sequence[int],
     accuracy: Sequence[float],

@@ -10,6 +10,7 @@ and whether pairs or prompts are averaged. None means: not counted. The model "s
 margin is at most a threshold, which is 0 unless the rule fits one on other data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ __all__ = [
     "best_threshold",
     "credits",
     "kendall_by_prompt",
+    "spearman_by_prompt",
 ]
 
 
@@ -252,3 +254,50 @@ def kendall_by_prompt(
             taus.append(signs.sum() / np.sqrt((pairs - rater) * (pairs - score)))
             used.append(label)
     return cluster_bootstrap(taus, used, num_resamples=num_resamples, seed=seed)
+
+
+def spearman_by_prompt(
+    pictures: Sequence[tuple[str, str]],
+    scores: tuple[ArrayLike, ArrayLike],
+    rater_tie: ArrayLike,
+    prompts: ArrayLike,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Spearman's rank correlation of scores and the raters' order, mean over prompts, interval over prompts.
+
+    The raters' rank of a picture follows from its wins and losses, so a prompt counts only if every two of
+    its pictures, three or more, were compared; one on which raters or scores tie everywhere is left out.
+
+    Args:
+        pictures: names of the chosen and the rejected picture of each comparison.
+        scores: of the chosen and the rejected pictures.
+
+    >>> pairs = [("a", "b"), ("a", "c"), ("b", "c")]  # raters: a, b, c; scores: b, a, c
+    >>> spearman_by_prompt(pairs, ([2.0, 2.0, 3.0], [3.0, 1.0, 1.0]), [False] * 3, ["p"] * 3).value
+    0.5
+    """
+    from scipy.stats import spearmanr  # here, since scipy is slow to load
+
+    ties, labels = np.asarray(rater_tie, bool), np.asarray(prompts)
+    chosen, rejected = (np.asarray(side, float) for side in scores)
+    correlations, used = [], []
+    for label in np.unique(labels):
+        wins: dict[str, float] = {}
+        score: dict[str, float] = {}
+        rows = np.flatnonzero(labels == label)
+        for row in rows:
+            first, second = pictures[int(row)]
+            step = 0.0 if ties[row] else 1.0
+            wins[first], wins[second] = wins.get(first, 0.0) + step, wins.get(second, 0.0) - step
+            score[first], score[second] = float(chosen[row]), float(rejected[row])
+        count = len(wins)
+        if count < 3 or len(rows) != count * (count - 1) // 2:
+            continue
+        if len(set(wins.values())) == 1 or len(set(score.values())) == 1:
+            continue
+        correlation, _ = spearmanr(list(wins.values()), [score[name] for name in wins])
+        correlations.append(float(correlation))  # pyright: ignore[reportArgumentType]  # SciPy is not annotated
+        used.append(label)
+    return cluster_bootstrap(correlations, used, num_resamples=num_resamples, seed=seed)

@@ -120,7 +120,7 @@ def test_the_interval_covers() -> None:
 
 
 def test_every_source_has_a_published_rule() -> None:
-    assert set(DEFAULT_RULE) == {*SOURCES, "rows", "folder"}
+    assert set(DEFAULT_RULE) == {*SOURCES, "jsonl", "folder"}
     assert set(DEFAULT_RULE.values()) <= set(RULES)
 
 
