@@ -231,9 +231,11 @@ def score_functions(options: Evaluate) -> "dict[str, Callable[[], tuple[ScoreFun
     loads: dict[str, Any] = {}
     for given in options.scorers:
         name, _, location = given.partition("=")
-        if given in loads:
-            raise UsageError(f"--scorers names {given!r} twice")
-        loads[given.replace("/", "-")] = partial(scorer_function, options, name, location or None)
+        again = sum(other.partition("=")[0] == name for other in options.scorers) > 1
+        label = f"{name} {Path(location).name}" if again and location else name
+        if label in loads:
+            raise UsageError(f"--scorers: two models would be called {label!r}")
+        loads[label] = partial(scorer_function, options, name, location or None)
     return loads
 
 

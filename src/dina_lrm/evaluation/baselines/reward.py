@@ -56,6 +56,7 @@ class RewardScorer:
     ) -> "RewardScorer":
         """See `RewardModel.from_pretrained`."""
         model = RewardModel.from_pretrained(location, pipeline, device=device, dtype=dtype)
+        model.requires_grad_(False)
         return cls(model, noise_levels=noise_levels, seed=seed, batch_size=batch_size)
 
     def score(self, prompts: Sequence[str], images: Sequence[Any]) -> Score:
