@@ -323,10 +323,9 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
         if one.draw_agreement is not None:
             log(f"two noise draws agree on {100 * one.draw_agreement:.1f} % of the comparisons ({one.label})")
     cost = result.cost
-    flops = "" if cost.flops is None else f", {cost.flops / 1e9:,.1f} GFLOP"
-    log(
-        f"a score took {1000 * cost.seconds:.1f} ms{flops}; peak memory {cost.peak_memory_bytes / 1e9:.2f} GB"
-    )
+    flops = "" if cost.flops is None else f", {cost.flops / 1e9:.3g} GFLOP"
+    ways = "a score" if len(result.settings) == 1 else f"a picture in all {len(result.settings)} ways"
+    log(f"{ways} took {1000 * cost.seconds:.1f} ms{flops}; peak memory {cost.peak_memory_bytes / 1e9:.2f} GB")
     if paired is not None:
         log(
             f"minus {options.against}: {percent(paired.difference)} points; {paired.only_first} pairs "

@@ -198,7 +198,6 @@ def accuracy_against_cost(
         colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         axes.errorbar([cost], [value], spread, color=colour, marker=marker, markersize=6, capsize=3)
         axes.annotate(name, (cost, value), xytext=(7, 5), textcoords="offset points", color=colour)
-    axes.margins(x=0.3)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy, %")
     return whole_figure(axes)

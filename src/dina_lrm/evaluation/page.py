@@ -74,7 +74,7 @@ def public_page(result: PublicResult, benchmark: str, folder: Path) -> None:
                 label=f"accuracy, rule {rule}",
                 note=RULES[rule].source,
             ),
-            Fact(value=f"{1000 * result.cost.seconds:.0f} ms", label="a score", note="encoding included"),
+            Fact(value=f"{1000 * result.cost.seconds:.0f} ms", label="a picture", note="encoding included"),
         ],
         table=Table(headers=headers, rows=rows, caption="Intervals resample prompts."),
         curve=sorted((float(label), accuracy) for label, accuracy in singles),
