@@ -186,10 +186,17 @@ def accuracy_against_cost(
     unit: str,
     axes: Axes | None = None,
 ) -> Figure:
-    """One point a model, named beside it, on a logarithmic axis of cost; a model of unknown cost is left
-    out."""
+    """One point a model, named beside it; a model of unknown cost is left out.
+
+    The axis of cost is logarithmic where costs differ by more than ten, and starts at 0 otherwise.
+    """
     axes = axes or new_figure()
-    axes.set_xscale("log")
+    known = [cost for cost in costs if cost is not None and cost > 0]
+    if known and max(known) > 10 * min(known):
+        axes.set_xscale("log")
+        axes.margins(x=0.3)
+    elif known:
+        axes.set_xlim(0, 1.3 * max(known))
     for number, (name, accuracy, cost) in enumerate(zip(names, accuracies, costs, strict=True)):
         if cost is None or cost <= 0:
             continue
