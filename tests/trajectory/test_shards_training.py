@@ -161,7 +161,7 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_pipeline: Path, shards: Pa
 def test_in_memory_pairs_wait_for_nothing_either(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:
     """A pair of the shards as a LatentPairs: the same batch."""
     source = LatentShards.open(shards)
-    batch = source.batch([0])
+    batch = source.batch([0]).to("cpu")
     pairs = LatentPairs(
         latents=torch.cat([batch.latents_chosen, batch.latents_rejected]),
         prompts=["p"],
@@ -172,7 +172,7 @@ def test_in_memory_pairs_wait_for_nothing_either(tiny_pipeline: Path, shards: Pa
         rejected=torch.tensor([1]),
         target=batch.target,
     )
-    again = pairs.batch([0])
+    again = pairs.batch([0]).to("cpu")
     assert torch.equal(again.latents_chosen, batch.latents_chosen)
     assert torch.equal(again.distinct, batch.distinct)
 

@@ -66,8 +66,8 @@ class Evaluate:
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     scorers: tuple[str, ...] = ()
     """Several models on the same comparisons instead of --model, each NAME or NAME=LOCATION, as in: dina=RUN
-    clip-score pickscore=FOLDER. Names are those of the baselines guide. Writes costs.html too. Not for
-    shapes."""
+    clip-score pickscore=FOLDER unified-reward=http://HOST:PORT@MODEL. Names are those of the baselines
+    guide. Writes costs.html too. Not for shapes."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
     model is a folder, and runs/evaluation/BENCHMARK otherwise."""
@@ -265,7 +265,10 @@ def scorer_function(
 
     device = find_device(options.model.device)
     dtype = getattr(torch, options.model.dtype)
-    scorer = load_scorer(name, location=location, device=device, dtype=dtype)
+    more: dict[str, Any] = {}
+    if location is not None and location.startswith("http"):
+        location, _, more["model"] = location.partition("@")
+    scorer = load_scorer(name, location=location, device=device, dtype=dtype, **more)
     return lambda prompts, images: {name: scorer.score(prompts, images)}, None
 
 

@@ -34,7 +34,7 @@ _FORMAT = "dina-lrm latent pairs 1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairBatch:
-    """Some pairs, gathered: row i of every tensor belongs to pair i. Latents are float32."""
+    """Some pairs, gathered: row i of every tensor belongs to pair i."""
 
     latents_chosen: Latents
     latents_rejected: Latents
@@ -51,10 +51,12 @@ class PairBatch:
         return len(self.target)
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        """The same on a device."""
+        """The same on a device, in float32; converted there, so that stored precision is what travels."""
         tensors: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         for name, tensor in tensors.items():
-            tensors[name] = None if tensor is None else tensor.to(device, non_blocking=True)
+            if tensor is not None:
+                tensor = tensor.to(device, non_blocking=True)
+                tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         return PairBatch(**tensors)
 
 

@@ -191,8 +191,9 @@ class _RowGroups:
         self.lock = threading.Lock()
 
     def __call__(self, file: Path, group: int) -> Any:
+        """The table of one row group."""
+        key = file, group
         with self.lock:
-            key = file, group
             if key not in self.tables:
                 table = _open(file).read_row_group(group, columns=self.columns).combine_chunks()
                 while self.tables and sum(t.nbytes for t in self.tables.values()) > self.cache_bytes:
@@ -439,7 +440,7 @@ class LatentShards:
         return same_bucket(self.bucket.numpy(), indices, size)
 
     def batch(self, indices: Tensor | Sequence[int], *, draws: Tensor | None = None) -> PairBatch:
-        """Read the pairs of these indices, in this order, as float32; see `LatentPairs.batch`.
+        """Read the pairs of these indices, in this order; see `LatentPairs.batch`. Latents are float16 still.
 
         Raises:
             InvalidInputError: they are of different latent shapes.
@@ -449,7 +450,7 @@ class LatentShards:
         if len(shapes) != 1:
             raise InvalidInputError(f"a batch is of one latent shape, these pairs have {sorted(shapes)}")
         shape = shapes.pop()
-        latents = torch.empty(2, len(pairs), *shape)
+        latents = torch.empty(2, len(pairs), *shape, dtype=torch.float16)
         for entry, (group, row) in enumerate(
             zip(self.row_group[pairs].tolist(), self.row[pairs].tolist(), strict=True)
         ):

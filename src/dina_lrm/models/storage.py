@@ -1,6 +1,7 @@
 """Writing a checkpoint folder so that a crash or a full disk never leaves half of one."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
@@ -49,6 +50,26 @@ def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(target: Path, owned: Collection[str]) -> None:
+    """Bring a replacement to its end that was killed half-way, and remove what others left aside.
+
+    To be called when nobody is writing `target`. The old folder comes back if the new one had not yet taken
+    its place; what is not owned moves into the new one if it had.
+    """
+    target = target.expanduser().resolve()
+    mark = f".{glob.escape(target.name)}.*"
+    for old in sorted(target.parent.glob(f"{mark}.old")):
+        if not target.exists():
+            os.rename(old, target)
+            continue
+        for entry in old.iterdir():
+            if entry.name not in owned and not (target / entry.name).exists():
+                os.rename(entry, target / entry.name)
+        shutil.rmtree(old)
+    for aside in target.parent.glob(f"{mark}.new"):
+        shutil.rmtree(aside)
 
 
 def file_digest(file: Path) -> str:

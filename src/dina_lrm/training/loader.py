@@ -1,4 +1,4 @@
-"""What a step trains on, made on a thread while the step before is computed."""
+"""What a step trains on, made on threads while the steps before are computed."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dina_lrm.data.latents import PairBatch, first_occurrences
 from dina_lrm.data.shards import PairSet
 from dina_lrm.training.step import draw_step
 
-__all__ = ["StepLoader", "StepPart", "step_parts"]
+__all__ = ["AHEAD", "StepLoader", "StepPart", "step_parts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +69,21 @@ def step_parts(
     return parts
 
 
+AHEAD = 2
+"""Steps that are made while the caller works on one."""
+
+
 class StepLoader:
-    """Parts of one step after the other. The next step's are made while the caller works on this one's.
+    """Parts of one step after the other; those of the next steps are made while the caller works on this
+    one's.
 
     Since a step's parts are a function of its number, nothing has to be stored to go on at any step.
     """
 
     def __init__(self, make: Callable[[int], list[StepPart]], num_steps: int) -> None:
         self.make, self.num_steps = make, num_steps
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.next: tuple[int, Future[list[StepPart]]] | None = None
+        self.pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="loader")
+        self.made: dict[int, Future[list[StepPart]]] = {}
         self.waited_seconds = 0.0
         """Time that the caller spent waiting, since this was last set to 0."""
 
@@ -91,9 +96,8 @@ class StepLoader:
     def parts(self, step: int) -> list[StepPart]:
         """Of this step, on the CPU."""
         start = time.perf_counter()
-        if self.next is None or self.next[0] != step:
-            self.next = step, self.pool.submit(self.make, step)
-        parts = self.next[1].result()
+        wanted = range(step, min(step + AHEAD + 1, self.num_steps))
+        self.made = {one: self.made.get(one) or self.pool.submit(self.make, one) for one in wanted}
+        parts = self.made.pop(step).result()
         self.waited_seconds += time.perf_counter() - start
-        self.next = (step + 1, self.pool.submit(self.make, step + 1)) if step + 1 < self.num_steps else None
         return parts

@@ -38,8 +38,10 @@ from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.files import write_whole
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.checkpoint import OWNED
 from dina_lrm.models.config import Calibration
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.models.storage import recover_folder
 from dina_lrm.training import optim, state
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.progress import Reporter, StepMetrics, Window
@@ -124,7 +126,7 @@ class _Run:
             raise InvalidInputError("there are no training pairs")
         for pairs in filter(None, (train_pairs, validation_pairs)):
             for pair in pairs.examples:
-                batch = pairs.batch(pair[None])
+                batch = pairs.batch(pair[None]).to("cpu")
                 conditioning = Conditioning(
                     batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask
                 )
@@ -161,6 +163,8 @@ class _Run:
         self.fingerprint = self.train_pairs.fingerprint()
         self.is_main = self.accelerator.is_main_process
         if self.output is not None and self.is_main:
+            for folder in (self.output, self.output / "best", self.output / "last.partial"):
+                recover_folder(folder, OWNED)  # of a run that was killed while it saved
             self.output.mkdir(parents=True, exist_ok=True)
         self.reporter = Reporter(
             self.output if self.is_main else None,

@@ -308,7 +308,7 @@ def test_latents_and_embeddings_are_those_of_scoring(
     root, output, _ = prepared
     shards = LatentShards.open(output)
     encoder = pair_encoder("cpu", pipeline=str(tiny_pipeline), max_pixels=None, max_text_tokens=None)
-    batch = shards.batch([0, 1])
+    batch = shards.batch([0, 1]).to("cpu")
     cpu = torch.device("cpu")
     for side, latents in (("chosen", batch.latents_chosen), ("rejected", batch.latents_rejected)):
         names = [row[side] for row in rows_of(output / "pairs/part-00000.parquet")[:2]]
@@ -444,13 +444,13 @@ def test_the_command(tiny_pipeline: Path, tmp_path: Path, capsys: pytest.Capture
 # --- reading
 
 
-def test_batches_of_shards_have_one_shape_and_float32(prepared: tuple[Path, Path, Any]) -> None:
+def test_batches_of_shards_have_one_shape_and_become_float32(prepared: tuple[Path, Path, Any]) -> None:
     _, output, _ = prepared
     shards = LatentShards.open(output)
     assert len(shards) == 11
     assert len(shards.shapes) == 1
     for step in range(6):
-        batch = shards.batch(shards.order(step, batch_size=4, seed=0))
+        batch = shards.batch(shards.order(step, batch_size=4, seed=0)).to("cpu")
         assert batch.latents_chosen.shape == (4, *shards.shapes[0])
         assert batch.latents_chosen.dtype == batch.prompt_embeds.dtype == torch.float32
 
