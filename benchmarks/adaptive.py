@@ -70,20 +70,22 @@ def main(options: Options) -> None:
     several = max((row for row in rows if row["passes"] > 1), key=lambda row: row["fit_accuracy"])
     for error in ERRORS:
         learned, plan = learn_views(fit["scores"], LEVELS, target, error=error)
-        margins, views = {}, {}
+        margins: dict[str, np.ndarray] = {}
+        views: dict[str, float] = {}
+        turned: dict[str, float] = {}
         for part in sets:
             along = views_along(sets[part]["views"].double(), plan)
             taken = stopping_views(plan.certainty(along), learned.threshold)
             means = plan.means(along)
             margins[part] = means.gather(0, taken[None] - 1)[0].numpy()
             views[part] = float(taken.double().mean())
-            turned = float((np.sign(margins[part]) != means[-1].sign().numpy()).mean())
+            turned[part] = float((np.sign(margins[part]) != means[-1].sign().numpy()).mean())
         measure(
             f"adaptive, at most {100 * error:g} % turned",
             views["test"],
             margins,
             kind="adaptive",
-            turned=turned,
+            turned=turned["test"],
             threshold=learned.threshold,
             order=list(learned.noise_levels),
         )

@@ -14,6 +14,7 @@ from dina_lrm.models.encoders import pixels_per_latent
 from dina_lrm.models.families import backbone_of, read_architecture
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.source import BUNDLED, PipelineSource
+from dina_lrm.models.text import tokenizer_of
 from dina_lrm.recipes import recipe, recipe_names
 
 RESOLUTIONS = (512, 1024)
@@ -209,11 +210,7 @@ def _components(source: PipelineSource, architecture: Architecture) -> Component
         source, architecture, max_text_tokens=None, dtype=torch.float32
     )
     optional = [name for name in encoder.optional_encoders if source.has(name) or source.declares(name)]
-    text = [
-        part
-        for name in (*encoder.encoders, *optional)
-        for part in (name, name.replace("text_encoder", "tokenizer"))
-    ]
+    text = [part for name in (*encoder.encoders, *optional) for part in (name, tokenizer_of(name))]
     wanted = [source.denoiser, "scheduler", "vae", *text]
     missing = [part for part in wanted if not source.has(part)]
     latents = "scheduler" not in missing

@@ -326,7 +326,12 @@ def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
     """NAME.txt holds the prompt; NAME.chosen.png and NAME.rejected.png, of any format, lie beside it."""
     if not root.is_dir():
         raise InvalidInputError(f"no folder of pairs at {root}")
+    beside: dict[Path, dict[str, list[Path]]] = {}
     for index, file in enumerate(sorted(root.rglob("*.txt"))):
+        if file.parent not in beside:
+            named = beside[file.parent] = {}
+            for place in file.parent.iterdir():
+                named.setdefault(place.stem, []).append(place)
         try:
             prompt = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -334,8 +339,7 @@ def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
             continue
         values: dict[str, Any] = {"prompt": prompt}
         for side in ("chosen", "rejected"):
-            stem = f"{file.stem}.{side}"
-            places = [place for place in file.parent.iterdir() if place.stem == stem]
+            places = beside[file.parent].get(f"{file.stem}.{side}", [])
             values[side] = str(places[0].relative_to(root)) if len(places) == 1 else None
         row = _Row(values, index, str(file.relative_to(root)), root, check)
         try:

@@ -85,7 +85,7 @@ class PromptEncoder:
     def _load(self, device: torch.device) -> Any:
         if self._pipeline is None:
             for encoder in self.encoders:
-                for component in (encoder, _tokenizer_of(encoder)):
+                for component in (encoder, tokenizer_of(encoder)):
                     if not self._source.has(component):
                         raise MissingComponentError(
                             f"pipeline {self._source.name} has no {component}, so prompts cannot be encoded: "
@@ -105,7 +105,7 @@ class PromptEncoder:
         source = self._source
         names: list[str] = []
         for encoder in (*self.encoders, *self.optional_encoders):
-            for component in (encoder, _tokenizer_of(encoder)):
+            for component in (encoder, tokenizer_of(encoder)):
                 if source.has(component):
                     names.append(component)
                 elif source.declares(component):
@@ -114,7 +114,7 @@ class PromptEncoder:
                     )
         components = {name for name, value in source.model_index().items() if isinstance(value, list)}
         left_out = dict.fromkeys((components | set(self.optional_encoders)) - set(names))
-        left_out |= {_tokenizer_of(name): None for name in self.optional_encoders if name in left_out}
+        left_out |= {tokenizer_of(name): None for name in self.optional_encoders if name in left_out}
         folder = {source.path(name).parent for name in names}.pop()
         pipeline_class = getattr(diffusers, self.pipeline_class)
         with quiet_loading():
@@ -133,7 +133,7 @@ class PromptEncoder:
         for prompt in prompts:
             cut: dict[str, list[str]] = {}
             for encoder in (*self.encoders, *self.optional_encoders):
-                name = _tokenizer_of(encoder)
+                name = tokenizer_of(encoder)
                 tokenizer = getattr(pipeline, name, None)
                 if tokenizer is None:
                     continue
@@ -229,7 +229,7 @@ def _diffusers_silent(pipeline: Any) -> Iterator[None]:
             logger.disabled = disabled
 
 
-def _tokenizer_of(encoder: str) -> str:
+def tokenizer_of(encoder: str) -> str:
     """ "text_encoder_2" to "tokenizer_2"."""
     return encoder.replace("text_encoder", "tokenizer")
 
