@@ -19,9 +19,11 @@ from dina_lrm.data.prepare import Prepared, PrepareSettings, prepare, prompt_row
 from dina_lrm.data.shards import LatentShards, PairSet
 from dina_lrm.data.sources import read_source, source_files
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.checkpoint import OWNED
 from dina_lrm.models.config import LikelihoodConfig
 from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.models.storage import recover_folder
 from dina_lrm.training.trainer import StepMetrics, TrainResult, train
 
 __all__ = ["latent_pairs", "pair_encoder", "prepare_source", "reward_model", "run_training", "shapes_pairs"]
@@ -227,6 +229,8 @@ def run_training(
     )
     model = reward_model(config.model, likelihood, seed=config.seed)
     output = None if config.output is None else Path(config.output)
+    if output is not None:
+        recover_folder(output, OWNED)
     if config.resume and output is not None and log is not None:
         begun = any((output / name).exists() for name in ("last", "last.old"))
         log(f"going on with {output}" if begun else f"no checkpoint in {output} yet: starting anew")

@@ -207,6 +207,7 @@ def evaluate_public(options: Evaluate) -> int:
     for name, load in score_functions(options).items():
         score, scale = load()
         result = measure_public(options, rule, name, score, scale)
+        del score  # the next model is measured without this one in memory
         folder = result.save(output / name if options.scorers else output)
         public_page(result, options.benchmark, folder)
         results.append(result)

@@ -3,10 +3,12 @@
 The model is on the meta device, so that a network of twelve billion weights is counted in a second.
 """
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +34,7 @@ __all__ = [
     "counted_flops",
     "limited_text_tokens",
     "peak_memory_bytes",
+    "reset_peak_memory",
     "score_flops",
     "weight_bytes",
 ]
@@ -144,7 +147,7 @@ class MeasuredCost:
     seconds: float
     """Mean over pictures, in batches."""
     peak_memory_bytes: int
-    """Of the GPU, or of the whole process where there is none: read the latter as an upper bound."""
+    """See `peak_memory_bytes`."""
     batch_size: int
 
 
@@ -163,10 +166,25 @@ def counted_flops(run: Callable[[], object]) -> int | None:
     return int(counter.get_total_flops()) or None
 
 
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def reset_peak_memory() -> None:
+    """Begin a new measurement of `peak_memory_bytes`: on a GPU and on Linux; elsewhere the old peak stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """The largest amount of memory that was in use at once, since the start of the process."""
+    """The largest amount of memory that was in use at once since `reset_peak_memory`: of the GPU if it was
+    used, otherwise of the whole process, Python and libraries included."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -115,10 +115,7 @@ def cost_page(results: Sequence[PublicResult], benchmark: str, folder: Path) -> 
         for r in results
     ]
     headers = ["model", f"{rule} %", "95 % interval", "TFLOP", "seconds", "GB"]
-    caption = (
-        "One score of one picture, encoding included. Memory is the peak of the process up to then: models "
-    )
-    caption += "are measured one after another, so only a new maximum shows."
+    caption = "One score of one picture, encoding included; memory is that of the process while it scored."
     blocks: list[Block] = [Plots(plots=plots), Table(headers=headers, rows=rows, caption=caption)]
     report = Report(
         title=f"What accuracy costs on {benchmark}",

@@ -18,7 +18,7 @@ from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.pairs import ImageSource, Reject, load_image, write_rejects
 from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.evaluation.cost import MeasuredCost, counted_flops, peak_memory_bytes
+from dina_lrm.evaluation.cost import MeasuredCost, counted_flops, peak_memory_bytes, reset_peak_memory
 from dina_lrm.evaluation.metrics import Interval, Reliability, agreement, reliability
 from dina_lrm.evaluation.noise_sweep import Setting
 from dina_lrm.evaluation.paired import PairedDifference, paired_difference
@@ -374,6 +374,7 @@ def _score_pictures(
     scores: dict[str, dict[_Key, NDArray[np.float64]]] = {}
     unreadable: dict[_Key, str] = {}
     seconds, scored, flops = 0.0, 0, None
+    reset_peak_memory()
     for start in range(0, len(keys), batch_size):
         readable, pictures = [], []
         for key in keys[start : start + batch_size]:

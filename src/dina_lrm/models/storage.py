@@ -61,15 +61,16 @@ def recover_folder(target: Path, owned: Collection[str]) -> None:
     target = target.expanduser().resolve()
     mark = f".{glob.escape(target.name)}.*"
     for old in sorted(target.parent.glob(f"{mark}.old")):
-        if not target.exists():
-            os.rename(old, target)
-            continue
-        for entry in old.iterdir():
-            if entry.name not in owned and not (target / entry.name).exists():
-                os.rename(entry, target / entry.name)
-        shutil.rmtree(old)
+        with contextlib.suppress(FileNotFoundError):  # another process of the same run was quicker
+            if not target.exists():
+                os.rename(old, target)
+                continue
+            for entry in old.iterdir():
+                if entry.name not in owned and not (target / entry.name).exists():
+                    os.rename(entry, target / entry.name)
+            shutil.rmtree(old)
     for aside in target.parent.glob(f"{mark}.new"):
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def file_digest(file: Path) -> str:

@@ -1,5 +1,6 @@
 """FLOPs and memory of a score, counted on shapes."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import torch
 
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.build import reward_model
-from dina_lrm.evaluation.cost import FULL_SIZE, TEXT_TOKENS, limited_text_tokens, score_flops, weight_bytes
+from dina_lrm.evaluation.cost import (
+    FULL_SIZE,
+    TEXT_TOKENS,
+    counted_flops,
+    limited_text_tokens,
+    peak_memory_bytes,
+    reset_peak_memory,
+    score_flops,
+    weight_bytes,
+)
 from dina_lrm.models.families import BACKBONES
 from dina_lrm.models.sd3 import SD35_MEDIUM
 from dina_lrm.recipes import recipe, recipe_names
@@ -124,3 +134,22 @@ def test_what_cannot_be_counted(medium: RewardModel, tiny_backbone: Path) -> Non
         score_flops(RewardModel.initialize(tiny_backbone), 64, 64)
     with pytest.raises(InvalidInputError, match="exceed the position table: at most 768 a side"):
         score_flops(medium, 8192, 512)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets a peak")
+def test_peak_memory_is_measured_anew() -> None:
+    """A peak of 400 MB is seen, and forgotten after a reset."""
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    large = torch.ones(100_000_000)
+    assert peak_memory_bytes() - before > 350e6
+    del large
+    reset_peak_memory()
+    assert peak_memory_bytes() - before < 100e6
+
+
+def test_flops_of_a_call_are_counted() -> None:
+    """A product of 8 x 16 by 16 x 4 matrices: 2 * 8 * 16 * 4."""
+    a, b = torch.ones(8, 16), torch.ones(16, 4)
+    assert counted_flops(lambda: a @ b) == 1024
+    assert counted_flops(lambda: a + 1) is None
