@@ -1,10 +1,13 @@
-"""Preference data: rows of prompts and images (`pairs`), and the same pairs as latents (`latents`)."""
+"""Preference data: rows of prompts and images (`pairs`), the same pairs as latents in memory (`latents`),
+and on disk (`prepare`, `shards`)."""
 
 from dina_lrm.data.latents import LatentPairs, PairBatch, batch_indices, encode_pairs
 from dina_lrm.data.pairs import PairRows, PreferencePair, Reject, read_pairs, write_rejects
+from dina_lrm.data.shards import LatentShards
 
 __all__ = [
     "LatentPairs",
+    "LatentShards",
     "PairBatch",
     "PairRows",
     "PreferencePair",
