@@ -17,7 +17,7 @@ from dina_lrm.data.latents import LatentPairs, encode_pairs, mix_seeds
 from dina_lrm.data.pairs import Reject, read_pairs, write_rejects
 from dina_lrm.data.prepare import Prepared, PrepareSettings, prepare, prompt_rows
 from dina_lrm.data.shards import LatentShards, PairSet
-from dina_lrm.data.sources import read_source, source_files
+from dina_lrm.data.sources import read_hub, read_source, source_files
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.checkpoint import OWNED
 from dina_lrm.models.config import LikelihoodConfig
@@ -75,7 +75,7 @@ def pair_encoder(
 
 def prepare_source(
     source: str,
-    root: str | Path,
+    root: str | Path | None,
     output: str | Path,
     *,
     pipeline: str = "bundled",
@@ -95,13 +95,20 @@ def prepare_source(
     """A data set in its original layout to latent shards: what `dina-lrm prepare` does, see its help.
 
     Args:
+        root: folder with its files; None streams a set that is published as a table from the hub.
         devices: one process each.
         on_progress: called with "pairs" or "prompts", how many are done, and how many of these were found
             done.
     """
-    root, output = Path(root), Path(output)
-    files = source_files(source, root, split=split)
-    base = root if root.is_dir() else root.parent
+    if root is None:
+        files, base = {"from the hub": 0}, Path()
+        stream = read_hub(source, split=split, check_images="none")
+    else:
+        root = Path(root)
+        base = root if root.is_dir() else root.parent
+        found = source_files(source, root, split=split)
+        files = {file.relative_to(base).as_posix(): file.stat().st_size for file in found}
+        stream = read_source(source, root, split=split, check_images="none")
     encoder = pipeline_encoders(pipeline, dtype=torch.float32)
     if source != "latent-cache":
         encoder.picture_size(1024, 1024)  # a pipeline without a VAE is refused before anything is written
@@ -119,11 +126,10 @@ def prepare_source(
         max_text_tokens=max_text_tokens,
         pairs_per_shard=pairs_per_shard,
         pairs_per_row_group=pairs_per_row_group,
-        files={file.relative_to(base).as_posix(): file.stat().st_size for file in files},
+        files=files,
     )
     load = partial(pair_encoder, pipeline=pipeline, max_pixels=max_pixels, max_text_tokens=max_text_tokens)
-    stream = read_source(source, root, split=split, check_images="none")
-    return prepare(stream, output, load, settings, root=base, devices=devices, on_progress=on_progress)
+    return prepare(stream, Path(output), load, settings, root=base, devices=devices, on_progress=on_progress)
 
 
 def latent_pairs(

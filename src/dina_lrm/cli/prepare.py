@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dina_lrm.data.prepare import Prepared
 
 SHOWN = 12
+LOGGED_EVERY = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,9 @@ class Prepare:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, folder, jsonl (our own rows)
     or latent-cache."""
-    root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder with the data set's files as published; for jsonl, also the file."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder with the data set's files as published; for jsonl, also the file. Without it genai-bench,
+    pickapic and imagerewarddb are streamed from the Hugging Face hub."""
     pipeline: Annotated[str, tyro.conf.arg(metavar="ID")] = "bundled"
     """The generator whose VAE and text encoders are used: "bundled", a folder or a hub id."""
     output: Annotated[Path, tyro.conf.arg(metavar="LATENTS")]
@@ -71,8 +73,10 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.build import prepare_source
     from dina_lrm.data.sources import source_length
 
-    log(f"counting {options.source} in {options.root}")
-    total = source_length(options.source, options.root, split=options.split)
+    total = None
+    if options.root is not None:
+        log(f"counting {options.source} in {options.root}")
+        total = source_length(options.source, options.root, split=options.split)
     devices = find_devices(options.device, options.processes)
     names = ("source", "root", "pipeline", "output", "split", "max_pixels", "mixed_sizes", "ties")
     names += ("min_confidence", "embeddings", "prompt_dtype", "max_text_tokens", "pairs_per_shard")
@@ -92,9 +96,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line for every twentieth part, with the rate and the time left."""
+    """Rate and time left: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int | None) -> None:
         import time
 
         self.total = total
@@ -102,7 +106,7 @@ class Progress:
         self.bar = progress_bar("")
         self.task: Any = None
         self.kind = ""
-        self.started, self.twentieths = self.clock(), 0
+        self.started, self.told = self.clock(), 0
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -113,18 +117,19 @@ class Progress:
 
     def tell(self, kind: str, done: int, found: int) -> None:
         if kind != self.kind:
-            self.kind = kind
-            total = self.total if kind == "pairs" else None
-            self.task = self.bar.add_task(kind, total=total)
-        self.bar.update(self.task, completed=done)
-        if self.bar.disable is False or kind != "pairs" or not self.total:
+            self.kind, self.told = kind, 0
+            self.task = self.bar.add_task(kind, total=self.total if kind == "pairs" else None)
+        rate = (done - found) / max(self.clock() - self.started, 1e-9)
+        self.bar.update(self.task, completed=done, description=f"{kind}, {rate:.1f} a second")
+        every = LOGGED_EVERY if self.total is None else max(1, self.total // 20)
+        if not self.bar.disable or kind != "pairs" or done - self.told < every:
             return
-        twentieths = min(20, 20 * done // self.total)
-        if twentieths > self.twentieths:
-            self.twentieths = twentieths
-            rate = (done - found) / max(self.clock() - self.started, 1e-9)
-            left = (self.total - done) / rate if rate > 0 else 0.0
-            log(f"  {done:,} of {self.total:,} comparisons, {rate:.1f} a second, {left / 60:.0f} min left")
+        self.told = done
+        of, left = "", ""
+        if self.total is not None:
+            of = f" of {self.total:,}"
+            left = f", {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
+        log(f"  {done:,}{of} comparisons, {rate:.1f} a second{left}")
 
 
 def find_devices(name: str, processes: int | None) -> list[str]:

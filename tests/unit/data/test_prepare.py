@@ -542,3 +542,29 @@ def test_load_encoder_can_be_sent_to_a_process() -> None:
 def test_latent_pairs_and_shards_are_one_kind_of_set() -> None:
     names = ("order", "parts", "batch", "subset", "fingerprint", "examples", "num_prompts")
     assert all(hasattr(kind, name) for kind in (LatentPairs, LatentShards) for name in names)
+
+
+def test_a_set_on_the_hub_is_streamed(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline: `datasets` streams a local folder of the same layout."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    from dina_lrm import build
+    from dina_lrm.data.sources import read_hub
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    cells = [{"bytes": save(tmp_path / f"{n}.png", seed=n).read_bytes(), "path": f"{n}.png"} for n in (0, 1)]
+    row = {"prompt": "a red circle", "left_image": cells[0], "right_image": cells[1]}
+    row |= {"left_model": "l", "right_model": "r"}
+    rows = [row | {"vote_type": vote} for vote in ("leftvote", "rightvote", "tievote")]
+    (tmp_path / "data").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "test_v1-00000-of-00001.parquet")
+    monkeypatch.setattr(build, "read_hub", partial(read_hub, dataset=str(tmp_path / "data")))
+    counts = prepare_source("genai-bench", None, tmp_path / "latents", pipeline=str(tiny_pipeline))
+    assert (counts.num_pairs, counts.rejects) == (2, {"tie": 1})
+    first, second = rows_of(tmp_path / "latents/pairs/part-00000.parquet")
+    assert first["latents_chosen"] == second["latents_rejected"]
+    with pytest.raises(InvalidInputError, match="hpdv3 is not published as a table"):
+        prepare_source("hpdv3", None, tmp_path / "other", pipeline=str(tiny_pipeline))
