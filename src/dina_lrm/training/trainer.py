@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from rich.console import Console
 from torch import Tensor
 
@@ -116,6 +116,7 @@ class _Run:
             gradient_accumulation_steps=config.accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
+        check_distribution(self.accelerator.distributed_type)
         parts = config.accumulation_steps * self.accelerator.num_processes
         if config.batch_size % parts:
             raise InvalidInputError(
@@ -463,6 +464,16 @@ class _Run:
 
 
 # --- small parts -------------------------------------------------------------------------------------------
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """InvalidInputError where weights would be cut up among processes: averages and checkpoints need them
+    whole."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InvalidInputError(
+            f"accelerate was configured for {kind.value}: only data parallelism (DDP) is supported yet. With "
+            "LoRA only adapters and head have gradients; launch with --multi_gpu, or use gradient_checkpointing"
+        )
 
 
 def _labelled(pairs: PairSet, config: TrainConfig) -> PairSet:

@@ -84,3 +84,15 @@ def test_every_field_explains_itself() -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LossConfig().slope = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_in_pieces_are_refused(kind: str) -> None:
+    from accelerate.utils import DistributedType
+
+    from dina_lrm.training.trainer import check_distribution
+
+    with pytest.raises(InvalidInputError, match=f"configured for {kind}"):
+        check_distribution(DistributedType(kind))
+    check_distribution(DistributedType.NO)
+    check_distribution(DistributedType.MULTI_CPU)
