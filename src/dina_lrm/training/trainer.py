@@ -467,12 +467,11 @@ class _Run:
 
 
 def check_distribution(kind: DistributedType) -> None:
-    """InvalidInputError where weights would be cut up among processes: averages and checkpoints need them
-    whole."""
+    """InvalidInputError where processes would hold pieces of the weights: checkpoints need them whole."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InvalidInputError(
-            f"accelerate was configured for {kind.value}: only data parallelism (DDP) is supported yet. With "
-            "LoRA only adapters and head have gradients; launch with --multi_gpu, or use gradient_checkpointing"
+            f"accelerate was configured for {kind.value}: only data parallelism (DDP) is supported yet. "
+            "With LoRA only adapters and head have gradients: launch with --multi_gpu"
         )
 
 
