@@ -1,0 +1,64 @@
+"""What a run tells: lines that survive a kill, and a tracker that is asked for by name."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.training.progress import Reporter, StepMetrics
+
+
+def reporter(output: Path, wandb: tuple[str, dict[str, Any]] | None = None) -> Reporter:
+    console = Console(quiet=True)
+    return Reporter(output, 10, tensorboard=False, wandb=wandb, console=console, on_step=None)
+
+
+def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "seconds": 1.0, "loss": 0.5}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "sec')
+    told = reporter(tmp_path)
+    told.start(2)
+    assert [metrics.step for metrics in told.history] == [1, 2]
+    told.tell(StepMetrics(step=3, seconds=2.0, loss=0.25))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_wandb_is_told_and_a_resumed_run_is_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("log", (step, values)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **settings: calls.append(("init", settings)) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for _ in range(2):
+        told = reporter(tmp_path, ("alignment", {"seed": 0}))
+        with told:
+            told.tell(StepMetrics(step=1, seconds=1.0, loss=0.5, accuracy=0.75))
+            told.tell(StepMetrics(step=1, seconds=1.0, validation={"0.4": 0.8}))
+    first, second = (settings for name, settings in calls if name == "init")
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("alignment", tmp_path.name, "allow")
+    logged = [values for name, values in calls if name == "log"]
+    assert logged[0] == (1, {"train/loss": 0.5, "train/accuracy": 0.75})
+    assert logged[1] == (1, {"validation/accuracy at 0.4": 0.8})
+    assert calls[-1] == ("finish", None)
+
+
+def test_wandb_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InvalidInputError, match="wandb is not installed"):
+        reporter(tmp_path, ("alignment", {}))
