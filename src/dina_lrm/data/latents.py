@@ -134,9 +134,7 @@ class LatentPairs:
                 for an image that is in several of them. None: every pair has a draw of its own.
         """
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        own = torch.arange(len(rows)) if draws is None else draws
-        sides = torch.stack([own.repeat(2), torch.cat([self.chosen[rows], self.rejected[rows]])], dim=1)
-        distinct, position = first_occurrences(sides)
+        distinct, position = distinct_images(self.chosen[rows], self.rejected[rows], draws)
 
         def gather(table: Tensor | None, index: Tensor) -> Any:
             if table is None:
@@ -318,6 +316,17 @@ def first_occurrences(values: Tensor) -> tuple[Tensor, Tensor]:
     member = values.unique(dim=0, return_inverse=True)[1]
     first = torch.full((int(member.max()) + 1,), len(values))
     return first.scatter_reduce_(0, member, torch.arange(len(values)), "amin"), member
+
+
+def distinct_images(chosen: Tensor, rejected: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`PairBatch.distinct` and `position` of a batch: an image counts once for each noise draw.
+
+    Args:
+        chosen, rejected: number of the image on either side of each pair.
+        draws: which draw each pair uses; None: one of its own.
+    """
+    own = torch.arange(len(chosen)) if draws is None else draws
+    return first_occurrences(torch.stack([own.repeat(2), torch.cat([chosen, rejected])], dim=1))
 
 
 def batch_indices(

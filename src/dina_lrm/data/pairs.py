@@ -289,7 +289,12 @@ def _votes(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     given = [row.get(field) for field in ("votes_chosen", "votes_rejected")]
     if given == [None, None]:
         return None, None
-    chosen, rejected = (number(row.get(field), field) for field in ("votes_chosen", "votes_rejected"))
-    if chosen < 0 or rejected < 0 or chosen + rejected == 0:
-        raise BadRow(f"votes: {chosen:g} and {rejected:g} must be at least 0 and not both 0")
-    return chosen, rejected
+    return checked_votes(*given)
+
+
+def checked_votes(chosen: Any, rejected: Any) -> tuple[float, float]:
+    """Votes for either side as a row states them."""
+    votes = number(chosen, "votes_chosen"), number(rejected, "votes_rejected")
+    if min(votes) < 0 or max(votes) == 0:
+        raise BadRow(f"votes: {votes[0]:g} and {votes[1]:g} must be at least 0 and not both 0")
+    return votes

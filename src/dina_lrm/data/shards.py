@@ -25,7 +25,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.data.buckets import BucketOrder, same_bucket
-from dina_lrm.data.latents import LatentPairs, PairBatch, first_occurrences
+from dina_lrm.data.latents import LatentPairs, PairBatch, distinct_images, first_occurrences
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
 
@@ -457,9 +457,7 @@ class LatentShards:
             table = self._read(*self.places[group])
             for side, name in enumerate(("latents_chosen", "latents_rejected")):
                 latents[side, entry].copy_(_halves(table.column(name)[row].as_buffer()).view(shape))
-        own = torch.arange(len(pairs)) if draws is None else draws
-        sides = torch.stack([own.repeat(2), torch.cat([self.chosen[pairs], self.rejected[pairs]])], dim=1)
-        distinct, position = first_occurrences(sides)
+        distinct, position = distinct_images(self.chosen[pairs], self.rejected[pairs], draws)
         texts = [self.prompts[one] for one in self.prompt_index[pairs].tolist()]
         unique = list(dict.fromkeys(texts))
         rows = dict(zip(unique, self.read_prompts(unique), strict=True))

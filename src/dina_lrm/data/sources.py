@@ -33,6 +33,7 @@ from dina_lrm.data.pairs import (
     PreferencePair,
     Reject,
     StoredLatent,
+    checked_votes,
     image_cell,
     number,
     pairs_of_row,
@@ -489,9 +490,7 @@ def _votes(chosen: Any, rejected: Any) -> dict[str, float]:
     """Fields of the row type; none where the layout states none."""
     if _stated(chosen) is None or _stated(rejected) is None:
         return {}
-    votes = number(chosen, "votes_chosen"), number(rejected, "votes_rejected")
-    if min(votes) < 0 or max(votes) == 0:
-        raise BadRow(f"votes: {votes[0]:g} and {votes[1]:g} must be at least 0 and not both 0")
+    votes = checked_votes(chosen, rejected)
     return {"votes_chosen": votes[0], "votes_rejected": votes[1]}
 
 

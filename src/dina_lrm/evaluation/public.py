@@ -72,7 +72,7 @@ def reward_scores(model: RewardModel, settings: Sequence[Setting], *, seed: int 
     def score(prompts: list[str], images: list[Image.Image]) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
         for setting in settings:
-            parts = [str(f"{level:g}") for level in setting.noise_levels]
+            parts = [f"{level:g}" for level in setting.noise_levels]
             if (
                 setting.combine == "scores"
                 and setting.num_draws == 1

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from dina_lrm.files import write_whole
+
 __all__ = [
     "Fact",
     "Facts",
@@ -113,10 +115,7 @@ class Report:
 
 def write_html(report: Report, path: Path) -> None:
     """Render the report into a file, which appears there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(render_html(report), encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, render_html(report).encode())
 
 
 def render_html(report: Report) -> str:
