@@ -8,6 +8,7 @@ have different units: compare orders and accuracies, never values.
 from dina_lrm.evaluation.baselines.clip import ClipScore, HPSv2, PickScore
 from dina_lrm.evaluation.baselines.hpsv3 import HPSv3
 from dina_lrm.evaluation.baselines.image_reward import ImageReward
+from dina_lrm.evaluation.baselines.pixel_network import PixelFusion, PixelNetwork
 from dina_lrm.evaluation.baselines.registry import SCORERS, load_scorer
 from dina_lrm.evaluation.baselines.reward import RewardScorer
 from dina_lrm.evaluation.baselines.scorer import Scorer
@@ -22,6 +23,8 @@ __all__ = [
     "HPSv3",
     "ImageReward",
     "PickScore",
+    "PixelFusion",
+    "PixelNetwork",
     "RewardScorer",
     "Scorer",
     "ServerScorer",

@@ -11,6 +11,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.baselines.clip import ClipScore, HPSv2, PickScore
 from dina_lrm.evaluation.baselines.hpsv3 import HPSv3
 from dina_lrm.evaluation.baselines.image_reward import ImageReward
+from dina_lrm.evaluation.baselines.pixel_network import PixelNetwork
 from dina_lrm.evaluation.baselines.reward import RewardScorer
 from dina_lrm.evaluation.baselines.scorer import Scorer
 from dina_lrm.evaluation.baselines.server import UNIFIED_REWARD, VISUAL_QUALITY_R1, Question, ServerScorer
@@ -47,6 +48,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "hpsv3": HPSv3.from_pretrained,
     "unified-reward": _server(UNIFIED_REWARD),
     "visualquality-r1": _server(VISUAL_QUALITY_R1),
+    "pixel-network": PixelNetwork.from_pretrained,
     "dina": RewardScorer.from_pretrained,
 }
 """What loads each: called with the location, if there is one, device, dtype and the scorer's own options."""
