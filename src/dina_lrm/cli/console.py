@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dina_lrm.training.progress import StepMetrics
+
+
+LOGGED_EVERY = 4096
+"""Comparisons between two lines of progress where their total is not known."""
 
 
 class UsageError(Exception):
@@ -98,6 +103,41 @@ def progress_bar(unit: str) -> "Progress":
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+class ComparisonProgress:
+    """Rate and time left of going through a data set: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.bar = progress_bar("")
+        self.task: Any = None
+        self.kind = ""
+        self.started, self.told = time.perf_counter(), 0
+
+    def __enter__(self) -> "ComparisonProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def tell(self, kind: str, done: int, found: int) -> None:
+        """Of `done` comparisons ("pairs"), or of another kind, `found` were there from an earlier run."""
+        if kind != self.kind:
+            self.kind, self.told = kind, 0
+            self.task = self.bar.add_task(kind, total=self.total if kind == "pairs" else None)
+        rate = (done - found) / max(time.perf_counter() - self.started, 1e-9)
+        self.bar.update(self.task, completed=done, description=f"{kind}, {rate:.1f} a second")
+        every = LOGGED_EVERY if self.total is None else max(1, self.total // 20)
+        if not self.bar.disable or kind != "pairs" or done - self.told < every:
+            return
+        self.told = done
+        of, left = "", ""
+        if self.total is not None and done <= self.total:  # which counts a row of a list as one
+            of = f" of {self.total:,}"
+            left = f", {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
+        log(f"  {done:,}{of} comparisons, {rate:.1f} a second{left}")
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table, progress_bar
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_device, parse_noise_levels
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
     from dina_lrm.evaluation.paired import PairedDifference
-    from dina_lrm.evaluation.public import PublicResult, ScoreFunction
+    from dina_lrm.evaluation.picture_scores import ScoreFunction
+    from dina_lrm.evaluation.public import PublicResult
 
 TEST_STREAM = 7
 """Sets the test captions' seed apart from those of training and validation pairs."""
@@ -204,11 +205,13 @@ def evaluate_public(options: Evaluate) -> int:
         )
     output = options.output or default_output(options)
     results: list[Any] = []
-    for name, load in score_functions(options).items():
+    folders: list[Path] = []
+    for name, (place, load) in score_functions(options).items():
+        folder = output / name if options.scorers else output
         score, scale = load()
-        result = measure_public(options, rule, name, score, scale)
+        result = measure_public(options, rule, name, place, score, scale, folder)
         del score  # the next model is measured without this one in memory
-        folder = result.save(output / name if options.scorers else output)
+        folders.append(result.save(folder))
         public_page(result, options.benchmark, folder)
         results.append(result)
         paired = None if options.against is None else result.against(options.against)
@@ -222,13 +225,19 @@ def evaluate_public(options: Evaluate) -> int:
     if options.scorers:
         cost_page(results, options.benchmark, output)
         log(f"{output / 'costs.html'}: accuracy against FLOPs, seconds and memory")
+    for folder in folders:  # all at the end, so that no model is scored again when a later one is stopped
+        for part in folder.glob("scores-*.part.jsonl"):
+            part.unlink()
     return 0
 
 
-def score_functions(options: Evaluate) -> "dict[str, Callable[[], tuple[ScoreFunction, float | None]]]":
-    """What loads each model that is measured, by its name; a reward brings its calibration."""
+def score_functions(
+    options: Evaluate,
+) -> "dict[str, tuple[str, Callable[[], tuple[ScoreFunction, float | None]]]]":
+    """Where each model that is measured comes from and what loads it, by its name; a reward brings its
+    calibration."""
     if not options.scorers:
-        return {options.model.model: lambda: reward_function(options)}
+        return {options.model.model: (options.model.model, lambda: reward_function(options))}
     loads: dict[str, Any] = {}
     for given in options.scorers:
         name, _, location = given.partition("=")
@@ -236,14 +245,14 @@ def score_functions(options: Evaluate) -> "dict[str, Callable[[], tuple[ScoreFun
         label = f"{name} {Path(location).name}" if again and location else name
         if label in loads:
             raise UsageError(f"--scorers: two models would be called {label!r}")
-        loads[label] = partial(scorer_function, options, name, location or None)
+        loads[label] = location or name, partial(scorer_function, options, name, location or None)
     return loads
 
 
 def reward_function(options: Evaluate) -> "tuple[ScoreFunction, float | None]":
     """The reward at its own levels, and at those asked for; noise draws where asked for."""
     from dina_lrm.evaluation.noise_sweep import Setting
-    from dina_lrm.evaluation.public import reward_scores
+    from dina_lrm.evaluation.picture_scores import reward_scores
 
     model = options.model.load().requires_grad_(False)
     own = Setting(noise_levels=tuple(model.config.noise_levels))
@@ -274,16 +283,38 @@ def scorer_function(
 
 
 def measure_public(
-    options: Evaluate, rule: str, name: str, score: "ScoreFunction", scale: float | None
+    options: Evaluate,
+    rule: str,
+    name: str,
+    place: str,
+    score: "ScoreFunction",
+    scale: float | None,
+    folder: Path,
 ) -> "PublicResult":
-    from dina_lrm.data.sources import read_source
+    from dina_lrm.data.sources import read_source, source_length
+    from dina_lrm.evaluation.picture_scores import PartFile
     from dina_lrm.evaluation.public import evaluate_comparisons
     from dina_lrm.evaluation.rules import best_threshold
 
     def measure(split: str | None, threshold: float) -> "PublicResult":
         assert options.root is not None
-        with progress_bar("pictures") as progress:
-            task = progress.add_task(f"scoring with {name}", total=None)
+        scored_with = {
+            "benchmark": options.benchmark,
+            "root": str(options.root.resolve()),
+            "split": split,
+            "scorer": [name, place, last_written(Path(place))],
+            "pipeline": options.model.pipeline,
+            "dtype": options.model.dtype,
+            "noise_levels": options.noise_levels,
+            "ensembles": options.ensembles,
+            "num_draws": options.num_draws,
+            "seed": options.seed,
+        }
+        part = PartFile(folder / f"scores-{split or 'default'}.part.jsonl", scored_with)
+        total = source_length(options.benchmark, options.root, split=split)
+        if part.path.exists():
+            log(f"going on from {part.path}")
+        with ComparisonProgress(total) as progress:
             return evaluate_comparisons(
                 score,
                 read_source(options.benchmark, options.root, split=split),
@@ -293,7 +324,8 @@ def measure_public(
                 threshold=threshold,
                 seed=options.seed,
                 batch_size=options.batch_size,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                part=part,
+                on_progress=partial(progress.tell, "pairs"),
             )
 
     threshold = options.tie_threshold
@@ -303,6 +335,16 @@ def measure_public(
         threshold = best_threshold(rule, fitted_on.score_chosen - fitted_on.score_rejected, ties)
         log(f"threshold {threshold:.4g}, fitted on {len(ties):,} comparisons of {options.threshold_split}")
     return measure(options.split, threshold)
+
+
+def last_written(model: Path) -> int | None:
+    """When a model's weights or config were written, in ns; None where it is no folder."""
+    files = [
+        file
+        for file in (model.rglob("*") if model.is_dir() else ())
+        if file.suffix in (".safetensors", ".pt", ".bin") or file.name == "config.json"
+    ]
+    return max((file.stat().st_mtime_ns for file in files), default=None)
 
 
 def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDifference | None") -> None:

@@ -4,18 +4,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, find_device
 
 if TYPE_CHECKING:
     from dina_lrm.data.prepare import Prepared
 
 SHOWN = 12
-LOGGED_EVERY = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     names = ("source", "root", "pipeline", "output", "split", "max_pixels", "mixed_sizes", "ties")
     names += ("min_confidence", "embeddings", "prompt_dtype", "max_text_tokens", "pairs_per_shard")
     names += ("pairs_per_row_group",)
-    with Progress(total) as progress:
+    with ComparisonProgress(total) as progress:
         prepared = prepare_source(
             **{name: getattr(options, name) for name in names}, devices=devices, on_progress=progress.tell
         )
@@ -93,43 +92,6 @@ def main(arguments: Sequence[str]) -> int:
     print_table(["", "count"], list(lines(prepared)), title=f"{options.source} in {options.output}")
     log(f"next: dina-lrm train RECIPE --model.pipeline {options.pipeline} --data.train {options.output}")
     return 0
-
-
-class Progress:
-    """Rate and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int | None) -> None:
-        import time
-
-        self.total = total
-        self.clock = time.perf_counter
-        self.bar = progress_bar("")
-        self.task: Any = None
-        self.kind = ""
-        self.started, self.told = self.clock(), 0
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def tell(self, kind: str, done: int, found: int) -> None:
-        if kind != self.kind:
-            self.kind, self.told = kind, 0
-            self.task = self.bar.add_task(kind, total=self.total if kind == "pairs" else None)
-        rate = (done - found) / max(self.clock() - self.started, 1e-9)
-        self.bar.update(self.task, completed=done, description=f"{kind}, {rate:.1f} a second")
-        every = LOGGED_EVERY if self.total is None else max(1, self.total // 20)
-        if not self.bar.disable or kind != "pairs" or done - self.told < every:
-            return
-        self.told = done
-        of, left = "", ""
-        if self.total is not None:
-            of = f" of {self.total:,}"
-            left = f", {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
-        log(f"  {done:,}{of} comparisons, {rate:.1f} a second{left}")
 
 
 def find_devices(name: str, processes: int | None) -> list[str]:

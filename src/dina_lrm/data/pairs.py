@@ -6,6 +6,7 @@ A row holds `prompt` and either `chosen`, `rejected` (a path, or bytes in parque
 its reason, and `num_rows` good and bad rows always add up.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ __all__ = [
     "PreferencePair",
     "Reject",
     "StoredLatent",
+    "image_name",
     "load_image",
     "read_pairs",
     "write_rejects",
@@ -202,6 +204,24 @@ def load_image(source: ImageSource) -> Image.Image:
         raise InvalidInputError(f"unreadable image: {name} ({error})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidInputError(f"unreadable image: {name} ({error})") from error
+
+
+def image_name(source: ImageSource) -> str:
+    """What tells a picture from others: its path, or a digest where it is in memory.
+
+    >>> image_name(Path("a.png")), image_name(b"a picture")
+    ('a.png', 'blake2b:6d6f532c386533c4a121faffda65f7e1')
+    """
+    match source:
+        case Path():
+            return str(source)
+        case StoredLatent():
+            return source.name
+        case bytes():
+            content = source
+        case _:
+            content = f"{source.mode} {source.size} ".encode() + source.tobytes()
+    return f"blake2b:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
 
 # --- one row -----------------------------------------------------------------------------------------------

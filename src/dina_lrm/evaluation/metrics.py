@@ -29,6 +29,9 @@ __all__ = [
     "reliability",
 ]
 
+MANY_CLUSTERS = 20_000
+"""Above it the bootstrap counts clusters that are alike together, if most are."""
+
 Ties = Literal["wrong", "half", "skip"]
 """A tie between two scores is wrong (strict, as most papers count), half right, or not counted."""
 
@@ -166,7 +169,8 @@ def cluster_bootstrap(
     Pairs of one prompt share pictures and raters, so they are not independent; resampling pairs would give
     intervals that are too short. Each resample draws as many prompts as there are, with replacement, and
     takes all their pairs. Since a mean over pairs is a ratio of sums, it is enough to resample the prompts'
-    sums, which keeps it a few milliseconds for thousands of pairs.
+    sums, which keeps it a few milliseconds for thousands of pairs; of many prompts whose sums are mostly
+    alike, how often each sum occurs, which keeps it below a second for hundreds of thousands.
 
     Args:
         values: one per pair; NaN is not counted.
@@ -204,18 +208,28 @@ def cluster_bootstrap(
         # A resample in which nothing is possible has reached all of it.
         return np.divide(above.sum(axis=axis), total, out=np.ones_like(total), where=total > 0)
 
-    result: Any = stats.bootstrap(
-        (above, below),
-        ratio,
-        n_resamples=num_resamples,
-        batch=max(1, 4_000_000 // len(above)),  # bounds memory at some tens of MB
-        paired=True,
-        vectorized=True,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = result.confidence_interval
+    rng = np.random.default_rng(seed)
+    sums, count = np.unique(above + 1j * below, return_counts=True)
+    if len(above) > MANY_CLUSTERS and 10 * len(sums) < len(above):
+        # How often each sum is drawn has a multinomial law: the same bootstrap, without a draw a cluster.
+        share, step = count / len(above), max(1, 4_000_000 // len(sums))
+        sizes = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
+        drawn = np.concatenate([rng.multinomial(len(above), share, size) @ sums for size in sizes])
+        tail = 50 * (1 - confidence)
+        low, high = np.percentile(ratio(drawn.real[:, None], drawn.imag[:, None]), [tail, 100 - tail])
+    else:
+        result: Any = stats.bootstrap(
+            (above, below),
+            ratio,
+            n_resamples=num_resamples,
+            batch=max(1, 4_000_000 // len(above)),  # bounds memory at some tens of MB
+            paired=True,
+            vectorized=True,
+            confidence_level=confidence,
+            method="percentile",
+            rng=rng,
+        )
+        low, high = result.confidence_interval
     return Interval(value=value, low=float(low), high=float(high), confidence=confidence)
 
 

@@ -2,26 +2,21 @@
 cost."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from dina_lrm.data.latents import mix_seeds
-from dina_lrm.data.pairs import ImageSource, Reject, load_image, write_rejects
+from dina_lrm.data.pairs import Reject, image_name, write_rejects
 from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.evaluation.cost import MeasuredCost, counted_flops, peak_memory_bytes, reset_peak_memory
+from dina_lrm.evaluation.cost import MeasuredCost
 from dina_lrm.evaluation.metrics import Interval, Reliability, agreement, reliability
-from dina_lrm.evaluation.noise_sweep import Setting
 from dina_lrm.evaluation.paired import PairedDifference, paired_difference
+from dina_lrm.evaluation.picture_scores import PartFile, PictureScores, ScoreFunction
 from dina_lrm.evaluation.rules import (
     RULES,
     RuleAccuracy,
@@ -31,59 +26,14 @@ from dina_lrm.evaluation.rules import (
     spearman_by_prompt,
 )
 from dina_lrm.files import write_whole, written_aside
-from dina_lrm.models.reward_model import RewardModel
 
 __all__ = [
     "PublicResult",
-    "ScoreFunction",
+    "ScoredComparison",
     "SettingAccuracy",
     "as_json",
     "evaluate_comparisons",
-    "reward_scores",
 ]
-
-ScoreFunction = Callable[[list[str], list[Image.Image]], Mapping[str, Tensor]]
-"""Scores of pictures for prompts, pair by pair: (batch,) or (draw, batch) by the name of what was computed.
-The first is what the benchmark's figure is of; a model with one way of scoring gives one."""
-
-
-def reward_scores(model: RewardModel, settings: Sequence[Setting], *, seed: int = 0) -> ScoreFunction:
-    """Scores of a reward in several ways, by the label of each.
-
-    Args:
-        settings: the first is the benchmark's; averages of scores reuse single levels that are there too.
-        seed: of the noise, the same for all pictures.
-    """
-
-    def draws(setting: Setting, prompts: list[str], images: list[Image.Image]) -> Tensor:
-        return torch.stack(
-            [
-                model.score(
-                    prompts,
-                    images,
-                    list(setting.noise_levels),
-                    seed=seed if draw == 0 else mix_seeds(seed, 9, draw),
-                    ensemble=setting.combine,
-                ).scores
-                for draw in range(setting.num_draws)
-            ]
-        )
-
-    def score(prompts: list[str], images: list[Image.Image]) -> Mapping[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for setting in settings:
-            parts = [f"{level:g}" for level in setting.noise_levels]
-            if (
-                setting.combine == "scores"
-                and setting.num_draws == 1
-                and all(part in found for part in parts)
-            ):
-                found[setting.label] = torch.stack([found[part] for part in parts]).mean(dim=0)
-            elif setting.label not in found:
-                found[setting.label] = draws(setting, prompts, images)
-        return found
-
-    return score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +51,23 @@ class SettingAccuracy:
     """Probability that two noise draws prefer the same side; None for one draw."""
     draw_spread: float | None
     """Standard deviation of the margin over draws, as a fraction of that over pairs; None for one draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredComparison:
+    """A comparison without its pictures."""
+
+    prompt: str
+    chosen: str
+    """The picture's name (`data.pairs.image_name`)."""
+    rejected: str
+    tie: bool
+    """Nobody won."""
+    target: float
+    """Share of votes for `chosen`; 0.5 for a tie."""
+    row: int
+    """Position of the row in the file, from 0."""
+    file: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +92,7 @@ class PublicResult:
     num_rows: int
     """Comparisons and rejects: all that the source gave."""
     rejects: tuple[Reject, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ScoredComparison, ...]
     scores: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     """Of the chosen and the rejected side, (draw, comparison) each, by setting."""
 
@@ -193,13 +160,10 @@ class PublicResult:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         columns: dict[str, Any] = {
-            "prompt": [item.pair.prompt for item in self.comparisons],
-            "chosen": [_name(item.pair.chosen) for item in self.comparisons],
-            "rejected": [_name(item.pair.rejected) for item in self.comparisons],
-            "tie": [item.tie for item in self.comparisons],
-            "target": [0.5 if item.tie else item.pair.target for item in self.comparisons],
-            "row": [item.row for item in self.comparisons],
-            "file": [item.file for item in self.comparisons],
+            name.name: [getattr(item, name.name) for item in self.comparisons]
+            for name in fields(ScoredComparison)
+        }
+        columns |= {
             "score_chosen": self.score_chosen,
             "score_rejected": self.score_rejected,
         }
@@ -228,28 +192,18 @@ class PublicResult:
         file = Path(folder) / "scores.parquet"
         if not file.is_file():
             raise InvalidInputError(f"no result to compare with: {file} is missing")
-        rows = parquet.read_table(file).to_pylist()
-        names = {"prompt", "chosen", "rejected", "tie", "row", "file", "score_chosen", "score_rejected"}
-        if rows and not names <= set(rows[0]):
+        names = ["file", "row", "chosen", "rejected", "score_chosen", "score_rejected"]
+        stored = parquet.read_schema(file).names
+        if not set(names) <= set(stored):
             raise InvalidInputError(
-                f"{file} is not the result of a public benchmark: its columns are {list(rows[0])}"
+                f"{file} is not the result of a public benchmark: its columns are {stored}"
             )
-
-        def key(row: dict[str, Any]) -> tuple[Any, ...]:
-            return row["file"], row["row"], row["chosen"], row["rejected"]
-
-        theirs = {key(row): row["score_chosen"] - row["score_rejected"] for row in rows}
-        ours = [
-            key(
-                {
-                    "file": c.file,
-                    "row": c.row,
-                    "chosen": _name(c.pair.chosen),
-                    "rejected": _name(c.pair.rejected),
-                }
-            )
-            for c in self.comparisons
-        ]
+        *keys, chosen, rejected = (
+            column.to_pylist() for column in parquet.read_table(file, columns=names).select(names).columns
+        )
+        margins = np.array(chosen) - np.array(rejected)
+        theirs = dict(zip(zip(*keys, strict=True), margins, strict=True))
+        ours = [(c.file, c.row, c.chosen, c.rejected) for c in self.comparisons]
         if set(ours) != set(theirs):
             common = len(set(ours) & set(theirs))
             raise InvalidInputError(
@@ -258,7 +212,7 @@ class PublicResult:
         rule, ties = RULES[self.published.rule], np.array([c.tie for c in self.comparisons])
         margins = self.score_chosen - self.score_rejected, np.array([theirs[one] for one in ours])
         own, other = (credits(rule, margin, ties, threshold=self.published.threshold) for margin in margins)
-        prompts = np.array([c.pair.prompt for c in self.comparisons])
+        prompts = _prompt_numbers(self.comparisons)
         return paired_difference(own, other, prompts, seed=self.seed)
 
 
@@ -272,9 +226,12 @@ def evaluate_comparisons(
     threshold: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    part: PartFile | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PublicResult:
     """Score both sides of every comparison, each picture of a prompt once.
+
+    The stream is read once, and of its pictures a batch is held at a time.
 
     Args:
         score: `reward_scores` of a reward, or any other model.
@@ -286,41 +243,73 @@ def evaluate_comparisons(
         threshold: largest |margin| that the rule takes for a tie of scores.
         seed: of the bootstrap.
         batch_size: pictures per call; no effect on the result.
-        on_progress: called with (pictures done, pictures in all).
+        part: where scores are kept as they come, so that a run that was stopped goes on; it stays when all is
+            done, and is of no more use once the result is saved.
+        on_progress: called with the number of comparisons and rejects read, and of those among them that need
+            no scoring in this run.
 
     A comparison whose picture cannot be read is a reject with its reason; nothing is dropped unseen.
+
+    Raises:
+        InvalidInputError: unknown rule, no row that can be evaluated, a score that is not finite, or a part
+            file of a run with other settings.
     """
     if rule not in RULES:
         raise InvalidInputError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
-    comparisons: list[Comparison] = []
+    pictures = PictureScores(score, batch_size=batch_size, part=part)
+    comparisons: list[ScoredComparison] = []
+    sides: list[tuple[int, int]] = []
     rejects: list[Reject] = []
-    for item in stream:
-        (comparisons if isinstance(item, Comparison) else rejects).append(item)  # type: ignore[arg-type]
-    num_rows = len(comparisons) + len(rejects)
-    wanted: dict[tuple[str, ImageSource], None] = {}
-    for item in comparisons:
-        wanted |= dict.fromkeys((item.pair.prompt, side) for side in (item.pair.chosen, item.pair.rejected))
-    scores, unreadable, cost = _score_pictures(score, list(wanted), batch_size, on_progress)
-    scored = []
-    for item in comparisons:
-        sides = [(item.pair.prompt, side) for side in (item.pair.chosen, item.pair.rejected)]
-        broken = next((unreadable[side] for side in sides if side in unreadable), None)
-        if broken is None:
-            scored.append(item)
+    num_rows = num_resumed = 0
+    for num_rows, item in enumerate(stream, start=1):
+        if isinstance(item, Reject):
+            rejects.append(item)
+            num_resumed += 1
         else:
-            rejects.append(Reject(row=item.row, reason=broken, prompt=item.pair.prompt, file=item.file))
+            pair = item.pair
+            chosen, rejected = image_name(pair.chosen), image_name(pair.rejected)
+            sides.append(
+                (
+                    pictures.add(pair.prompt, chosen, pair.chosen),
+                    pictures.add(pair.prompt, rejected, pair.rejected),
+                )
+            )
+            comparisons.append(
+                ScoredComparison(
+                    prompt=pair.prompt,
+                    chosen=chosen,
+                    rejected=rejected,
+                    tie=item.tie,
+                    target=0.5 if item.tie else pair.target,
+                    row=item.row,
+                    file=item.file,
+                )
+            )
+            num_resumed += max(sides[-1]) < pictures.num_resumed
+        if on_progress is not None and num_rows % batch_size == 0:
+            on_progress(num_rows, num_resumed)
+    scores = pictures.scores()
+    if on_progress is not None:
+        on_progress(num_rows, num_resumed)
+    scored: list[int] = []
+    for index, (item, two) in enumerate(zip(comparisons, sides, strict=True)):
+        broken = next((pictures.unreadable[side] for side in two if side in pictures.unreadable), None)
+        if broken is None:
+            scored.append(index)
+        else:
+            rejects.append(Reject(row=item.row, reason=broken, prompt=item.prompt, file=item.file))
     if not scored:
-        raise InvalidInputError(f"none of {num_rows} rows can be evaluated, first: {rejects[0].reason}")
+        first = f", first: {rejects[0].reason}" if rejects else ""
+        raise InvalidInputError(f"none of {num_rows} rows can be evaluated{first}")
+    comparisons = [comparisons[index] for index in scored]
+    shown = np.array(sides)[scored]
     both = {
-        label: (
-            np.stack([found[item.pair.prompt, item.pair.chosen] for item in scored], axis=1),
-            np.stack([found[item.pair.prompt, item.pair.rejected] for item in scored], axis=1),
-        )
+        label: (found.take(shown[:, 0], axis=1), found.take(shown[:, 1], axis=1))
         for label, found in scores.items()
     }
-    ties = np.array([item.tie for item in scored])
-    target = np.array([0.5 if item.tie else item.pair.target for item in scored])
-    prompts = np.array([item.pair.prompt for item in scored])
+    ties = np.array([item.tie for item in comparisons])
+    target = np.array([item.target for item in comparisons])
+    prompts = _prompt_numbers(comparisons)
 
     def accuracy(name: str, margin: NDArray[np.float64], limit: float) -> RuleAccuracy:
         return accuracy_by_rule(name, margin, ties, prompts, threshold=limit, seed=seed)
@@ -341,9 +330,8 @@ def evaluate_comparisons(
 
     default = next(iter(both))
     settings = tuple(measured(label, calibration_scale if label == default else None) for label in both)
+    of_sides = both[default][0].mean(axis=0), both[default][1].mean(axis=0)
     margin = (both[default][0] - both[default][1]).mean(axis=0)
-    pictures = [(_name(item.pair.chosen), _name(item.pair.rejected)) for item in scored]
-    sides = both[default][0].mean(axis=0), both[default][1].mean(axis=0)
     return PublicResult(
         model=model,
         seed=seed,
@@ -351,62 +339,21 @@ def evaluate_comparisons(
         by_pair=settings[0].by_pair,
         by_prompt=accuracy("strict-by-prompt", margin, 0.0),
         kendall=kendall_by_prompt(margin, ties, prompts, seed=seed),
-        spearman=spearman_by_prompt(pictures, sides, ties, prompts, seed=seed),
+        spearman=spearman_by_prompt(shown, of_sides, ties, prompts, seed=seed),
         settings=settings,
-        cost=cost,
+        cost=pictures.cost(),
         num_rows=num_rows,
         rejects=tuple(rejects),
-        comparisons=tuple(scored),
+        comparisons=tuple(comparisons),
         scores=both,
     )
 
 
-_Key = tuple[str, ImageSource]
-
-
-def _score_pictures(
-    score: ScoreFunction,
-    keys: Sequence[_Key],
-    batch_size: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, dict[_Key, NDArray[np.float64]]], dict[_Key, str], MeasuredCost]:
-    """Scores (draw,) of every readable picture by setting, why others are not readable, and what it took."""
-    scores: dict[str, dict[_Key, NDArray[np.float64]]] = {}
-    unreadable: dict[_Key, str] = {}
-    seconds, scored, flops = 0.0, 0, None
-    reset_peak_memory()
-    for start in range(0, len(keys), batch_size):
-        readable, pictures = [], []
-        for key in keys[start : start + batch_size]:
-            try:
-                pictures.append(load_image(key[1]))
-                readable.append(key)
-            except InvalidInputError as error:
-                unreadable[key] = str(error)
-        if readable:
-            prompts = [prompt for prompt, _ in readable]
-            if scored == 0:  # also loads what is loaded at first use, so that it is not timed below
-                flops = counted_flops(lambda: score(prompts[:1], pictures[:1]))  # noqa: B023  # called at once
-            before = time.perf_counter()
-            found = score(prompts, pictures)
-            seconds += time.perf_counter() - before
-            scored += len(readable)
-            for label, values in found.items():
-                rows = values.to(torch.float64).cpu().reshape(-1, len(readable)).T.numpy()
-                if not np.isfinite(rows).all():
-                    raise InvalidInputError(
-                        f"a score of {label} is not finite, of prompt {prompts[0]!r} or beside"
-                    )
-                scores.setdefault(label, {}).update(zip(readable, rows, strict=True))
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(keys)), len(keys))
-    cost = MeasuredCost(
-        flops=flops,
-        seconds=seconds / max(scored, 1),
-        peak_memory_bytes=peak_memory_bytes(),
-        batch_size=batch_size,
-    )
-    return scores, unreadable, cost
+def _prompt_numbers(comparisons: Sequence[ScoredComparison]) -> NDArray[np.int64]:
+    """Prompts by their place in the alphabet: small, whatever the prompts' length, and of the order that the
+    bootstrap takes them in."""
+    places = {prompt: place for place, prompt in enumerate(sorted({item.prompt for item in comparisons}))}
+    return np.array([places[item.prompt] for item in comparisons], dtype=np.int64)
 
 
 def as_json(result: RuleAccuracy | PairedDifference) -> dict[str, Any]:
@@ -426,9 +373,3 @@ def _percent(interval: Interval) -> tuple[str, str]:
 
 def _finite(interval: dict[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in interval.items()}
-
-
-def _name(image: ImageSource) -> str:
-    if isinstance(image, Path):
-        return str(image)
-    return f"{len(image)} bytes" if isinstance(image, bytes) else "picture"

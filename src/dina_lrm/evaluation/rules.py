@@ -10,7 +10,6 @@ and whether pairs or prompts are averaged. None means: not counted. The model "s
 margin is at most a threshold, which is 0 unless the rule fits one on other data.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -198,9 +197,9 @@ def accuracy_by_rule(
     if labels.shape != values.shape:
         raise ValueError(f"{labels.size} prompts for {values.size} pairs")
     counted = ~np.isnan(values)
-    used = np.unique(labels[counted])
+    used, prompt = np.unique(labels[counted], return_inverse=True)
     if rule.average == "prompts" and len(used):
-        means = np.array([values[counted & (labels == label)].mean() for label in used])
+        means = np.bincount(prompt, values[counted]) / np.bincount(prompt)
         interval = cluster_bootstrap(means, used, num_resamples=num_resamples, seed=seed)
     else:
         interval = cluster_bootstrap(values, labels, num_resamples=num_resamples, seed=seed)
@@ -227,9 +226,21 @@ def best_threshold(rule: Rule | str, margin: ArrayLike, rater_tie: ArrayLike) ->
     0.2
     """
     rule = RULES[rule] if isinstance(rule, str) else rule
-    candidates = np.unique(np.append(np.abs(np.asarray(margin, dtype=np.float64)), 0.0))
-    means = [float(np.nanmean(credits(rule, margin, rater_tie, threshold=t))) for t in candidates]
-    return float(candidates[int(np.argmax(means))])
+    margins, ties = np.asarray(margin, dtype=np.float64), np.asarray(rater_tie, dtype=bool)
+    order = np.argsort(np.abs(margins), kind="stable")
+    decided = credits(rule, margins, ties, threshold=-1.0)[order]
+    tied = credits(rule, margins, ties, threshold=np.inf)[order]
+    candidates = np.unique(np.append(np.abs(margins), 0.0))
+    num_tied = np.searchsorted(np.abs(margins)[order], candidates, side="right")
+
+    def total(of_decided: NDArray[np.float64], of_tied: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum at each candidate: the smallest margins are tied, the others decided."""
+        before, after = (np.append(0.0, np.cumsum(part)) for part in (of_tied, of_decided))
+        return before[num_tied] + after[-1] - after[num_tied]
+
+    worth = total(np.nan_to_num(decided), np.nan_to_num(tied))
+    counted = total((~np.isnan(decided)).astype(float), (~np.isnan(tied)).astype(float))
+    return float(candidates[int(np.argmax(worth / counted))])
 
 
 def kendall_by_prompt(
@@ -244,20 +255,17 @@ def kendall_by_prompt(
     >>> kendall_by_prompt([1.0, 2.0, -1.0], [False] * 3, ["p"] * 3).value  # 2 right, 1 wrong of 3
     0.3333333333333333
     """
-    margins, ties, labels = np.asarray(margin, float), np.asarray(rater_tie, bool), np.asarray(prompts)
-    taus, used = [], []
-    for label in np.unique(labels):
-        rows = labels == label
-        signs = np.where(ties[rows], 0.0, np.sign(margins[rows]))
-        pairs, rater, score = rows.sum(), ties[rows].sum(), (margins[rows] == 0).sum()
-        if pairs > 1 and rater < pairs and score < pairs:
-            taus.append(signs.sum() / np.sqrt((pairs - rater) * (pairs - score)))
-            used.append(label)
+    margins, ties = np.asarray(margin, float), np.asarray(rater_tie, bool)
+    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    pairs, rater, score = np.bincount(prompt), np.bincount(prompt, ties), np.bincount(prompt, margins == 0)
+    balance = np.bincount(prompt, np.where(ties, 0.0, np.sign(margins)))
+    used = np.flatnonzero((pairs > 1) & (rater < pairs) & (score < pairs))
+    taus = balance[used] / np.sqrt((pairs - rater)[used] * (pairs - score)[used])
     return cluster_bootstrap(taus, used, num_resamples=num_resamples, seed=seed)
 
 
 def spearman_by_prompt(
-    pictures: Sequence[tuple[str, str]],
+    pictures: ArrayLike,
     scores: tuple[ArrayLike, ArrayLike],
     rater_tie: ArrayLike,
     prompts: ArrayLike,
@@ -271,33 +279,35 @@ def spearman_by_prompt(
     its pictures, three or more, were compared; one on which raters or scores tie everywhere is left out.
 
     Args:
-        pictures: names of the chosen and the rejected picture of each comparison.
+        pictures: (pair, 2), names or numbers of the chosen and the rejected picture of each comparison.
         scores: of the chosen and the rejected pictures.
 
     >>> pairs = [("a", "b"), ("a", "c"), ("b", "c")]  # raters: a, b, c; scores: b, a, c
     >>> spearman_by_prompt(pairs, ([2.0, 2.0, 3.0], [3.0, 1.0, 1.0]), [False] * 3, ["p"] * 3).value
     0.5
     """
-    from scipy.stats import spearmanr  # here, since scipy is slow to load
+    from scipy.stats import rankdata  # here, since scipy is slow to load
 
-    ties, labels = np.asarray(rater_tie, bool), np.asarray(prompts)
-    chosen, rejected = (np.asarray(side, float) for side in scores)
-    correlations, used = [], []
-    for label in np.unique(labels):
-        wins: dict[str, float] = {}
-        score: dict[str, float] = {}
-        rows = np.flatnonzero(labels == label)
-        for row in rows:
-            first, second = pictures[int(row)]
-            step = 0.0 if ties[row] else 1.0
-            wins[first], wins[second] = wins.get(first, 0.0) + step, wins.get(second, 0.0) - step
-            score[first], score[second] = float(chosen[row]), float(rejected[row])
-        count = len(wins)
-        if count < 3 or len(rows) != count * (count - 1) // 2:
-            continue
-        if len(set(wins.values())) == 1 or len(set(score.values())) == 1:
-            continue
-        correlation, _ = spearmanr(list(wins.values()), [score[name] for name in wins])
-        correlations.append(float(correlation))  # pyright: ignore[reportArgumentType]  # SciPy is not annotated
-        used.append(label)
-    return cluster_bootstrap(correlations, used, num_resamples=num_resamples, seed=seed)
+    ties, sides = np.asarray(rater_tie, bool), np.asarray(pictures)
+    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    names, name = np.unique(sides, return_inverse=True)
+    found, picture = np.unique(prompt[:, None] * len(names) + name.reshape(sides.shape), return_inverse=True)
+    picture = picture.reshape(sides.shape)  # numbers of a prompt's pictures, prompt after prompt
+    step = np.where(ties, 0.0, 1.0)
+    wins = np.bincount(picture[:, 0], step, len(found)) - np.bincount(picture[:, 1], step, len(found))
+    score = np.empty(len(found))
+    score[picture] = np.stack([np.asarray(side, float) for side in scores], axis=1)
+    num_pictures, num_pairs = np.bincount(found // len(names)), np.bincount(prompt)
+    first = np.cumsum(num_pictures) - num_pictures
+    complete = (num_pictures >= 3) & (num_pairs == num_pictures * (num_pictures - 1) // 2)
+    correlations = np.full(len(num_pairs), np.nan)
+    for count in np.unique(num_pictures[complete]):
+        members = np.flatnonzero(complete & (num_pictures == count))
+        listed = first[members, None] + np.arange(count)
+        ordered = (np.ptp(wins[listed], axis=1) > 0) & (np.ptp(score[listed], axis=1) > 0)
+        members, listed = members[ordered], listed[ordered]
+        raters, ours = (rankdata(values[listed], axis=1) - (count + 1) / 2 for values in (wins, score))
+        spread = np.sqrt(np.square(raters).sum(axis=1) * np.square(ours).sum(axis=1))
+        correlations[members] = (raters * ours).sum(axis=1) / spread
+    used = np.flatnonzero(~np.isnan(correlations))
+    return cluster_bootstrap(correlations[used], used, num_resamples=num_resamples, seed=seed)
