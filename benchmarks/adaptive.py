@@ -2,15 +2,15 @@
 
     python benchmarks/adaptive.py --fit FIT.safetensors --test TEST.safetensors --output DIR
 
-The plan of views, its threshold, and which fixed ensemble is best are chosen on the pairs of FIT (of which
-only the first --fit-pairs are used); every figure is measured on TEST. Writes DIR/adaptive.{json,md}. Pairs
-come from benchmarks/shapes_pairs.py, of seeds that the reward was not trained on.
+FIT gives everything that is chosen: half of its prompts the order of the levels, the other half when to stop,
+both which fixed ensemble is the best. Every figure is measured on TEST. Two adaptive rules: one whose levels
+are learned too, and one over the levels of the default ensemble. Writes DIR/adaptive.{json,md}. Pairs come
+from benchmarks/shapes_pairs.py, of seeds that the reward was not trained on.
 """
 
-import dataclasses
 import json
 import multiprocessing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,24 @@ import torch
 import tyro
 
 from dina_lrm import RewardModel
-from dina_lrm.core.adaptive import stopping_views
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.evaluation.adaptive import learn_views, view_scores, views_along
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.evaluation.adaptive import (
+    NUM_VIEWS,
+    ViewOrder,
+    joined_scores,
+    order_views,
+    stop_early,
+    stop_views,
+)
 from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness
-from dina_lrm.evaluation.noise_sweep import PairScores, Setting, score_pairs
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FIXED = ((0.2, 0.5), (0.2, 0.5, 0.7), (0.1, 0.2, 0.3, 0.4, 0.5), LEVELS)
 ERRORS = (0.005, 0.01, 0.02, 0.05)
+DEFAULT = (0.2, 0.5, 0.7)
+"""Levels of the bundled reward's own ensemble."""
+SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,112 +45,160 @@ class Options:
     test: Path
     output: Path
     model: str = "bundled"
-    fit_pairs: int = 1200
     note: str = ""
     """Hardware and date, for the table."""
 
 
 def main(options: Options) -> None:
+    fit, test = LatentPairs.load(options.fit), LatentPairs.load(options.test)
+    first, second = fit.split_by_prompt(0.5, seed=SEED)
+    parts = test.split_by_prompt(0.5, seed=SEED)
+    test = LatentPairs.concatenate(parts)
+    fixed = [*((level,) for level in LEVELS), *FIXED]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        fit, test = pool.starmap(
-            scored, [(options.model, options.fit, options.fit_pairs), (options.model, options.test, None)]
-        )
+        model = options.model
+        jobs = {"learned": (LEVELS, NUM_VIEWS), "default": (DEFAULT, len(DEFAULT))}
+        ordering = {name: pool.apply_async(ordered, (model, first, *job)) for name, job in jobs.items()}
+        scoring = [pool.apply_async(margins, (model, part, fixed)) for part in (fit, *parts)]
+        orders = {name: job.get() for name, job in ordering.items()}
+        orders["learned"] = orders["learned"].until_likeliest()
+        plans = orders["learned"].ensembles + orders["default"].ensembles
+        planned = [pool.apply_async(margins, (model, part, plans)) for part in (second, fit, *parts)]
+        fixed_fit, *fixed_test = [job.get() for job in scoring]
+        control, plan_fit, *plan_test = [job.get() for job in planned]
+    sets = {
+        "fit": (fit, fixed_fit, plan_fit),
+        "test": (test, torch.cat(fixed_test, dim=1), torch.cat(plan_test, dim=1)),
+    }
+    num_learned = len(orders["learned"].noise_levels)
+    rows_of = {"learned": slice(0, num_learned), "default": slice(num_learned, len(plans))}
     rows: list[dict[str, Any]] = []
 
-    def measure(name: str, passes: float, margins: dict[str, np.ndarray], **about: Any) -> None:
-        values = {
-            part: pair_correctness(margins[part], sets[part]["target"], ties="wrong") for part in margins
+    def measure(name: str, kind: str, passes: float, found: dict[str, torch.Tensor], **about: Any) -> None:
+        right = {
+            part: pair_correctness(
+                found[part].double().numpy(), sets[part][0].target.double().numpy(), ties="wrong"
+            )
+            for part in found
         }
-        interval = cluster_bootstrap(values["test"], sets["test"]["prompts"])
-        row = {"name": name, "passes": passes, "accuracy": dataclasses.asdict(interval), **about}
-        rows.append(row | {"fit_accuracy": float(np.nanmean(values["fit"])), "correct": values["test"]})
+        row = {"name": name, "kind": kind, "passes": passes, **about}
+        row["accuracy"] = asdict(cluster_bootstrap(right["test"], test.prompt_index.numpy()))
+        rows.append(row | {"fit_accuracy": float(np.nanmean(right["fit"])), "right": right["test"]})
 
-    sets = {"fit": fit, "test": test}
-    for index, level in enumerate(LEVELS):
-        measure(f"{level:g}", 1, {p: sets[p]["views"][0, index].numpy() for p in sets}, kind="single")
-    for levels in FIXED:
-        index = [LEVELS.index(level) for level in levels]
-        label = "+".join(f"{level:g}" for level in levels)
-        averaged = {p: sets[p]["views"][0, index].mean(dim=0).numpy() for p in sets}
-        measure(label, len(levels), {p: sets[p]["tokens"][levels].numpy() for p in sets}, kind="tokens")
-        measure(f"mean of {label}", len(levels), averaged, kind="scores")
-    target = torch.from_numpy(fit["target"])
-    fixed = max(rows, key=lambda row: row["fit_accuracy"])
-    several = max((row for row in rows if row["passes"] > 1), key=lambda row: row["fit_accuracy"])
-    for error in ERRORS:
-        learned, plan = learn_views(fit["scores"], LEVELS, target, error=error)
-        margins: dict[str, np.ndarray] = {}
-        views: dict[str, float] = {}
-        turned: dict[str, float] = {}
-        for part in sets:
-            along = views_along(sets[part]["views"].double(), plan)
-            taken = stopping_views(plan.certainty(along), learned.threshold)
-            means = plan.means(along)
-            margins[part] = means.gather(0, taken[None] - 1)[0].numpy()
-            views[part] = float(taken.double().mean())
-            turned[part] = float((np.sign(margins[part]) != means[-1].sign().numpy()).mean())
-        measure(
-            f"adaptive, at most {100 * error:g} % turned",
-            views["test"],
-            margins,
-            kind="adaptive",
-            turned=turned["test"],
-            threshold=learned.threshold,
-            order=list(learned.noise_levels),
+    for index, levels in enumerate(fixed):
+        joined = {part: sets[part][1][index] for part in sets}
+        measure(named(levels), "tokens" if len(levels) > 1 else "single", len(levels), joined)
+        if len(levels) > 1:
+            members = [LEVELS.index(level) for level in levels]
+            averaged = {part: sets[part][1][members].mean(dim=0) for part in sets}
+            measure(f"mean of {named(levels)}", "scores", len(levels), averaged)
+    for index, levels in enumerate(orders["learned"].ensembles[1:], 1):
+        joined = {part: sets[part][2][index] for part in sets}
+        measure(f"first {len(levels)} learned: {named(levels)}", "tokens", len(levels), joined)
+    references = {
+        f"minus_{size}_passes": max(
+            (row for row in rows if row["passes"] == size and row["kind"] != "single"),
+            key=lambda row: row["fit_accuracy"],
         )
+        for size in sorted({row["passes"] for row in rows} - {1})
+    }
+    best = max((row for row in rows if row["passes"] > 1), key=lambda row: row["fit_accuracy"])
+    references["minus_best"] = best
+    for which, order in orders.items():
+        own = rows_of[which]
+        for error in ERRORS:
+            try:
+                views = stop_views(order, control[own], error=error)
+            except InvalidInputError as refusal:
+                print(refusal)
+                continue
+            early = {part: stop_early(views, sets[part][2][own]) for part in sets}
+            taken, stopped = early["test"]
+            measure(
+                f"adaptive {which}, at most {100 * error:g} % turned",
+                "adaptive",
+                float(taken.double().mean()),
+                {part: early[part][1] for part in sets},
+                turned=float((stopped.sign() != sets["test"][2][own][-1].sign()).double().mean()),
+                views=asdict(views),
+                shares=[float((taken == view + 1).double().mean()) for view in range(own.stop - own.start)],
+            )
     for row in rows:
-        gain = row["correct"] - several["correct"]
-        row["minus_best_fixed"] = dataclasses.asdict(cluster_bootstrap(gain, test["prompts"]))
+        for name, reference in references.items():
+            gain = row["right"] - reference["right"]
+            row[name] = asdict(cluster_bootstrap(gain, test.prompt_index.numpy()))
     for row in rows:
-        del row["correct"]
+        del row["right"]
     about = {
         "command": "python benchmarks/adaptive.py --fit FIT.safetensors --test TEST.safetensors --output DIR",
-        "fit_pairs": len(fit["target"]),
-        "test_pairs": len(test["target"]),
-        "best_on_fit": fixed["name"],
-        "best_ensemble_on_fit": several["name"],
+        "fit_pairs": len(fit),
+        "test_pairs": len(test),
+        "orders": {name: list(order.noise_levels) for name, order in orders.items()},
+        "nats": {name: list(order.nats) for name, order in orders.items()},
+        "best_ensemble_on_fit": best["name"],
+        "best_on_fit_by_passes": {name: reference["name"] for name, reference in references.items()},
         "note": options.note,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "adaptive.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    page = table(about, rows, references)
+    (options.output / "adaptive.md").write_text(page)
+    print(page)
+
+
+def table(about: dict[str, Any], rows: list[dict[str, Any]], references: dict[str, dict[str, Any]]) -> str:
+    """All rows against the best fixed ensemble; then the adaptive ones against the best of every size."""
+    orders = "; ".join(f"{name} {', '.join(map(str, order))}" for name, order in about["orders"].items())
     lines = [
-        f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure. {options.note}",
-        f"Best fixed ensemble on the former: {several['name']}, {several['passes']} passes.",
+        f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure. {about['note']}",
+        f"Orders of the views: {orders}. Best fixed ensemble on the former: {about['best_ensemble_on_fit']}.",
         "",
-        "| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points |",
-        "|---|--:|--:|---|---|",
+        "| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points | turned % |",
+        "|---|--:|--:|---|---|--:|",
     ]
     for row in rows:
-        a, d = row["accuracy"], row["minus_best_fixed"]
+        a = row["accuracy"]
+        turned = f"{100 * row['turned']:.2f}" if "turned" in row else ""
         lines.append(
             f"| {row['name']} ({row['kind']}) | {row['passes']:.2f} | {100 * a['value']:.1f} | "
-            f"{100 * a['low']:.1f} to {100 * a['high']:.1f} | "
-            f"{100 * d['value']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}) |"
+            f"{100 * a['low']:.1f} to {100 * a['high']:.1f} | {points(row['minus_best'])} | {turned} |"
         )
-    (options.output / "adaptive.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    sizes = [name for name in references if name != "minus_best"]
+    heads = [f"{references[name]['name']} ({references[name]['passes']})" for name in sizes]
+    lines += [
+        "",
+        "Minus the best fixed ensemble of each size (passes), points; below it, the share of its passes.",
+        "",
+        f"| | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+    ]
+    for row in rows:
+        if row["kind"] == "adaptive":
+            lines.append(f"| {row['name']} | {' | '.join(points(row[name]) for name in sizes)} |")
+            shares = [f"{100 * row['passes'] / references[name]['passes']:.0f} %" for name in sizes]
+            lines.append(f"| {row['passes']:.2f} passes | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
 
 
-def scored(model_id: str, file: Path, num_pairs: int | None) -> dict[str, Any]:
-    """Margins of all views and of the fixed token-level ensembles."""
+def points(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
+def named(levels: tuple[float, ...]) -> str:
+    return "+".join(f"{level:g}" for level in levels)
+
+
+def ordered(model_id: str, pairs: LatentPairs, levels: tuple[float, ...], num_views: int) -> ViewOrder:
     torch.set_num_threads(1)
-    model, pairs = RewardModel.from_pretrained(model_id), LatentPairs.load(file)
-    if num_pairs is not None:
-        pairs = pairs.subset(torch.arange(min(num_pairs, len(pairs))))
-    scores = view_scores(model, pairs, LEVELS, seed=1)
-    views = torch.stack([one.chosen - one.rejected for one in scores], dim=1)
+    model = RewardModel.from_pretrained(model_id)
+    return order_views(model, pairs, levels=levels, num_views=num_views, seed=SEED)
 
-    def tokens(levels: tuple[float, ...]) -> torch.Tensor:
-        found: PairScores = score_pairs(model, pairs, Setting(noise_levels=levels), seed=1)
-        return found.margin
 
-    return {
-        "scores": scores,
-        "views": views,
-        "tokens": {levels: tokens(levels) for levels in FIXED},
-        "target": pairs.target.double().numpy(),
-        "prompts": pairs.prompt_index.numpy(),
-    }
+def margins(model_id: str, pairs: LatentPairs, ensembles: list[tuple[float, ...]]) -> torch.Tensor:
+    """(ensemble, pair)."""
+    torch.set_num_threads(1)
+    scores = joined_scores(RewardModel.from_pretrained(model_id), pairs, ensembles, seed=SEED)
+    return scores.chosen - scores.rejected
 
 
 if __name__ == "__main__":

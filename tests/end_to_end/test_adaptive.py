@@ -19,7 +19,7 @@ def reward(tiny_pipeline: Path, tmp_path: Path) -> Path:
 
 
 def pairs(reward: Path, num: int) -> LatentPairs:
-    """Random latents, labelled by the reward's own clean scores, so that there is something to agree on."""
+    """Random latents, labelled by the reward's own scores, so that there is something to agree on."""
     from dina_lrm import RewardModel
     from dina_lrm.models.backbone import Conditioning
 
@@ -28,15 +28,15 @@ def pairs(reward: Path, num: int) -> LatentPairs:
     latents = torch.randn(2 * num, 16, 4, 4, generator=generator)
     embeds, pooled = torch.randn(1, 5, 64, generator=generator), torch.randn(1, 64, generator=generator)
     with torch.no_grad():
-        scores = model.score_latents(latents, Conditioning(embeds, pooled), 0.0, seed=0)
+        scores = model.score_latents(latents, Conditioning(embeds, pooled), [0.1, 0.6], seed=0)
     first, second = torch.arange(num), torch.arange(num) + num
     wins = scores[first] > scores[second]
     return LatentPairs(
         latents=latents,
-        prompts=["p"],
-        prompt_embeds=embeds,
-        pooled_prompt_embeds=pooled,
-        prompt_index=torch.zeros(num, dtype=torch.int64),
+        prompts=[f"p{index}" for index in range(20)],
+        prompt_embeds=embeds.repeat(20, 1, 1),
+        pooled_prompt_embeds=pooled.repeat(20, 1),
+        prompt_index=torch.arange(num) % 20,
         chosen=torch.where(wins, first, second),
         rejected=torch.where(wins, second, first),
         target=torch.ones(num),
@@ -44,7 +44,7 @@ def pairs(reward: Path, num: int) -> LatentPairs:
 
 
 def test_learn_then_compare(reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs(reward, 400).save(tmp_path / "pairs.safetensors")
+    pairs(reward, 240).save(tmp_path / "pairs.safetensors")
     images = []
     for name, colour in (("a.png", (250, 0, 0)), ("b.png", (0, 20, 90))):
         Image.new("RGB", (32, 32), colour).save(tmp_path / name)
@@ -56,8 +56,7 @@ def test_learn_then_compare(reward: Path, tmp_path: Path, capsys: pytest.Capture
     assert cli.main([*learn, "--learn-views", "--json"]) == 0
     learned = json.loads(capsys.readouterr().out)
     assert learned["turned"] <= 0.05
-    assert 1 <= learned["views"] <= 9
-    assert len(learned["noise_levels"]) == 9
+    assert 1 <= learned["views"] <= len(learned["noise_levels"]) <= 5
     assert cli.main(compare) == 0
     told = json.loads(capsys.readouterr().out)
     assert 0 < told["probability_a_preferred"] < 1

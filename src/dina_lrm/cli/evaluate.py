@@ -71,7 +71,8 @@ class Evaluate:
     guide. Writes costs.html too. Not for shapes."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
-    model is a folder, and runs/evaluation/BENCHMARK otherwise."""
+    model is a folder, and runs/evaluation/BENCHMARK otherwise. On a public benchmark an interrupted run goes
+    on where it stopped when the same command is given again."""
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Encoded pairs (.safetensors) instead of new ones; written there when the file does not exist yet."""
     num_prompts: int = 700
@@ -155,23 +156,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def learn_views(options: Evaluate, model: "RewardModel", pairs: "LatentPairs") -> int:
-    """Score the pairs at all levels, fit the plan, store it, say what it saves."""
+    """Learn the order of the levels and when to stop, store it, say what it saves."""
     from dataclasses import replace
 
     from dina_lrm.evaluation import adaptive
 
-    with progress_bar("passes") as progress:
+    with progress_bar("images") as progress:
         task = progress.add_task("scoring", total=None)
-        scores = adaptive.view_scores(
+        learned, found = adaptive.learn_views(
             model,
             pairs,
-            adaptive.LEVELS,
+            error=options.max_turned,
             seed=options.seed,
-            batch_size=options.batch_size,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    learned, plan = adaptive.learn_views(scores, adaptive.LEVELS, pairs.target, error=options.max_turned)
-    found = adaptive.measure_views(scores, plan, learned.threshold, pairs)
     model.config = replace(model.config, adaptive=learned)
     model.save_pretrained(options.model.model)
     if options.as_json:

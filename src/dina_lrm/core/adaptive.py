@@ -1,26 +1,20 @@
 """How many views of a pair are enough: a sequential test that stops when the answer is known.
 
-A view is one score of a picture at one noise level with one noise sample; both sides of a pair get the same.
-Its margin y_k = mu(sigma_k) + e_k is the pair's own margin at that level plus noise of the draw. Over pairs
+A view is one pass of the backbone at one noise level. After k views the head scores the tokens of all k
+together, so m_k, the margin between the two sides, is that of the token-level ensemble of the first k levels,
+and m_K that of the whole plan. Looking on can only turn a decision while m_k is small, so
 
-    mu ~ N(0, C)        (level, level): pairs differ, and levels see related things
-    e_k ~ N(0, n)       of the level; independent from view to view
+    stop at the first k with |m_k| >= c s_k,    P(m_K > 0 | m_k) = Phi(m_k / s_k)
 
-and what unlimited views would tell is theta = w . mu. Given the margins of k views, theta is Gaussian with a
-mean linear in them, `gains[k - 1] . y`, and a standard deviation `deviations[k - 1]` that does not depend on
-them. So
+s_k puts the views on one scale; nothing depends on its being right. c is the smallest threshold at which, on
+pairs that chose neither the levels nor s_k, early stops turn at most a share alpha of the decisions that all
+K views would make, with 95 % confidence over the choice of those pairs. That holds for any law of the
+margins: it asks only that the pairs are drawn independently, from where later pairs come from.
 
-* which level is worth most next is known beforehand: the one that leaves the smallest deviation;
-* the probability that theta has the sign of its mean is Phi(|mean| / deviation), and it is a martingale in k.
-  Stopping as soon as it reaches 1 - alpha, after however many looks, therefore leaves at most alpha of the
-  stopped decisions on the wrong side of theta: this is no interval of fixed size that is peeked at again.
+The same file fixes how many noise draws of one picture reach a wanted standard error (`stein_draws`).
 
-The guarantee is as good as the two Gaussians. `controlled_threshold` gives one that assumes neither: on
-held-out pairs it takes the smallest bound on |mean| / deviation at which early stops turn at most alpha of
-all decisions that the last view would make, with 95 % confidence over the choice of the pairs.
-
-Own work; optional stopping of a martingale: Doob; fixed-sequence testing with exact binomial bounds:
-Angelopoulos et al., Learn then Test (arXiv:2110.01052).
+Own work; fixed-sequence testing with exact binomial bounds: Angelopoulos et al., Learn then Test
+(arXiv:2110.01052).
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -29,206 +23,100 @@ Angelopoulos et al., Learn then Test (arXiv:2110.01052).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import minimize
 from scipy.stats import beta, norm, t
 from torch import Tensor
 
+from dina_lrm.core.calibration import fit_scale
 from dina_lrm.core.likelihood import log_normal_cdf, negative_log_likelihood
 
-__all__ = [
-    "ViewModel",
-    "ViewPlan",
-    "controlled_threshold",
-    "fit_views",
-    "plan_views",
-    "stein_draws",
-    "stopping_views",
-]
+__all__ = ["agreement_spreads", "controlled_threshold", "likeliest", "stein_draws", "stopping_views"]
 
 THRESHOLDS = tuple(round(4.0 - 0.05 * step, 2) for step in range(81))
-"""Candidates of `controlled_threshold`, from never stopping early to always."""
+"""Candidates of `controlled_threshold`, from hardly ever stopping early to always."""
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViewModel:
-    """How margins of views behave over pairs; in score units."""
-
-    between: Float[Tensor, "level level"]
-    """C: covariance of a pair's own margins at the levels."""
-    within: Float[Tensor, " level"]
-    """n: variance of a view around its pair's own margin."""
-    weights: Float[Tensor, " level"]
-    """w: what each level counts in theta."""
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of theta over pairs."""
-        return math.sqrt(float(self.weights @ self.between @ self.weights))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewPlan:
-    """Views in the order in which they are drawn, and what is known after each."""
-
-    levels: Int64[Tensor, " view"]
-    """Which level each view has."""
-    gains: Float[Tensor, "view view"]
-    """Row k - 1: weights of the first k margins in the mean of theta; 0 beyond."""
-    deviations: Float[Tensor, " view"]
-    """Standard deviation of theta after each view."""
-
-    def means(self, margins: Float[Tensor, "view pair"]) -> Float[Tensor, "view pair"]:
-        """Mean of theta after each view."""
-        return self.gains @ margins
-
-    def certainty(self, margins: Float[Tensor, "view pair"]) -> Float[Tensor, "view pair"]:
-        """|mean| / deviation after each view: the sign is right with probability Phi of it."""
-        return self.means(margins).abs() / self.deviations[:, None]
-
-
-def fit_views(
-    margins: Float[Tensor, "draw level pair"], target: Float[Tensor, " pair"], *, shrinkage: float = 0.01
-) -> ViewModel:
-    """The view model of held-out pairs.
-
-    Which side is called first must not matter, so second moments are taken about 0. Products of different
-    draws give C, since noise cancels in them; what a draw has beyond is n. w is the non-negative combination
-    of the levels under which the votes are likeliest, shrunk a little towards equal weights.
+def likeliest(
+    margins: Float[Tensor, "candidate pair"], target: Float[Tensor, " pair"]
+) -> tuple[int, float, float]:
+    """The candidate under which the votes are likeliest, each read on the scale that suits it best.
 
     Args:
-        margins: of at least two independent noise draws at every level.
-        target: share of votes for the first side.
-        shrinkage: weight of the pull towards equal weights.
+        margins: score_chosen - score_rejected, of each way of scoring.
+        target: share of votes for `chosen`.
 
-    Raises:
-        ValueError: fewer than two draws, or no pairs.
+    Returns:
+        Its row, the nats per pair of its votes (lower is better), its scale as in `calibration.fit_scale`.
+
+    >>> margins = torch.tensor([[1.0, 1.0, 1.0, -1.0], [2.0, 2.0, 2.0, 2.0]])
+    >>> row, nats, scale = likeliest(margins, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    >>> row, round(nats, 3), round(likeliest(margins[1:], torch.tensor([1.0, 1.0, 1.0, 0.0]))[1], 4)
+    (0, 0.0, 0.5623)
     """
-    num_draws, _, num_pairs = margins.shape
-    if num_draws < 2 or num_pairs == 0:
-        raise ValueError(f"{num_draws} draws of {num_pairs} pairs: at least two draws of one pair are needed")
-    y = margins.detach().double().cpu()
-    total = y.sum(dim=0)
-    own = torch.stack([draw @ draw.T for draw in y]).sum(dim=0)
-    between = (total @ total.T - own) / (num_draws * (num_draws - 1) * num_pairs)
-    between = (between + between.T) / 2
-    values, vectors = torch.linalg.eigh(between)
-    floor = 1e-6 * float(values.max().clamp_min(1e-12))
-    between = vectors @ torch.diag(values.clamp_min(floor)) @ vectors.T
-    within = (y.square().mean(dim=(0, 2)) - between.diagonal()).clamp_min(floor)
-    return ViewModel(
-        between=between, within=within, weights=_fit_weights(y.mean(dim=0), target.double().cpu(), shrinkage)
-    )
+    y = target.double()
+    found: list[tuple[float, int, float]] = []
+    for row, margin in enumerate(margins.double()):
+        scale = fit_scale(margin, y)
+        z = margin / scale
+        loss = negative_log_likelihood(log_normal_cdf(z), log_normal_cdf(-z), y).mean()
+        found.append((float(loss), row, scale))
+    nats, row, scale = min(found)
+    return row, nats, scale
 
 
-def _fit_weights(
-    margins: Float[Tensor, "level pair"], target: Float[Tensor, " pair"], shrinkage: float
-) -> Float[Tensor, " level"]:
-    """Non-negative, summing to 1."""
-    scale = float(margins.mean(dim=0).std().clamp_min(1e-12))
-    x = margins / scale
+def agreement_spreads(margins: Float[Tensor, "view pair"]) -> list[float]:
+    """s_k of every view but the last: the last margin has the sign of m_k with P = Phi(|m_k| / s_k).
 
-    def loss(values: Any) -> tuple[float, list[float]]:
-        w = torch.tensor(list(values), dtype=torch.float64, requires_grad=True)
-        z = w @ x
-        fit = negative_log_likelihood(log_normal_cdf(z), log_normal_cdf(-z), target).mean()
-        pull = shrinkage * (w - w.detach().mean()).square().sum()
-        (fit + pull).backward()
-        assert w.grad is not None
-        return (fit + pull).item(), w.grad.tolist()
+    By hand: margins of 1 after the first view, of which three in four keep their sign, have
+    s = 1 / Phi^-1(3/4) = 1.4826.
 
-    start = [1.0 / len(x)] * len(x)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * len(x))
-    weights = torch.tensor(list(found.x), dtype=torch.float64)
-    return weights / weights.sum() if float(weights.sum()) > 0 else torch.tensor(start, dtype=torch.float64)
-
-
-def plan_views(model: ViewModel, num_views: int, *, max_repeats: int | None = None) -> ViewPlan:
-    """The first `num_views` views: at each turn the level that leaves theta's deviation smallest.
-
-    Args:
-        max_repeats: how often a level may be viewed; None: as often as it is worth most.
-
-    By hand: one level, C = 1, n = 1, w = 1. After k views the variance of theta is 1 / (1 + k), and its mean
-    is sum(y) / (1 + k).
-
-    >>> one = torch.ones(1, 1, dtype=torch.float64)
-    >>> plan = plan_views(ViewModel(between=one, within=one[0], weights=one[0]), 3)
-    >>> [round(float(d) ** 2, 4) for d in plan.deviations], plan.gains[2].tolist()
-    ([0.5, 0.3333, 0.25], [0.25, 0.25, 0.25])
+    >>> [round(s, 4) for s in agreement_spreads(torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 3.0, -1.0]]))]
+    [1.4826]
     """
-    covariance_with_theta = model.between @ model.weights
-    prior = float(model.weights @ covariance_with_theta)
-    chosen: list[int] = []
-    gains = torch.zeros(num_views, num_views, dtype=torch.float64)
-    deviations: list[float] = []
-    for view in range(num_views):
-        best: tuple[float, int, Tensor] | None = None
-        for level in range(len(model.weights)):
-            if max_repeats is not None and chosen.count(level) >= max_repeats:
-                continue
-            rows = [*chosen, level]
-            own = model.between[rows][:, rows] + torch.diag(model.within[rows])
-            along = covariance_with_theta[rows]
-            gain = torch.linalg.solve(own, along)
-            variance = prior - float(along @ gain)
-            if best is None or variance < best[0] - 1e-15:
-                best = variance, level, gain
-        if best is None:
-            raise ValueError(
-                f"{num_views} views of {len(model.weights)} levels, each at most {max_repeats} times"
-            )
-        chosen.append(best[1])
-        gains[view, : view + 1] = best[2]
-        deviations.append(math.sqrt(max(best[0], 1e-18)))
-    return ViewPlan(
-        levels=torch.tensor(chosen), gains=gains, deviations=torch.tensor(deviations, dtype=torch.float64)
-    )
+    return [fit_scale(margin, (margins[-1] > 0).double()) for margin in margins[:-1]]
 
 
-def stopping_views(
-    certainty: Float[Tensor, "view pair"], threshold: float, *, allowed: Sequence[int] | None = None
-) -> Int64[Tensor, " pair"]:
-    """How many views each pair takes: the first at which the threshold is reached, else all.
+def stopping_views(margins: Float[Tensor, "view pair"], settled: Sequence[float]) -> Int64[Tensor, " pair"]:
+    """How many views each pair takes: up to the first whose |margin| is large enough, else all.
 
     Args:
-        allowed: views after which a test may stop; None: any.
+        settled: margin at which a decision is final, after every view but the last.
 
-    >>> stopping_views(torch.tensor([[0.5, 2.0], [1.7, 0.1], [1.0, 0.1]]), 1.6).tolist()
+    >>> stopping_views(torch.tensor([[0.5, -2.0], [1.7, 0.1], [1.0, 0.1]]), [1.6, 1.6]).tolist()
     [2, 1]
     """
-    reached = certainty >= threshold
-    reached[-1] = True
-    if allowed is not None:
-        closed = [view for view in range(len(reached) - 1) if view + 1 not in allowed]
-        reached[closed] = False
-    return reached.to(torch.int64).argmax(dim=0) + 1
+    limits = margins.new_tensor([*settled, 0.0])
+    return (margins.abs() >= limits[:, None]).to(torch.int64).argmax(dim=0) + 1
 
 
-def controlled_threshold(plan: ViewPlan, margins: Float[Tensor, "view pair"], *, error: float) -> float:
+def controlled_threshold(
+    margins: Float[Tensor, "view pair"], spreads: Sequence[float], *, error: float
+) -> float:
     """The smallest threshold whose early stops turn at most `error` of the decisions of all views.
 
-    Thresholds are tried from the largest down; each passes if the exact binomial upper bound (95 %) on the
-    share of pairs that stop early on the other side than they would end is at most `error`; the first
-    failure ends the search. Testing in a fixed order needs no correction for the number of tests.
+    A pair is settled after view k when |margin| >= threshold * spreads[k - 1]. Thresholds are tried from the
+    largest down; each passes if the exact binomial upper bound (95 %) on the share of pairs that stop early
+    on the other side than they would end is at most `error`; the first failure ends the search. Testing in a
+    fixed order needs no correction for the number of tests.
 
     Args:
-        margins: of held-out pairs, independent of each other, along the plan.
+        margins: of pairs that are independent of each other and of the spreads.
+        spreads: of every view but the last.
         error: in (0, 1).
+
+    Returns:
+        Infinity where no threshold passes: fewer than log(0.05) / log(1 - error) pairs never suffice.
     """
     if not 0 < error < 1:
         raise ValueError(f"error = {error}: must be in (0, 1)")
-    means, certainty = plan.means(margins.double()), plan.certainty(margins.double())
     num_pairs, passed = margins.shape[1], math.inf
     for threshold in THRESHOLDS:
-        views = stopping_views(certainty, threshold)
-        early = means.gather(0, views[None] - 1)[0]
-        turned = int((early.sign() != means[-1].sign()).sum())
+        views = stopping_views(margins, [threshold * spread for spread in spreads])
+        early = margins.gather(0, views[None] - 1)[0]
+        turned = int((early.sign() != margins[-1].sign()).sum())
         bound = 1.0 if turned == num_pairs else float(beta.ppf(CONFIDENCE, turned + 1, num_pairs - turned))
         if bound > error:
             break

@@ -1,121 +1,217 @@
 """Learning how many views a pair needs, and measuring what that saves."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dina_lrm.core.adaptive import ViewPlan, controlled_threshold, fit_views, plan_views, stopping_views
-from dina_lrm.core.calibration import fit_scale
-from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, likeliest, stopping_views
+from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import pairwise_accuracy
-from dina_lrm.evaluation.noise_sweep import PairScores, Setting, score_pairs
+from dina_lrm.evaluation.noise_sweep import PairScores, score_images
+from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.config import AdaptiveViews
 from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["learn_views", "measure_views", "view_scores", "views_along"]
+__all__ = [
+    "ViewOrder",
+    "joined_scores",
+    "learn_views",
+    "measure_views",
+    "order_views",
+    "stop_early",
+    "stop_views",
+]
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-NUM_VIEWS = 9
-FEWEST_PAIRS = 200
+NUM_VIEWS = 5
+FEWEST_PAIRS = 100
+"""In each half of the prompts."""
+Progress = Callable[[int, int], None] | None
 
 
-def view_scores(
+def joined_scores(
     model: RewardModel,
     pairs: LatentPairs,
-    levels: Sequence[float],
+    ensembles: Sequence[tuple[float, ...]],
     *,
-    num_draws: int = 2,
     seed: int = 0,
-    batch_size: int = 128,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[PairScores]:
-    """Scores of every pair at every level, over noise draws that are independent from level to level."""
-    found = []
-    for index, level in enumerate(levels):
+    on_progress: Progress = None,
+) -> PairScores:
+    """Scores of every token-level ensemble; the backbone runs once at each level that any of them has.
 
-        def report(done: int, total: int, index: int = index) -> None:
-            if on_progress is not None:
-                on_progress(index * total + done, len(levels) * total)
+    The same as `score_pairs` with each ensemble's levels in turn, with the same noise.
+    """
+    levels = tuple(dict.fromkeys(level for levels in ensembles for level in levels))
 
-        setting = Setting(noise_levels=(level,), num_draws=num_draws)
-        own_seed = mix_seeds(seed, 8, index)
-        found.append(
-            score_pairs(model, pairs, setting, seed=own_seed, batch_size=batch_size, on_progress=report)
+    def score(latents: Tensor, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        batch = len(latents)
+        wanted = torch.tensor(levels, device=model.device)[:, None].expand(-1, batch)
+        tokens = model.noisy_tokens(latents, conditioning, wanted, noise)
+        rows = torch.arange(len(levels) * batch, device=model.device).reshape(-1, batch)
+        found = []
+        for members in ensembles:
+            own = rows[[levels.index(level) for level in members]].flatten()
+            found.append(model.score_tokens(tokens.rows(own).unfold(len(members))))
+        return torch.stack(found)
+
+    batch_size = max(1, model.max_batch_size // len(levels))
+    return score_images(model, pairs, score, seed=seed, batch_size=batch_size, on_progress=on_progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOrder:
+    """Levels in the order in which they are looked at, and what the votes say about each number of views."""
+
+    noise_levels: tuple[float, ...]
+    scales: tuple[float, ...]
+    """After each view, P(a preferred) = Phi(margin / scale)."""
+    nats: tuple[float, ...]
+    """After each view, the negative log-likelihood of a pair's votes on that scale."""
+    scores: PairScores
+    """Of the pairs that this was learned on, a row a view."""
+
+    @property
+    def ensembles(self) -> list[tuple[float, ...]]:
+        """The levels of the first view, of the first two, and so on."""
+        return [self.noise_levels[: view + 1] for view in range(len(self.noise_levels))]
+
+    def until_likeliest(self) -> "ViewOrder":
+        """The views up to those under which the votes are likeliest: what comes later only costs."""
+        count = self.nats.index(min(self.nats)) + 1
+        return ViewOrder(
+            noise_levels=self.noise_levels[:count],
+            scales=self.scales[:count],
+            nats=self.nats[:count],
+            scores=PairScores(chosen=self.scores.chosen[:count], rejected=self.scores.rejected[:count]),
         )
-    return found
 
 
-def learn_views(
-    scores: Sequence[PairScores],
-    levels: Sequence[float],
-    target: Tensor,
+def order_views(
+    model: RewardModel,
+    pairs: LatentPairs,
     *,
+    levels: Sequence[float] = LEVELS,
     num_views: int = NUM_VIEWS,
-    error: float = 0.05,
-) -> tuple[AdaptiveViews, ViewPlan]:
-    """The sequence of views, when to stop, and the calibration after it, from held-out pairs.
+    seed: int = 0,
+    on_progress: Progress = None,
+) -> ViewOrder:
+    """Greedily: at each turn the level that, joined to those before, makes the votes likeliest."""
+    order: tuple[float, ...] = ()
+    scales: list[float] = []
+    nats: list[float] = []
+    chosen: list[Tensor] = []
+    rejected: list[Tensor] = []
+    num_views = min(num_views, len(levels))
+    for view in range(num_views):
+        ensembles = [(*order, level) for level in levels if level not in order]
+        report = _turn(on_progress, view, num_views)
+        scores = joined_scores(model, pairs, ensembles, seed=seed, on_progress=report)
+        best, found, scale = likeliest(scores.chosen - scores.rejected, pairs.target)
+        order = ensembles[best]
+        scales.append(scale)
+        nats.append(found)
+        chosen.append(scores.chosen[best])
+        rejected.append(scores.rejected[best])
+    return ViewOrder(
+        noise_levels=order,
+        scales=tuple(scales),
+        nats=tuple(nats),
+        scores=PairScores(chosen=torch.stack(chosen), rejected=torch.stack(rejected)),
+    )
+
+
+def stop_views(order: ViewOrder, margins: Float[Tensor, "view pair"], *, error: float) -> AdaptiveViews:
+    """When to stop along these views.
 
     Args:
-        scores: from `view_scores`, by level: at least two draws.
-        target: (pair,) share of votes for `chosen`.
+        margins: after each view, of pairs that the order was not learned on.
         error: share of decisions that an early stop may turn.
 
     Raises:
-        InvalidInputError: fewer than 200 pairs.
+        InvalidInputError: these pairs do not show, for any early stop, that it turns so few.
     """
-    if len(target) < FEWEST_PAIRS:
+    learned = order.scores.chosen - order.scores.rejected
+    spreads = agreement_spreads(learned)
+    threshold = controlled_threshold(margins, spreads, error=error)
+    if math.isinf(threshold):
         raise InvalidInputError(
-            f"{len(target)} pairs are too few to learn views on: {FEWEST_PAIRS} are needed"
+            f"{margins.shape[1]} pairs do not show that any early stop turns at most {100 * error:g} % of "
+            f"the decisions: more pairs are needed, or a larger share"
         )
-    margins = torch.stack([one.chosen - one.rejected for one in scores], dim=1).double()
-    plan = plan_views(fit_views(margins, target), num_views, max_repeats=len(margins))
-    along = views_along(margins, plan)
-    threshold = controlled_threshold(plan, along, error=error)
-    threshold = min(threshold, 1e6)  # no early stop passed: never stop early
-    offsets = [float(torch.cat([one.chosen, one.rejected]).mean()) for one in scores]
-    order = plan.levels.tolist()
-    learned = AdaptiveViews(
-        noise_levels=tuple(levels[level] for level in order),
-        gains=tuple(tuple(plan.gains[view, : view + 1].tolist()) for view in range(num_views)),
-        deviations=tuple(plan.deviations.tolist()),
-        offsets=tuple(offsets[level] for level in order),
-        threshold=threshold,
+    both = torch.cat([order.scores.chosen, order.scores.rejected], dim=1)
+    return AdaptiveViews(
+        noise_levels=order.noise_levels,
+        settled=tuple(threshold * spread for spread in spreads),
+        scales=order.scales,
+        offsets=tuple(both.double().mean(dim=1).tolist()),
         error=error,
-        scale=fit_scale(plan.means(along)[-1], target.double()),
-        num_pairs=len(target),
+        num_pairs=learned.shape[1] + margins.shape[1],
     )
-    return learned, plan
 
 
-def views_along(margins: Tensor, plan: ViewPlan) -> Tensor:
-    """(view, pair): margins in the order of the plan; a level that comes again takes its next draw.
+def learn_views(
+    model: RewardModel,
+    pairs: LatentPairs,
+    *,
+    error: float = 0.05,
+    seed: int = 0,
+    on_progress: Progress = None,
+) -> tuple[AdaptiveViews, dict[str, float]]:
+    """The views and when to stop, and what that saves, from pairs that nothing is tested on.
+
+    Half of the prompts give the order of the levels and the calibration after each, the other half says when
+    to stop.
 
     Args:
-        margins: (draw, level, pair).
+        error: share of decisions that an early stop may turn.
+
+    Returns:
+        What `compare` needs, and `measure_views` of the second half.
+
+    Raises:
+        InvalidInputError: fewer than 100 pairs in a half, or too few for this error.
     """
-    taken = dict.fromkeys(range(margins.shape[1]), 0)
-    views = []
-    for level in plan.levels.tolist():
-        views.append(margins[taken[level], level])
-        taken[level] += 1
-    return torch.stack(views)
+    first, second = pairs.split_by_prompt(0.5, seed=seed)
+    if min(len(first), len(second)) < FEWEST_PAIRS:
+        raise InvalidInputError(
+            f"{len(pairs)} pairs of {pairs.num_prompts} prompts are too few to learn views on: each half of "
+            f"the prompts needs {FEWEST_PAIRS} pairs"
+        )
+    order = order_views(model, first, seed=seed, on_progress=on_progress).until_likeliest()
+    margins = joined_scores(model, second, order.ensembles, seed=seed)
+    margins = margins.chosen - margins.rejected
+    learned = stop_views(order, margins, error=error)
+    return learned, measure_views(learned, margins, second.target)
 
 
 def measure_views(
-    scores: Sequence[PairScores], plan: ViewPlan, threshold: float, pairs: LatentPairs
+    views: AdaptiveViews, margins: Float[Tensor, "view pair"], target: Float[Tensor, " pair"]
 ) -> dict[str, float]:
     """What stopping early costs and saves on these pairs: mean views, accuracies, decisions turned."""
-    margins = torch.stack([one.chosen - one.rejected for one in scores], dim=1).double()
-    along = views_along(margins, plan)
-    means = plan.means(along)
-    views = stopping_views(plan.certainty(along), threshold)
-    stopped = means.gather(0, views[None] - 1)[0]
-    target = pairs.target.numpy()
+    taken, stopped = stop_early(views, margins)
     return {
-        "views": float(views.double().mean()),
-        "accuracy": pairwise_accuracy(stopped.numpy(), target).value,
-        "accuracy_all": pairwise_accuracy(means[-1].numpy(), target).value,
-        "turned": float((stopped.sign() != means[-1].sign()).double().mean()),
+        "views": float(taken.double().mean()),
+        "accuracy": pairwise_accuracy(stopped.numpy(), target.numpy()).value,
+        "accuracy_all": pairwise_accuracy(margins[-1].numpy(), target.numpy()).value,
+        "turned": float((stopped.sign() != margins[-1].sign()).double().mean()),
     }
+
+
+def stop_early(
+    views: AdaptiveViews, margins: Float[Tensor, "view pair"]
+) -> tuple[Int64[Tensor, " pair"], Float[Tensor, " pair"]]:
+    """How many views each pair takes, and its margin then."""
+    taken = stopping_views(margins, views.settled)
+    return taken, margins.gather(0, taken[None] - 1)[0]
+
+
+def _turn(on_progress: Progress, turn: int, turns: int) -> Progress:
+    """Progress of one turn of several, as a part of the whole."""
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(turn * total + done, turns * total)

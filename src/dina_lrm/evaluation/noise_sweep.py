@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairScores:
-    """Scores of both sides of every pair, one row per noise draw."""
+    """Scores of both sides of every pair, one row per noise draw or per way of scoring."""
 
     chosen: Float[Tensor, "draw pair"]
     rejected: Float[Tensor, "draw pair"]
@@ -101,7 +101,10 @@ class SettingResult:
     """Standard deviation of the margin over draws, as a fraction of that over pairs; None for one draw."""
 
 
-@torch.no_grad()
+ScoreImages = Callable[[Tensor, Conditioning, Tensor], Float[Tensor, "way image"]]
+"""Scores of latents, with a row of conditioning and a noise sample each, made in one or more ways."""
+
+
 def score_pairs(
     model: RewardModel,
     pairs: LatentPairs,
@@ -118,21 +121,60 @@ def score_pairs(
         batch_size: images per call.
         on_progress: called with (images done, images in all).
     """
+
+    def score(latents: Tensor, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        def at(levels: list[float]) -> Tensor:
+            return model.score_latents(latents, conditioning, noise_levels=levels, noise=noise)
+
+        if setting.combine == "tokens":
+            return at(list(setting.noise_levels))[None]
+        return average_levels(torch.stack([at([level]) for level in setting.noise_levels]))[None]
+
+    draws = []
+    for draw in range(setting.num_draws):
+
+        def report(done: int, total: int, draw: int = draw) -> None:
+            if on_progress is not None:
+                on_progress(draw * total + done, setting.num_draws * total)
+
+        draws.append(
+            score_images(model, pairs, score, seed=seed, draw=draw, batch_size=batch_size, on_progress=report)
+        )
+    return PairScores(
+        chosen=torch.cat([one.chosen for one in draws]), rejected=torch.cat([one.rejected for one in draws])
+    )
+
+
+@torch.no_grad()
+def score_images(
+    model: RewardModel,
+    pairs: LatentPairs,
+    score: ScoreImages,
+    *,
+    seed: int,
+    draw: int = 0,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PairScores:
+    """Both sides of every pair under one noise draw; one row for each way in which `score` makes scores.
+
+    Args:
+        seed, draw, batch_size, on_progress: as in `score_pairs`.
+    """
     model.check_inputs(pairs.latents[:1], _conditioning(pairs, slice(None)), pairs.latent_space)
     images = torch.stack([torch.cat([pairs.chosen, pairs.rejected]), pairs.prompt_index.repeat(2)], dim=1)
     unique, position = torch.unique(images, dim=0, return_inverse=True)
     shape = tuple(pairs.latents.shape[1:])
-    draws: list[Tensor] = []
-    for draw in range(setting.num_draws):
-        parts: list[Tensor] = []
-        for start in range(0, len(unique), batch_size):
-            rows, prompts = unique[start : start + batch_size].unbind(dim=1)
-            noise = seeded_noise(shape, [mix_seeds(seed, draw, int(prompt)) for prompt in prompts])[0]
-            parts.append(_scores(model, pairs, rows, prompts, noise, setting))
-            if on_progress is not None:
-                on_progress(draw * len(unique) + start + len(rows), setting.num_draws * len(unique))
-        draws.append(torch.cat(parts)[position])
-    chosen, rejected = torch.stack(draws).chunk(2, dim=1)
+    parts: list[Tensor] = []
+    for start in range(0, len(unique), batch_size):
+        rows, prompts = unique[start : start + batch_size].unbind(dim=1)
+        noise = seeded_noise(shape, [mix_seeds(seed, draw, int(prompt)) for prompt in prompts])[0]
+        latents = pairs.latents[rows].to(model.device, model.dtype)
+        conditioning = _conditioning(pairs, prompts).to(model.device, model.dtype)
+        parts.append(score(latents, conditioning, noise.to(model.device)).float().cpu())
+        if on_progress is not None:
+            on_progress(start + len(rows), len(unique))
+    chosen, rejected = torch.cat(parts, dim=1)[:, position].chunk(2, dim=1)
     return PairScores(chosen=chosen, rejected=rejected)
 
 
@@ -143,21 +185,6 @@ def _conditioning(pairs: LatentPairs, prompts: Tensor | slice) -> Conditioning:
         pooled_prompt_embeds=None if pooled is None else pooled[prompts],
         attention_mask=None if mask is None else mask[prompts],
     )
-
-
-def _scores(
-    model: RewardModel, pairs: LatentPairs, rows: Tensor, prompts: Tensor, noise: Tensor, setting: Setting
-) -> Tensor:
-    latents = pairs.latents[rows].to(model.device, model.dtype)
-    conditioning = _conditioning(pairs, prompts).to(model.device, model.dtype)
-    noise = noise.to(model.device)
-
-    def score(levels: list[float]) -> Tensor:
-        return model.score_latents(latents, conditioning, noise_levels=levels, noise=noise).float().cpu()
-
-    if setting.combine == "tokens":
-        return score(list(setting.noise_levels))
-    return average_levels(torch.stack([score([level]) for level in setting.noise_levels]))
 
 
 def measure(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dina_lrm.core.adaptive import stein_draws
 from dina_lrm.core.ensemble import mean_and_standard_error
-from dina_lrm.core.likelihood import win_probability
+from dina_lrm.core.likelihood import log_normal_cdf
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.config import AdaptiveViews
+from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.scoring import RankedImage, ScoreOutput
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ class AdaptiveComparison:
     probability: float
     """That the first is preferred, calibrated."""
     views: int
-    """Scores computed of each picture."""
+    """Noise levels at which each picture was looked at: passes of the backbone."""
     decided: bool
     """Whether the test ended before the last view: more would hardly change which side leads."""
 
 
 class Views:
-    """Scores of some pictures of one prompt, view by view; view i has its own level and its own noise.
+    """Scores of some pictures of one prompt, view by view: the backbone runs at one more noise level, and the
+    head again on the tokens of all levels so far, which are kept. All levels have the same noise sample.
 
     Args:
         latents: clean, one (channel, *frame, height, width) a picture; pictures of one shape share their
@@ -45,11 +47,11 @@ class Views:
     ) -> None:
         self.model, self.latents, self.plan = model, list(latents), plan
         self.conditioning = model.encode_prompts(prompt)
-        count = len(plan.noise_levels)
         self.noise = {
-            shape: seeded_noise(tuple(shape), [seed], num_draws=count)
+            shape: seeded_noise(tuple(shape), [seed])[0].to(model.device)
             for shape in {latent.shape for latent in latents}
         }
+        self.tokens: list[list[HeadTokens]] = [[] for _ in latents]
         self.scores: list[list[float]] = [[] for _ in latents]
 
     def draw(self, pictures: Sequence[int]) -> None:
@@ -58,27 +60,41 @@ class Views:
         for picture in pictures:
             key = self.latents[picture].shape, len(self.scores[picture])
             groups.setdefault(key, []).append(picture)
-        for (shape, view), members in groups.items():
-            found = self.model.score_latents(
-                torch.stack([self.latents[picture] for picture in members]),
-                self.conditioning,
-                self.plan.noise_levels[view],
-                self.noise[shape][view].expand(len(members), *shape),
-            )
-            for picture, score in zip(members, found.tolist(), strict=True):
-                self.scores[picture].append(score)
+        for group in groups.values():
+            size = self.model.max_batch_size
+            for start in range(0, len(group), size):
+                self._draw(group[start : start + size])
+
+    def _draw(self, pictures: Sequence[int]) -> None:
+        """For pictures of one shape that have been viewed equally often."""
+        shape, view, count = self.latents[pictures[0]].shape, len(self.scores[pictures[0]]), len(pictures)
+        latents = torch.stack([self.latents[picture] for picture in pictures])
+        self.model.check_inputs(latents, self.conditioning)
+        found = self.model.noisy_tokens(
+            latents,
+            self.conditioning.index_select(torch.zeros(count, dtype=torch.int64, device=latents.device)),
+            torch.full((1, count), self.plan.noise_levels[view], device=latents.device),
+            self.noise[shape].expand(count, *shape),
+        )
+        for row, picture in enumerate(pictures):
+            self.tokens[picture].append(found.rows(slice(row, row + 1)))
+        seen = [self.tokens[picture][past] for past in range(view + 1) for picture in pictures]
+        scores = self.model.score_tokens(HeadTokens.stack(seen).unfold(view + 1))
+        for picture, score in zip(pictures, scores.tolist(), strict=True):
+            self.scores[picture].append(score)
 
     def estimate(self, picture: int) -> float:
-        """Of the score that unlimited views would give."""
-        scores = self.scores[picture]
-        gains = self.plan.gains[len(scores) - 1]
-        return sum(g * (s - o) for g, s, o in zip(gains, scores, self.plan.offsets, strict=False))
+        """The score so far, in probits: P(a preferred to b) = Phi(estimate(a) - estimate(b))."""
+        last = len(self.scores[picture]) - 1
+        return (self.scores[picture][last] - self.plan.offsets[last]) / self.plan.scales[last]
 
-    def decided(self, first: int, second: int) -> bool:
-        """Is it settled which of the two leads?"""
+    def settled(self, first: int, second: int) -> bool:
+        """Is it final that `first`, whose estimate is the larger, leads? By the last view that both have."""
         views = min(len(self.scores[first]), len(self.scores[second]))
-        difference = abs(self.estimate(first) - self.estimate(second))
-        return difference >= self.plan.threshold * self.plan.deviations[views - 1]
+        if views == len(self.plan.noise_levels):
+            return True
+        lead = self.scores[first][views - 1] - self.scores[second][views - 1]
+        return lead >= self.plan.settled[views - 1]
 
     def exhausted(self, picture: int) -> bool:
         return len(self.scores[picture]) == len(self.plan.noise_levels)
@@ -102,18 +118,14 @@ def compare_adaptively(
     model: "RewardModel", prompt: str, latents: Sequence[Tensor], seed: int
 ) -> AdaptiveComparison:
     """View two pictures until it is settled which leads, at most as often as the plan has views."""
-    plan = plan_of(model)
-    views = Views(model, prompt, latents, seed, plan)
+    views = Views(model, prompt, latents, seed, plan_of(model))
     while True:
         views.draw([0, 1])
-        decided = views.decided(0, 1)
-        if decided or views.exhausted(0):
+        lead = views.estimate(0) - views.estimate(1)
+        if views.settled(0, 1) if lead > 0 else views.settled(1, 0):
             break
-    lead = torch.tensor([views.estimate(0) - views.estimate(1)], dtype=torch.float64)
-    probability = win_probability(
-        lead, torch.zeros(1), likelihood="thurstone", slope=0.0, floor=plan.scale**2 / 2
-    ).item()
-    return AdaptiveComparison(probability, len(views.scores[0]), decided and not views.exhausted(0))
+    probability = float(log_normal_cdf(torch.tensor(lead, dtype=torch.float64)).exp())
+    return AdaptiveComparison(probability, len(views.scores[0]), not views.exhausted(0))
 
 
 def rank_adaptively(
@@ -131,7 +143,7 @@ def rank_adaptively(
         open_ones = {
             picture
             for pair in pairwise(order)
-            if not views.decided(*pair)
+            if not views.settled(*pair)
             for picture in pair
             if not views.exhausted(picture)
         }

@@ -71,40 +71,34 @@ class Calibration:
 class AdaptiveViews:
     """Views learned on held-out pairs (`core.adaptive`), on which `compare` and `rank` can stop early.
 
-    After k views a picture's score is the first k entries of row k of `gains` times its (score - offset) at
-    each.
+    After k views a picture's score is that of the token-level ensemble of the first k levels.
     """
 
     noise_levels: tuple[float, ...]
-    """Of each view, in the order in which they are drawn."""
-    gains: tuple[tuple[float, ...], ...]
-    """Row k - 1 holds k weights."""
-    deviations: tuple[float, ...]
-    """How uncertain a score difference still is after k views, in score units."""
+    """In the order in which they are looked at, each once."""
+    settled: tuple[float, ...]
+    """After each view but the last, the score difference at which a decision is final."""
+    scales: tuple[float, ...]
+    """After each view, P(a preferred) = Phi(difference / scale)."""
     offsets: tuple[float, ...]
-    """Mean score at each view's level, taken off so that pictures with different numbers of views compare."""
-    threshold: float
-    """A decision is final when |difference| / deviation reaches it."""
+    """Mean score after each view, taken off where pictures with different numbers of views are ranked."""
     error: float
-    """Share of decisions that early stops may turn, which the threshold was chosen for."""
-    scale: float
-    """P(a preferred) = Phi(difference / scale)."""
+    """Share of decisions that early stops may turn, which `settled` was chosen for."""
     num_pairs: int
     """Held-out pairs that all of this was learned on."""
 
     def __post_init__(self) -> None:
         _check_levels(self.noise_levels, "adaptive.noise_levels")
         count = len(self.noise_levels)
-        lengths = [len(row) for row in self.gains]
-        _require(lengths == list(range(1, count + 1)), "adaptive.gains", lengths, "rows of 1, 2, ... weights")
-        for name in ("deviations", "offsets"):
+        distinct = len(set(self.noise_levels)) == count
+        _require(distinct, "adaptive.noise_levels", self.noise_levels, "without repeats")
+        for name, wanted in (("settled", count - 1), ("scales", count), ("offsets", count)):
             values = getattr(self, name)
-            good = len(values) == count and all(map(math.isfinite, values))
-            _require(good, f"adaptive.{name}", values, f"{count} finite numbers")
-        _require(min(self.deviations) > 0, "adaptive.deviations", self.deviations, "above 0")
-        _require(self.threshold >= 0, "adaptive.threshold", self.threshold, "at least 0")
+            good = len(values) == wanted and all(map(math.isfinite, values))
+            _require(good, f"adaptive.{name}", values, f"{wanted} finite numbers")
+        _require(min(self.settled, default=0.0) >= 0, "adaptive.settled", self.settled, "at least 0")
+        _require(min(self.scales) > 0, "adaptive.scales", self.scales, "above 0")
         _require(0 < self.error < 1, "adaptive.error", self.error, "in (0, 1)")
-        _require(math.isfinite(self.scale) and self.scale > 0, "adaptive.scale", self.scale, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,6 +148,11 @@ class HeadTokens:
         ]
         return cls(image, torch.cat(padded), torch.cat(seen))
 
+    def rows(self, index: Tensor | slice) -> "HeadTokens":
+        """Some of the rows."""
+        text = None if self.text is None else self.text[index]
+        return HeadTokens(self.image[index], text, None if self.text_mask is None else self.text_mask[index])
+
     def unfold(self, num_levels: int) -> "HeadTokens":
         """Rows ordered level by level become one ensemble a latent (`core.ensemble.unfold_levels`)."""
         mask = self.text_mask

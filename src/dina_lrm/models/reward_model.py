@@ -378,7 +378,7 @@ class RewardModel(nn.Module):
         """Probability that `image_a` is preferred to `image_b`, both seen through the same noise.
 
         Args:
-            adaptive: draw views one after another and stop when it is settled which side leads
+            adaptive: look at one noise level after another and stop when it is settled which side leads
                 (`config.adaptive`); noise_levels and num_draws are not used then.
         """
         if adaptive:
@@ -422,6 +422,7 @@ class RewardModel(nn.Module):
 
         Args:
             adaptive: as in `compare`: pictures are viewed until each is settled against its neighbours.
+                Scores are then in probits: P(a preferred to b) = Phi(score_a - score_b).
         """
         if adaptive:
             self._require_trained(None)
@@ -454,6 +455,38 @@ class RewardModel(nn.Module):
         """What the head reads of one noise level's features."""
         image, text = self.head.aggregate(features.image, features.text, features.temb)
         return HeadTokens(image, text, features.text_mask if text is not None else None)
+
+    def noisy_tokens(
+        self,
+        latents: Latents,
+        conditioning: Conditioning,
+        levels: Float[Tensor, "level batch"],
+        noise: Tensor,
+    ) -> HeadTokens:
+        """What the head reads of clean latents, each at several noise levels; rows ordered level by level.
+
+        Args:
+            conditioning: one row per latent.
+            noise: one sample per latent, used at all of its levels.
+        """
+        self._settle_adapter()
+        num_levels, batch = levels.shape
+        sigma = self.schedule.match(levels.flatten()).sigma
+        latents = latents.to(
+            torch.promote_types(latents.dtype, torch.float32)
+        )  # mixing is never in half precision
+        parts = []
+        for start in range(0, num_levels * batch, self.max_batch_size):
+            part = torch.arange(
+                start, min(start + self.max_batch_size, num_levels * batch), device=self.device
+            )
+            sample = part % batch
+            noisy = latents[sample]
+            if self.config.add_noise:
+                noisy = self.schedule.add_noise(noisy, noise[sample], sigma[part])
+            features = self.backbone.features(noisy, conditioning.index_select(sample), sigma[part])
+            parts.append(self.tokens(features))
+        return HeadTokens.stack(parts)
 
     def score_tokens(self, tokens: HeadTokens) -> Score:
         """Scores from tokens, those of several noise levels unfolded into one row; (batch,)."""
@@ -618,7 +651,6 @@ class RewardModel(nn.Module):
         """Scores of (batch) latents at (level, batch) noise levels; `rows` says which prompt each reads."""
         if ensemble not in ("tokens", "scores"):
             raise InvalidInputError(f'ensemble = {ensemble!r}: it must be "tokens" or "scores"')
-        self._settle_adapter()
         if ensemble == "scores" and len(levels) > 1:
             each = [
                 self._score(latents, conditioning, rows, level[None], noise, "tokens") for level in levels
@@ -627,34 +659,11 @@ class RewardModel(nn.Module):
         levels, noise = levels.to(self.device), noise.to(self.device)
         step = max(1, self.max_batch_size // len(levels))
         chunks = [slice(start, start + step) for start in range(0, len(latents), step)]
-        return torch.cat(
-            [
-                self._score_chunk(latents[s], conditioning.index_select(rows[s]), levels[:, s], noise[s])
-                for s in chunks
-            ]
+        tokens = (
+            self.noisy_tokens(latents[s], conditioning.index_select(rows[s]), levels[:, s], noise[s])
+            for s in chunks
         )
-
-    def _score_chunk(
-        self, latents: Tensor, conditioning: Conditioning, levels: Tensor, noise: Tensor
-    ) -> Score:
-        """All levels of a few samples: rows ordered level by level, then joined sample by sample."""
-        num_levels, batch = levels.shape
-        sigma = self.schedule.match(levels.flatten()).sigma
-        latents = latents.to(
-            torch.promote_types(latents.dtype, torch.float32)
-        )  # mixing is never in half precision
-        parts = []
-        for start in range(0, num_levels * batch, self.max_batch_size):
-            part = torch.arange(
-                start, min(start + self.max_batch_size, num_levels * batch), device=self.device
-            )
-            sample = part % batch
-            noisy = latents[sample]
-            if self.config.add_noise:
-                noisy = self.schedule.add_noise(noisy, noise[sample], sigma[part])
-            features = self.backbone.features(noisy, conditioning.index_select(sample), sigma[part])
-            parts.append(self.tokens(features))
-        return self.score_tokens(HeadTokens.stack(parts).unfold(num_levels))
+        return torch.cat([self.score_tokens(joined.unfold(len(levels))) for joined in tokens])
 
     def _need_encoders(self, what: str, component: str) -> Encoders:
         if self.encoders is None:

@@ -1,151 +1,125 @@
-"""Views drawn one after another: closed forms, and the guarantee on simulated pairs whose truth is known."""
+"""Views one after another: closed forms, and the guarantee on simulated pairs whose truth is known."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from dina_lrm.core.adaptive import (
-    ViewModel,
+    agreement_spreads,
     controlled_threshold,
-    fit_views,
-    plan_views,
+    likeliest,
     stein_draws,
     stopping_views,
 )
 
-BETWEEN = torch.tensor([[1.0, 0.8, 0.5], [0.8, 0.9, 0.6], [0.5, 0.6, 0.7]], dtype=torch.float64)
-WITHIN = torch.tensor([0.05, 0.2, 0.6], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
-MODEL = ViewModel(between=BETWEEN, within=WITHIN, weights=WEIGHTS)
+NOISE = 0.8
+"""Standard deviation of what a view adds to a pair's own margin, which has 1."""
+NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 
 
-def simulate(num_pairs: int, num_draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins (draw, level, pair) and theta of pairs that follow `MODEL`."""
+def simulate(
+    num_pairs: int, num_views: int, seed: int, *, heavy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Margins (view, pair) that settle as the views go on, and the margin theta that they settle at.
+
+    heavy: pairs differ in size by powers of e, and views have outliers.
+    """
     generator = torch.Generator().manual_seed(seed)
-    root = torch.linalg.cholesky(BETWEEN)
-    own = root @ torch.randn(3, num_pairs, generator=generator, dtype=torch.float64)
-    noise = torch.randn(num_draws, 3, num_pairs, generator=generator, dtype=torch.float64)
-    return own + WITHIN.sqrt()[:, None] * noise, WEIGHTS @ own
+    theta = torch.randn(num_pairs, generator=generator, dtype=torch.float64)
+    noise = NOISE * torch.randn(num_views, num_pairs, generator=generator, dtype=torch.float64)
+    if heavy:
+        size = torch.exp(torch.randn(num_pairs, generator=generator, dtype=torch.float64))
+        theta, noise = theta * size, size * noise + 0.3 * noise**3
+    looks = torch.arange(1, num_views + 1, dtype=torch.float64)[:, None]
+    return theta + noise.cumsum(0) / looks, theta
 
 
-def along(margins: torch.Tensor, levels: list[int]) -> torch.Tensor:
-    taken = [0, 0, 0]
-    views = []
-    for level in levels:
-        views.append(margins[taken[level], level])
-        taken[level] += 1
-    return torch.stack(views)
+def stopped(margins: torch.Tensor, settled: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    taken = stopping_views(margins, settled)
+    return taken, margins.gather(0, taken[None] - 1)[0]
 
 
-def test_the_model_is_recovered() -> None:
-    margins, theta = simulate(40_000, 3, seed=0)
-    votes = torch.distributions.Normal(0, 1).cdf(theta * 2)
-    fitted = fit_views(margins, votes)
-    torch.testing.assert_close(fitted.between, BETWEEN, atol=0.04, rtol=0)
-    torch.testing.assert_close(fitted.within, WITHIN, atol=0.02, rtol=0)
-    assert float(fitted.weights.sum()) == pytest.approx(1.0)
-    assert float(fitted.weights[2]) < 0.2  # theta does not hang on the third level
-    with pytest.raises(ValueError, match="at least two draws"):
-        fit_views(margins[:1], votes)
+def test_spreads_are_those_of_the_regression_of_the_last_margin_on_each() -> None:
+    """Jointly Gaussian: m_K given m_k is Gaussian with a mean b m_k and a variance r, so
+    P(m_K > 0 | m_k) = Phi(m_k b / sqrt r). Here var m_k = cov of later ones with it = 1 + 0.64 / k."""
+    margins, _ = simulate(60_000, 4, seed=0)
+    for view, spread in enumerate(agreement_spreads(margins), 1):
+        own, last = 1 + NOISE**2 / view, 1 + NOISE**2 / 4
+        slope = last / own
+        assert spread == pytest.approx(math.sqrt(last - slope * last) / slope, rel=0.03)
 
 
-def test_gains_are_the_regression_of_theta_on_the_views() -> None:
-    """Against least squares on a large simulation."""
-    plan = plan_views(MODEL, 4)
-    margins, theta = simulate(200_000, 4, seed=1)
-    views = along(margins, plan.levels.tolist())
-    for count in (1, 3):
-        y = views[:count]
-        expected = torch.linalg.solve(y @ y.T, y @ theta)
-        torch.testing.assert_close(plan.gains[count - 1, :count], expected, atol=0.01, rtol=0)
-        left = (theta - plan.means(views)[count - 1]).std()
-        assert float(left) == pytest.approx(float(plan.deviations[count - 1]), rel=0.01)
-    assert bool((plan.deviations.diff() < 0).all())  # every view tells something
-    assert torch.equal(plan.gains.triu(1), torch.zeros(4, 4, dtype=torch.float64))
+def test_the_likeliest_candidate_and_its_scale() -> None:
+    """Votes follow Phi(theta / 0.5): of theta twice as large, theta with noise, and none of it, the first is
+    the one, on scale 1, with the entropy of the votes as its loss."""
+    margins, theta = simulate(4000, 1, seed=1)
+    target = NORMAL.cdf(theta / 0.5)
+    row, nats, scale = likeliest(torch.stack([margins[0], 2 * theta, -theta]), target)
+    entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)).mean()
+    assert row == 1
+    assert scale == pytest.approx(1.0, abs=1e-4)
+    assert nats == pytest.approx(float(entropy), abs=1e-6)
 
 
-def test_the_next_level_is_the_one_that_tells_most() -> None:
-    """Exhaustively for the first two views: no other level leaves a smaller deviation."""
-    plan = plan_views(MODEL, 2)
-
-    def deviation(levels: list[int]) -> float:
-        own = BETWEEN[levels][:, levels] + torch.diag(WITHIN[levels])
-        cross = (BETWEEN @ WEIGHTS)[levels]
-        return math.sqrt(float(WEIGHTS @ BETWEEN @ WEIGHTS - cross @ torch.linalg.solve(own, cross)))
-
-    first, second = plan.levels.tolist()
-    assert deviation([first]) == pytest.approx(min(deviation([level]) for level in range(3)))
-    assert deviation([first, second]) == pytest.approx(min(deviation([first, level]) for level in range(3)))
-    assert max(np.bincount(plan_views(MODEL, 6, max_repeats=2).levels.numpy())) == 2
-    with pytest.raises(ValueError, match="7 views of 3 levels"):
-        plan_views(MODEL, 7, max_repeats=2)
+def test_the_last_view_always_ends_it() -> None:
+    margins = torch.tensor([[0.1, -3.0, 0.5], [-0.2, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    assert stopping_views(margins, [1.0, 0.5]).tolist() == [3, 1, 2]
+    assert stopping_views(margins[:1], []).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1])
 def test_early_stops_err_within_the_guarantee_on_5000_pairs(alpha: float) -> None:
-    """The probability that the first side is preferred is Phi(theta), so the right side is known. Stopping
-    when the posterior reaches 1 - alpha leaves at most alpha of the stopped decisions on the wrong side:
-    within three standard errors of a binomial, and hard pairs take more views than easy ones."""
-    plan = plan_views(MODEL, 9)
-    margins, theta = simulate(5000, 9, seed=2)
-    views = along(margins, plan.levels.tolist())
-    threshold = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - alpha, dtype=torch.float64)))
-    taken = stopping_views(plan.certainty(views), threshold)
-    decision = plan.means(views).gather(0, taken[None] - 1)[0]
-    stopped = taken < 9
-    wrong = (decision.sign() != theta.sign())[stopped].double()
-    assert int(stopped.sum()) > 2000
-    assert float(wrong.mean()) <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / int(stopped.sum()))
+    """The first side is preferred with probability Phi(theta). Of 5,000 new pairs early stops turn at most
+    the stated share of the decisions, so they choose the side that is known to be the worse one at most
+    that much more often than all nine views do; and hard pairs take more views than easy ones."""
+    learned, _ = simulate(2000, 9, seed=2)
+    spreads = agreement_spreads(learned)
+    threshold = controlled_threshold(simulate(2000, 9, seed=3)[0], spreads, error=alpha)
+    margins, theta = simulate(5000, 9, seed=4)
+    taken, early = stopped(margins, [threshold * spread for spread in spreads])
+    assert float((early.sign() != margins[-1].sign()).double().mean()) <= alpha
+    probability = NORMAL.cdf(theta)
+    wrong = ((early > 0) != (probability > 0.5)).double().mean()
+    wrong_last = ((margins[-1] > 0) != (probability > 0.5)).double().mean()
+    assert float(wrong - wrong_last) <= alpha
+    assert float((taken < 9).double().mean()) > 0.4
     easy = theta.abs() > theta.abs().median()
     assert float(taken[easy].double().mean()) < float(taken[~easy].double().mean()) - 1
 
 
-def test_peeking_at_a_fixed_interval_would_not_keep_it() -> None:
-    """The contrast: calling a side at the first of 200 looks whose own interval excludes 0 errs far more."""
-    generator = torch.Generator().manual_seed(3)
-    draws = 0.02 + torch.randn(200, 2000, generator=generator, dtype=torch.float64)
-    looks = torch.arange(1, 201, dtype=torch.float64)[:, None]
-    means = draws.cumsum(0) / looks
-    taken = stopping_views(means.abs() * looks.sqrt(), 1.96)
-    decision = means.gather(0, taken[None] - 1)[0]
-    assert float((decision < 0)[taken < 200].double().mean()) > 0.2
-
-
-@pytest.mark.parametrize("tails", ["gaussian", "heavy"])
-def test_the_controlled_threshold_keeps_its_promise_on_new_pairs(tails: str) -> None:
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_controlled_threshold_keeps_its_promise_on_new_pairs(heavy: bool) -> None:
     """On 40 calibration sets of 600 pairs, Gaussian or not, at most about 5 % of the thresholds (here 5 of
     40, beyond which the binomial has 2 %) may turn more than the stated share on a large new set."""
-    plan = plan_views(MODEL, 6)
-
-    def views(num: int, seed: int) -> torch.Tensor:
-        margins, _ = simulate(num, 6, seed)
-        if tails == "heavy":
-            generator = torch.Generator().manual_seed(seed + 1000)
-            margins = margins * torch.exp(torch.randn(num, generator=generator, dtype=torch.float64))
-            margins += 0.3 * torch.randn(margins.shape, generator=generator, dtype=torch.float64) ** 3
-        return along(margins, plan.levels.tolist())
-
-    new = views(20_000, seed=99)
-    means, certainty = plan.means(new), plan.certainty(new)
+    new, _ = simulate(20_000, 6, seed=99, heavy=heavy)
+    spreads = agreement_spreads(simulate(600, 6, seed=98, heavy=heavy)[0])
     broken = early = 0
     for seed in range(40):
-        threshold = controlled_threshold(plan, views(600, seed), error=0.05)
-        taken = stopping_views(certainty, threshold)
-        decision = means.gather(0, taken[None] - 1)[0]
-        broken += float((decision.sign() != means[-1].sign()).double().mean()) > 0.05
+        threshold = controlled_threshold(simulate(600, 6, seed, heavy=heavy)[0], spreads, error=0.05)
+        taken, decision = stopped(new, [threshold * spread for spread in spreads])
+        broken += float((decision.sign() != new[-1].sign()).double().mean()) > 0.05
         early += float((taken < 6).double().mean()) > 0.3
     assert broken <= 5
     assert early >= 36  # and it does save views
+
+
+def test_too_few_pairs_show_nothing() -> None:
+    """Without a single turned decision n pairs bound the share by 1 - 0.05^(1 / n): 5 % needs 59."""
+    margins = torch.ones(3, 59, dtype=torch.float64)
+    assert controlled_threshold(margins[:, :58], [1.0, 1.0], error=0.05) == math.inf
+    assert controlled_threshold(margins, [1.0, 1.0], error=0.05) == 0.0
     with pytest.raises(ValueError, match="must be in"):
-        controlled_threshold(plan, new, error=0.0)
+        controlled_threshold(margins, [1.0, 1.0], error=0.0)
 
 
-def test_too_few_pairs_never_stop_early() -> None:
-    plan = plan_views(MODEL, 3)
-    margins, _ = simulate(20, 3, seed=4)
-    assert controlled_threshold(plan, along(margins, plan.levels.tolist()), error=0.05) == math.inf
+def test_the_threshold_is_the_last_that_passes() -> None:
+    """By hand: 100 pairs, 3 of them turn after a first margin of 1.02. The bound for 3 of 100 is 7.6 %, so at
+    5 % the threshold stays above their margin, and at 10 % it falls to 0."""
+    margins = torch.full((2, 100), 2.0, dtype=torch.float64)
+    margins[0, :3], margins[1, :3] = 1.02, -1.0
+    assert controlled_threshold(margins, [1.0], error=0.05) == 1.05
+    assert controlled_threshold(margins, [1.0], error=0.10) == 0.0
 
 
 def test_steins_draws_cover_whatever_the_spread() -> None:

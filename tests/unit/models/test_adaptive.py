@@ -3,24 +3,22 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dina_lrm import RewardModel
-from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.config import AdaptiveViews, RewardModelConfig
 from tests.tiny import PROMPT, make_tiny_reward
 
 PLAN = AdaptiveViews(
-    noise_levels=(0.2, 0.5, 0.2, 0.4),
-    gains=((0.9,), (0.5, 0.4), (0.4, 0.2, 0.3), (0.3, 0.2, 0.3, 0.1)),
-    deviations=(0.5, 0.4, 0.3, 0.2),
-    offsets=(0.1, -0.1, 0.1, 0.0),
-    threshold=1.0,
+    noise_levels=(0.4, 0.1, 0.6),
+    settled=(1.0, 0.5),
+    scales=(0.5, 0.8, 0.6),
+    offsets=(0.1, -0.1, 0.2),
     error=0.05,
-    scale=0.8,
     num_pairs=1000,
 )
 
@@ -41,38 +39,55 @@ def pictures(count: int, size: int = 32) -> list[torch.Tensor]:
 
 
 def view_scores(model: RewardModel, images: list[torch.Tensor], seed: int) -> torch.Tensor:
-    """(view, picture), by hand: view i of the plan with noise draw i of the seed, through `score_latents`."""
+    """(view, picture), through `score_latents`: after k views the ensemble of the first k levels."""
     latents = model.encode_images(images)
-    noise = seeded_noise(tuple(latents.shape[1:]), [seed], num_draws=4)
     conditioning = model.encode_prompts(PROMPT)
     with torch.no_grad():
         views = [
-            model.score_latents(latents, conditioning, level, noise[view].expand_as(latents))
-            for view, level in enumerate(PLAN.noise_levels)
+            model.score_latents(latents, conditioning, list(PLAN.noise_levels[: view + 1]), seed=seed)
+            for view in range(3)
         ]
     return torch.stack(views).double()
 
 
 def estimates(scores: torch.Tensor) -> torch.Tensor:
-    offsets = torch.tensor(PLAN.offsets, dtype=torch.float64)[:, None]
-    gains = torch.zeros(4, 4, dtype=torch.float64)
-    for view, row in enumerate(PLAN.gains):
-        gains[view, : view + 1] = torch.tensor(row, dtype=torch.float64)
-    return gains @ (scores - offsets)
+    offsets, scales = torch.tensor(PLAN.offsets).double(), torch.tensor(PLAN.scales).double()
+    return (scores - offsets[:, None]) / scales[:, None]
 
 
 def test_a_comparison_stops_when_it_is_settled(model: RewardModel) -> None:
+    """Margins at which it is final, put just below and just above what each view finds."""
     a, b = pictures(2)
-    leads = estimates(view_scores(model, [a, b], seed=3)).diff(dim=1)[:, 0].neg()
-    certainty = (leads.abs() / torch.tensor(PLAN.deviations, dtype=torch.float64)).tolist()
-    for threshold in (0.0, 0.5 * certainty[0], 1.01 * certainty[0], 1e6):
-        expected = next((k for k, z in enumerate(certainty, 1) if z >= threshold), 4)
-        found = with_plan(model, threshold=threshold).compare_views(PROMPT, a, b, seed=3)
+    leads = view_scores(model, [a, b], seed=3).diff(dim=1)[:, 0].neg()
+    below, above = (0.99 * leads.abs()).tolist(), (1.01 * leads.abs()).tolist()
+    for settled, expected in (
+        ((below[0], 0.0), 1),
+        ((above[0], below[1]), 2),
+        ((above[0], above[1]), 3),
+    ):
+        found = with_plan(model, settled=settled).compare_views(PROMPT, a, b, seed=3)
         assert found.views == expected
-        assert found.decided == (expected < 4)
+        assert found.decided == (expected < 3)
         normal = torch.distributions.Normal(0, 1)
-        assert found.probability == pytest.approx(float(normal.cdf(leads[expected - 1] / 0.8)), abs=1e-5)
+        probability = float(normal.cdf(leads[expected - 1] / PLAN.scales[expected - 1]))
+        assert found.probability == pytest.approx(probability, abs=1e-5)
         assert model.compare(PROMPT, a, b, seed=3, adaptive=True) == found.probability
+
+
+def test_the_backbone_runs_once_a_view(model: RewardModel) -> None:
+    with_plan(model, settled=(1e6, 1e6))
+    levels: list[float] = []
+    features = model.backbone.features
+
+    def counted(latents: torch.Tensor, conditioning: Any, sigma: torch.Tensor) -> Any:
+        levels.extend(sigma.tolist())
+        return features(latents, conditioning, sigma)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.backbone, "features", counted)
+        model.compare_views(PROMPT, *pictures(2))
+    wanted = [level for level in PLAN.noise_levels for _ in range(2)]
+    assert levels == pytest.approx(wanted, abs=2e-3)  # the schedule's nearest entries
 
 
 def test_sides_may_be_exchanged(model: RewardModel) -> None:
@@ -84,28 +99,34 @@ def test_sides_may_be_exchanged(model: RewardModel) -> None:
 
 
 def test_a_ranking_views_what_is_not_settled(model: RewardModel) -> None:
-    """With threshold 0 everything is settled at once; at infinity all pictures take every view, and the
-    order is that of the last estimates."""
+    """With margins of 0 everything is settled at once; where nothing ever is, all pictures take every view;
+    either way the order is that of the last estimates."""
     images = pictures(5)
-    scores = estimates(view_scores(model, images, seed=1))
-    for threshold, views in ((0.0, 1), (1e6, 4)):
-        ranked = with_plan(model, threshold=threshold).rank(PROMPT, images, seed=1, adaptive=True)
-        assert [item.index for item in ranked] == scores[views - 1].argsort(descending=True).tolist()
+    by_hand = view_scores(model, images, seed=1)
+    found = estimates(by_hand)
+    for settled, views in ((0.0, 1), (1e6, 3)):
+        ranked = with_plan(model, settled=(settled, settled)).rank(PROMPT, images, seed=1, adaptive=True)
+        assert [item.index for item in ranked] == found[views - 1].argsort(descending=True).tolist()
         assert [item.views for item in ranked] == [views] * 5
-        assert ranked[0].score == pytest.approx(float(scores[views - 1].max()), abs=1e-5)
-    between = with_plan(model, threshold=0.3).rank(PROMPT, images, seed=1, adaptive=True)
+        assert ranked[0].score == pytest.approx(float(found[views - 1].max()), abs=1e-4)
+    gap = float(by_hand[0].sort().values.diff().median())
+    between = with_plan(model, settled=(gap, gap)).rank(PROMPT, images, seed=1, adaptive=True)
     assert sorted(item.index for item in between) == list(range(5))
+    assert len({item.views for item in between}) > 1
+    for item in between:
+        assert item.views is not None
+        assert item.score == pytest.approx(float(found[item.views - 1, item.index]), abs=1e-4)
     for first, second in pairwise(between):
         assert first.score >= second.score
-        deviation = PLAN.deviations[min(first.views or 0, second.views or 0) - 1]
-        settled = first.score - second.score >= 0.3 * deviation
-        assert settled or max(first.views or 0, second.views or 0) == 4
+        views = min(first.views or 0, second.views or 0)
+        lead = by_hand[views - 1, first.index] - by_hand[views - 1, second.index]
+        assert views == 3 or float(lead) >= gap - 1e-5
 
 
 def test_pictures_of_different_size_compare(model: RewardModel) -> None:
-    with_plan(model, threshold=1e6)
+    with_plan(model, settled=(1e6, 1e6))
     found = model.compare_views(PROMPT, *pictures(1), torch.rand(3, 32, 48))
-    assert found.views == 4
+    assert found.views == 3
     assert 0 < found.probability < 1
 
 
@@ -128,14 +149,15 @@ def test_the_plan_travels_with_the_checkpoint(model: RewardModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"gains": ((0.9,), (0.5,), (0.4, 0.2, 0.3), (0.3, 0.2, 0.3, 0.1))}, "gains"),
-        ({"deviations": (0.5, 0.4, 0.3)}, "deviations"),
-        ({"deviations": (0.5, 0.4, 0.3, 0.0)}, "deviations"),
-        ({"offsets": (0.0, 0.0, 0.0, float("nan"))}, "offsets"),
-        ({"threshold": -1.0}, "threshold"),
+        ({"settled": (1.0, 0.5, 0.5)}, "settled"),
+        ({"settled": (1.0, -0.5)}, "settled"),
+        ({"settled": (float("inf"), 0.5)}, "settled"),
+        ({"offsets": (0.0, 0.0, float("nan"))}, "offsets"),
+        ({"scales": (0.5, 0.8)}, "scales"),
+        ({"scales": (0.5, 0.8, 0.0)}, "scales"),
         ({"error": 1.0}, "error"),
-        ({"scale": 0.0}, "scale"),
-        ({"noise_levels": (0.2, 0.5, 0.2, 1.4)}, "noise_levels"),
+        ({"noise_levels": (0.4, 0.1, 1.4)}, "noise_levels"),
+        ({"noise_levels": (0.4, 0.1, 0.4)}, "noise_levels"),
     ],
 )
 def test_a_damaged_plan_is_refused(changes: dict[str, object], name: str) -> None:
