@@ -1,6 +1,9 @@
 """`dina-lrm evaluate` on human preferences in a published layout, with the bundled reward."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +206,38 @@ def test_several_models_on_one_benchmark(
     assert page.count("<svg") == 3
     assert cli.main([*arguments, "--scorers", "clipp"]) == 2
     assert "unknown scorer 'clipp'" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL in the middle; the same command then ends in the results of a run that was left alone."""
+    arguments = ["evaluate", "--benchmark", "hpdv2", "--root", str(hpdv2), "--batch-size", "1", "--output"]
+    part = tmp_path / "killed" / "scores-default.part.jsonl"
+    command = [sys.executable, "-m", "dina_lrm", *arguments, str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not part.is_file() or part.read_bytes().count(b"\n") < 4):
+            time.sleep(0.002)
+        process.kill()
+    kept = part.read_bytes()
+    assert 4 <= kept.count(b"\n") < 1 + 3 * NUM_PROMPTS, "it was in the middle"
+
+    assert cli.main([*arguments, str(tmp_path / "killed"), "--seed", "1"]) == 2
+    assert "unfinished run with another seed" in capsys.readouterr().err
+    assert part.read_bytes() == kept
+
+    assert cli.main([*arguments, str(tmp_path / "killed")]) == 0
+    assert f"going on from {part}" in capsys.readouterr().err
+    assert not part.exists()
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("killed", "whole")]
+    assert results[0].pop("cost")["flops"] == results[1].pop("cost")["flops"]
+    assert results[0] == results[1]
+    tables = [parquet.read_table(tmp_path / run / "scores.parquet") for run in ("killed", "whole")]
+    assert tables[0].equals(tables[1])
+    rejects = [(tmp_path / run / "rejects.jsonl").read_bytes() for run in ("killed", "whole")]
+    assert rejects[0] == rejects[1]
+    assert (tmp_path / "whole" / "results.html").exists()
 
 
 def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:

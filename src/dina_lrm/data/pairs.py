@@ -195,15 +195,17 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, StoredLatent):
         raise InvalidInputError("no picture: this source holds latents")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             return upright_rgb(image)
     except FileNotFoundError as error:
         raise InvalidInputError(f"missing file: {name}") from error
     except InvalidInputError as error:
         raise InvalidInputError(f"unreadable image: {name} ({error})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidInputError(f"unreadable image: {name} ({error})") from error
+        reason = str(error).replace(repr(file), name)  # a buffer's address differs from run to run
+        raise InvalidInputError(f"unreadable image: {name} ({reason})") from error
 
 
 def image_name(source: ImageSource) -> str:

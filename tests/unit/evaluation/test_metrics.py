@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from dina_lrm.core.calibration import fit_scale
+from dina_lrm.evaluation import metrics
 from dina_lrm.evaluation.metrics import (
     agreement,
     cluster_bootstrap,
@@ -89,6 +90,32 @@ def test_interval_widens_when_the_pairs_of_a_prompt_agree() -> None:
     width = clustered.high - clustered.low
     assert width == pytest.approx(once.high - once.low, rel=0.1)
     assert width / (naive.high - naive.low) == pytest.approx(math.sqrt(10), rel=0.15)
+
+
+def test_many_clusters_are_resampled_by_the_same_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 1 to 5 pairs: counting those that are alike gives the interval of drawing each."""
+    rng = np.random.default_rng(2)
+    prompts = np.repeat(np.arange(30_000), rng.integers(1, 6, size=30_000))
+    correct = (rng.random(len(prompts)) < 0.7).astype(float)
+    correct[rng.random(len(prompts)) < 0.1] = math.nan
+    optimal = np.ones_like(correct)
+    together = cluster_bootstrap(correct, prompts, reference=optimal, num_resamples=4000, confidence=0.9)
+    monkeypatch.setattr(metrics, "MANY_CLUSTERS", 30_000)
+    apart = cluster_bootstrap(correct, prompts, reference=optimal, num_resamples=4000, confidence=0.9)
+    assert together.value == apart.value
+    width = apart.high - apart.low
+    assert together != apart  # another stream of random numbers
+    # A 5 % quantile of 4,000 normal draws is known to 0.033 deviations, which is 0.01 of the width.
+    assert together.low == pytest.approx(apart.low, abs=0.06 * width)
+    assert together.high == pytest.approx(apart.high, abs=0.06 * width)
+    again = cluster_bootstrap(correct, prompts, reference=optimal, num_resamples=4000, confidence=0.9)
+    assert again == apart
+
+
+def test_many_clusters_of_their_own_are_drawn_each() -> None:
+    values = np.random.default_rng(3).standard_normal(25_000)
+    interval = cluster_bootstrap(values, np.arange(25_000), num_resamples=500)
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 / 25_000**0.5, rel=0.12)
 
 
 def test_share_of_an_optimum_by_hand_and_paired() -> None:

@@ -13,6 +13,7 @@ from dina_lrm.evaluation.rules import (
     best_threshold,
     credits,
     kendall_by_prompt,
+    spearman_by_prompt,
 )
 
 MARGIN = [1.0, 2.0, -1.0, 0.0, 3.0, 0.0]
@@ -104,6 +105,12 @@ def test_the_threshold_is_the_best_of_all() -> None:
         assert best > 0
 
 
+def test_the_smallest_of_equally_good_thresholds() -> None:
+    """The first pair is right if decided, the second, a rater tie, if tied; 0.7 adds nothing to 0.5."""
+    assert best_threshold("tie-calibrated", [2.0, 0.5, -0.7], [False, True, False]) == 0.5
+    assert best_threshold("tie-calibrated", [2.0, 1.0], [False, False]) == 0.0
+
+
 def test_the_interval_covers() -> None:
     """A known accuracy of 70 %, prompts of 5 pairs with an effect of their own, 1,000 repetitions."""
     rng = np.random.default_rng(1)
@@ -149,3 +156,63 @@ def test_kendall_leaves_out_prompts_without_an_order() -> None:
     # p: C = 2 of 3 pairs, one rater tie: 2 / sqrt(2 * 3); q: scores tie everywhere; r: one pair
     assert found.value == pytest.approx(2 / 6**0.5)
     assert np.isnan(kendall_by_prompt([0.0], [False], ["p"]).value)
+
+
+def test_spearman_is_scipys() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(4)
+    pictures, chosen, rejected, tie, prompt, expected = [], [], [], [], [], []
+    for label in range(20):
+        count = 3 + label % 4
+        ranks = rng.integers(1, 4, size=count)  # with ties
+        scores = np.round(rng.standard_normal(count) - 0.5 * ranks, 0 if label % 2 else 3)
+        if len(set(ranks.tolist())) > 1 and len(set(scores.tolist())) > 1:
+            wins = [np.sign(ranks - rank).sum() for rank in ranks]
+            expected.append(spearmanr(wins, scores).statistic)
+        for i, j in itertools.combinations(range(count), 2):
+            better, worse = (i, j) if ranks[i] <= ranks[j] else (j, i)
+            pictures.append((f"{better}.png", f"{worse}.png"))  # the same names under every prompt
+            chosen.append(scores[better])
+            rejected.append(scores[worse])
+            tie.append(ranks[i] == ranks[j])
+            prompt.append(label)
+    order = rng.permutation(len(tie))  # prompts need not stand together
+    pictures, prompt, tie = ([column[i] for i in order] for column in (pictures, prompt, tie))
+    sides = np.array(chosen)[order], np.array(rejected)[order]
+    found = spearman_by_prompt(pictures, sides, tie, prompt)
+    assert len(expected) > 12
+    assert found.value == pytest.approx(np.mean(expected))
+    assert found.low < found.value < found.high
+
+
+def test_spearman_needs_every_pair_of_three_pictures() -> None:
+    pairs = [("a", "b"), ("a", "c"), ("a", "b"), ("a", "b"), ("a", "c"), ("b", "c")]
+    prompts = ["p", "p", "q", "r", "r", "r"]  # r alone is complete, and its scores tie everywhere
+    found = spearman_by_prompt(pairs, ([1.0] * 6, [1.0] * 6), [False] * 6, prompts)
+    assert np.isnan(found.value)
+
+
+def test_many_prompts_take_no_longer_each() -> None:
+    """300,000 comparisons of 100,000 prompts of three pictures. Scores follow the raters but for every fourth
+    prompt, where the last two pictures are turned around: there 2 of 3 pairs are right, tau is 1/3 and rho
+    1/2. A statistic that is quadratic in prompts would need hours."""
+    prompts = np.arange(100_000)
+    turned = prompts % 4 == 0
+    score = np.stack([np.full(len(prompts), 3.0), np.where(turned, 1.0, 2.0), np.where(turned, 2.0, 1.0)])
+    better, worse = [0, 0, 1], [1, 2, 2]
+    chosen, rejected = (score[side].T.ravel() for side in (better, worse))
+    pictures = np.stack([(3 * prompts[:, None] + side).ravel() for side in (better, worse)], axis=1)
+    labels, ties = np.repeat(prompts, 3), np.zeros(3 * len(prompts), bool)
+    margin = chosen - rejected
+    for rule in ("strict", "strict-by-prompt"):
+        assert accuracy_by_rule(rule, margin, ties, labels).accuracy.value == pytest.approx(11 / 12)
+    assert kendall_by_prompt(margin, ties, labels).value == pytest.approx(5 / 6)
+    found = spearman_by_prompt(pictures, (chosen, rejected), ties, labels)
+    assert found.value == pytest.approx(7 / 8)
+    # By prompt 1 or 1/2, the latter with p = 1/4: the mean's deviation is sqrt(p (1 - p)) / 2 / sqrt(n).
+    half_width = 1.96 * (3 / 16) ** 0.5 / 2 / len(prompts) ** 0.5
+    assert (found.high - found.low) / 2 == pytest.approx(half_width, rel=0.05)
+    # Moved up by up to 0.0003, wrong pairs have margins of 1 - 2e-9 at most, right ones of 1 and more.
+    best = best_threshold("three-way", margin + np.arange(len(margin)) / 1e9, ties)
+    assert best == pytest.approx(1 - 2e-9, abs=1e-12)
