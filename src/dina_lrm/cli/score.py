@@ -297,10 +297,11 @@ def count_rows(source: Path) -> int:
 
 def open_parquet(source: Path) -> "pyarrow.parquet.ParquetFile":
     import pyarrow
-    import pyarrow.parquet
+
+    from dina_lrm.data import rows
 
     try:
-        file = pyarrow.parquet.ParquetFile(source)
+        file = rows.open_parquet(source)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{str(source)!r} is not a Parquet file: {error}") from error
     missing = {"prompt", "image"} - set(file.schema_arrow.names)

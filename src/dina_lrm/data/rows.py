@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["BadRow", "count_rows", "rows_of_file"]
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+__all__ = ["BadRow", "count_rows", "open_parquet", "rows_of_file"]
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -48,12 +51,22 @@ def count_rows(file: Path) -> int:
     return sum(1 for _ in rows_of_file(file))
 
 
-def _parquet(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
-    import pyarrow
+def open_parquet(file: Path) -> "ParquetFile":
+    """For going through a table that may hold pictures: by default Arrow keeps what was read until the end.
+
+    Raises:
+        pyarrow.ArrowInvalid: the file is no parquet.
+    """
     import pyarrow.parquet as parquet
 
+    return parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+
+
+def _parquet(file: Path) -> Iterator[Mapping[str, Any] | BadRow]:
+    import pyarrow
+
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+        for batch in open_parquet(file).iter_batches(batch_size=64):
             yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         yield BadRow(f"unreadable parquet: {error}")

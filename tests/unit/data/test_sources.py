@@ -175,6 +175,28 @@ def test_pickapic(tmp_path: Path) -> None:
     assert len(read("pickapic", tmp_path / "bare")[0]) == 0
 
 
+def test_a_table_of_pictures_is_not_held(tmp_path: Path) -> None:
+    """24 row groups of 2 MB: what Arrow holds while they are read is a few of them."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    rng = np.random.default_rng(0)
+    content = [rng.bytes(250_000) for _ in range(8)]
+    rows = [
+        {"caption": "p", "jpg_0": content[i % 8], "jpg_1": b"x", "label_0": 1, "label_1": 0}
+        for i in range(192)
+    ]
+    file = tmp_path / "test_unique-00000.parquet"
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, file, row_group_size=8, compression="none", use_dictionary=False)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in read_source("pickapic", tmp_path)]
+    assert len(held) == 192
+    assert file.stat().st_size > 47e6
+    assert max(held) < 36e6, "64 rows are 16 MB, and the next are read before these are let go"
+
+
 def test_our_own_rows(tmp_path: Path) -> None:
     write(tmp_path, ["a.png", "b.png", "c.png"])
     file = tmp_path / "rows.jsonl"
