@@ -24,6 +24,8 @@ COMMANDS = {
     "prepare": "encode a data set into latent shards, once, for training",
     "train": "train a reward on preference pairs, from a recipe",
     "evaluate": "accuracy, intervals and calibration on a benchmark",
+    "align": "train a generator's LoRA on a reward: refl, grpo, dpo, step-dpo",
+    "search": "the best of several samples, chosen while they are sampled",
     "demo": "generate, train, measure and rank offline; writes a report",
     "doctor": "versions, device, whether a score can be computed; what another generator would take",
 }

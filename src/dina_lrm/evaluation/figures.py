@@ -243,6 +243,47 @@ def validation_curves(
     return whole_figure(axes)
 
 
+@figure_style()
+def gain_curve(
+    steps: Sequence[int],
+    gains: Sequence[Interval],
+    *,
+    label: str,
+    parted: int | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """A gain over the start with its interval; `parted` marks the update at which a warning came."""
+    axes = axes or new_figure()
+    axes.axhline(0, color=RULE, linewidth=1)
+    lows, highs = [one.low for one in gains], [one.high for one in gains]
+    axes.fill_between(steps, lows, highs, color=SERIES[0], alpha=0.18, linewidth=0)
+    axes.plot(steps, [one.value for one in gains], color=SERIES[0], marker="o", markersize=4.5)
+    if parted is not None:
+        axes.axvline(parted, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "parted", (parted, axes.get_ylim()[0]), xytext=(4, 4), textcoords="offset points", color=SERIES[1]
+        )
+    axes.set_xlabel("update")
+    axes.set_ylabel(f"gain of {label}")
+    return whole_figure(axes)
+
+
+@figure_style()
+def plain_curves(
+    steps: Sequence[int], curves: Mapping[str, Sequence[float]], *, unit: str = "", axes: Axes | None = None
+) -> Figure:
+    """Some quantities over updates."""
+    axes = axes or new_figure()
+    for number, (label, values) in enumerate(curves.items()):
+        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        axes.plot(steps, list(values), color=colour, marker=marker, markersize=4.5, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("update")
+    axes.set_ylabel(unit)
+    axes.legend(loc="best")
+    return whole_figure(axes)
+
+
 def finish_curve(axes: Axes, ceiling: float | None) -> None:
     """What every accuracy over time has in common."""
     if ceiling is not None:

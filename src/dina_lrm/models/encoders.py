@@ -124,17 +124,18 @@ class Encoders:
                 f"give a pipeline that has it, or use score_latents"
             )
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor, device: torch.device) -> Tensor:
         """Clean latents (batch, channel, height, width) back to pictures (batch, 3, height, width) in [0, 1].
 
-        Latents with a frame axis come back as (batch, 3, frame, height, width).
+        Latents with a frame axis come back as (batch, 3, frame, height, width). Differentiable in latents
+        that ask for a gradient.
         """
         vae = self._load_vae(device)
         wide = latents.to(vae.device, torch.float32)
         shift, scale = _shift_and_scale(vae.config, wide)
         frames = self._with_frames(wide / scale + shift).to(vae.dtype)
-        pictures = vae.decode(frames, return_dict=False)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+            pictures = vae.decode(frames, return_dict=False)[0]
         if pictures.ndim == 5 and latents.ndim == 4:
             pictures = pictures.squeeze(2)
         return (pictures.float() / 2 + 0.5).clamp(0, 1).to(device)

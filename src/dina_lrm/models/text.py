@@ -82,6 +82,13 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return _joined(encoded).to(device)
 
+    def encode_empty(self, device: torch.device) -> Conditioning:
+        """What classifier-free guidance contrasts prompts with, one row: the empty prompt."""
+        pipeline = self._load(device)
+        on = device if self._source.live is None else pipeline._execution_device
+        with torch.no_grad(), _diffusers_silent(pipeline):
+            return self.encode_batch(pipeline, [""], on).to(device)
+
     def _load(self, device: torch.device) -> Any:
         if self._pipeline is None:
             for encoder in self.encoders:

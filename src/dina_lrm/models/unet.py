@@ -197,6 +197,15 @@ class UNetPrompts(PromptEncoder):
         )
         return Conditioning(embeds, pooled[0] if pooled else None)
 
+    def encode_empty(self, device: torch.device) -> Conditioning:
+        row = super().encode_empty(device)
+        if not getattr(self._pipeline.config, "force_zeros_for_empty_prompt", False):
+            return row
+        pooled = row.pooled_prompt_embeds
+        return Conditioning(
+            torch.zeros_like(row.prompt_embeds), None if pooled is None else torch.zeros_like(pooled)
+        )
+
 
 class UNetBackbone(Backbone):
     """First blocks of a UNet."""

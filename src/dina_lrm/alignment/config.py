@@ -1,0 +1,220 @@
+"""Settings of alignment runs: what all algorithms share, and what each adds.
+
+Plain frozen dataclasses, as in `dina_lrm.config`: recipes are functions that return one, the command line
+turns every field into a flag and the string under it into its help.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dina_lrm.alignment.rollout import SamplerConfig
+from dina_lrm.config import OptimizerConfig
+from dina_lrm.errors import InvalidInputError
+
+__all__ = [
+    "AlignConfig",
+    "DpoConfig",
+    "GrpoConfig",
+    "MonitorConfig",
+    "PolicyConfig",
+    "ReflConfig",
+    "RewardConfig",
+    "SamplerConfig",
+    "StepDpoConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """The generator that is aligned."""
+
+    pipeline: str = "bundled"
+    """"bundled", a folder in diffusers format, or a hub id."""
+    lora_rank: int = 16
+    """Rank of the adapter that is trained, on the attention projections of all blocks."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by lora_alpha / lora_rank; None: twice the rank."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen base weights; the adapter is float32 always."""
+    max_text_tokens: int | None = None
+    """Longest prompt of the main text encoder, in tokens; None: the pipeline's own limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """What is maximised: a weighted sum of latent rewards."""
+
+    models: tuple[str, ...] = ("bundled",)
+    """Each "bundled", a run folder, or a hub id."""
+    weights: tuple[float, ...] = ()
+    """One for each of `models`; empty: 1 each. Advantages of grpo and orders of dpo do not change when all
+    weights are multiplied; the gradient of refl does."""
+    noise_levels: tuple[float, ...] = ()
+    """Several are one token-level ensemble; empty: each reward's own default."""
+    share: bool = True
+    """Rewards whose backbone is the policy's own use its weights in memory (`RewardModel.attach`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorConfig:
+    """Is the gain real? Measured on held-out prompts with fixed seeds, the average weights in use."""
+
+    every: int = 10
+    """Updates between evaluations; there is one before the first update and one after the last."""
+    num_prompts: int = 64
+    """Held-out prompts, one picture each; the bundled domain makes them, others are read from `prompts`."""
+    prompts: str | None = None
+    """File of held-out prompts (.txt, one a line, or .jsonl with "prompt"); None: the last of the training
+    file's prompts, which are then not trained on."""
+    gold: tuple[str, ...] = ("judge",)
+    """Independent scores, NAME or NAME=LOCATION: "judge" (bundled domain), or any scorer of the baselines
+    guide. The first one is the gold score. Empty: none, and no warning can come."""
+    on_parting: Literal["warn", "stop"] = "warn"
+    """What to do when proxy and gold part (`alignment.gold`)."""
+    window: int = 3
+    """Evaluations over which proxy and gold are compared."""
+    grid_size: int = 8
+    """Prompts whose pictures are kept at every evaluation, four pictures of each for the diversity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignConfig:
+    """What all alignment algorithms share."""
+
+    policy: PolicyConfig = PolicyConfig()
+    """The generator."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How it samples, in training and in evaluation (there always without noise)."""
+    reward: RewardConfig = RewardConfig()
+    """What is maximised."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, weight_decay=0.0, ema_decay=0.9)
+    )
+    """AdamW on the adapter, rate, average of the weights."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Gold against proxy."""
+
+    prompts: str = "shapes"
+    """Training prompts: "shapes" (made on the spot), or a file: .txt, one a line, or .jsonl with "prompt"."""
+    output: str | None = None
+    """Folder of the run. None writes nothing."""
+    resume: bool = False
+    """Go on from OUTPUT/last, to the same numbers as a run that was never stopped."""
+    seed: int = 0
+    """Prompts, noise and new weights follow from it."""
+    num_steps: int = 100
+    """Updates: rollouts and what is learned from them."""
+    batch_size: int = 16
+    """Pictures per update that enter the loss; for grpo, dpo and step-dpo: prompts."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the network's matrix products, in sampling and training."""
+    max_loss_rows: int = 32
+    """Rows of a forward pass that keeps activations; larger batches are accumulated."""
+    gradient_limit: float = 1e3
+    """A gradient norm above it, before clipping, ends the run: the last good checkpoint is kept."""
+    checkpoint_every: int = 10
+    """Updates between writes of OUTPUT/last."""
+    cpu: bool = False
+    """Run on the CPU although an accelerator is present."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "max_loss_rows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.monitor.every < 1 or self.monitor.num_prompts < 2 or self.monitor.window < 2:
+            raise InvalidInputError("monitor: every must be at least 1, num_prompts and window at least 2")
+        if self.reward.weights and len(self.reward.weights) != len(self.reward.models):
+            raise InvalidInputError(
+                f"reward.weights = {self.reward.weights} for {len(self.reward.models)} reward.models"
+            )
+        if not self.reward.models:
+            raise InvalidInputError("reward.models is empty: name at least one reward")
+        if self.policy.lora_rank < 1:
+            raise InvalidInputError(f"policy.lora_rank = {self.policy.lora_rank}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReflConfig(AlignConfig):
+    """Reward gradients through the last steps of sampling (ReFL; AlignProp and DRaFT-K by its settings).
+
+    ReFL: gradient_steps = 1, random_stop > 0. DRaFT-K: gradient_steps = K. AlignProp and DRaFT:
+    gradient_steps = num_steps.
+    """
+
+    gradient_steps: int = 1
+    """Last steps that the gradient goes through."""
+    random_stop: int = 0
+    """Stop up to so many steps before the end, at random, and score the predicted clean latents there."""
+    divergence_weight: float = 0.0
+    """Weight of the squared distance between the predictions of policy and reference."""
+    pretraining_weight: float = 0.0
+    """Weight of the flow-matching (denoising) loss on latents of the reference, against drift."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoConfig(AlignConfig):
+    """Group-relative policy optimisation of a stochastic sampler (Flow-GRPO)."""
+
+    group_size: int = 8
+    """Pictures per prompt."""
+    clip_range: float = 1e-3
+    """Trusted range of the ratio around 1; log-probabilities are means over elements, so it is small."""
+    advantages: Literal["group", "batch"] = "group"
+    """Divide by each group's standard deviation, or by that over the batch."""
+    divergence_weight: float = 0.0
+    """Weight of KL(policy || reference) of the steps (Flow-GRPO's beta)."""
+    dense: bool = False
+    """An advantage for every step from the reward of the noisy state it leads to, at that noise level,
+    instead of the clean picture's for all steps."""
+    normalise_ratio: bool = False
+    """GRPO-Guard's ratio normalisation; clip_range is then in its units."""
+    epochs: int = 1
+    """Passes over the steps of a rollout."""
+
+    def __post_init__(self) -> None:
+        super(GrpoConfig, self).__post_init__()
+        if self.group_size < 2:
+            raise InvalidInputError(
+                f"group_size = {self.group_size}: a group of one picture has no advantage, give at least 2"
+            )
+        if not self.sampler.stochastic:
+            raise InvalidInputError(
+                f"grpo learns from stochastic steps: sampler.rule = {self.sampler.rule!r} with window "
+                f"{self.sampler.window} has none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoConfig(AlignConfig):
+    """Diffusion-DPO on the reward's best and worst of several pictures, or on given pairs."""
+
+    pairs: str | None = None
+    """Pairs of latents (.safetensors, or a folder of `dina-lrm prepare`) instead of the policy's own."""
+    samples_per_prompt: int = 4
+    """Of which the best and the worst make a pair; read only without `pairs`."""
+    beta: float = 500.0
+    """Strength of the reference; errors are means over elements."""
+    repeats: int = 4
+    """Optimizer steps on the pairs of an update, each with new noise levels and noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDpoConfig(AlignConfig):
+    """Step-level preferences: branches of one noisy state, ranked by the reward at their noise level."""
+
+    branches: int = 4
+    """Next states drawn from a common ancestor, of which the best and the worst make a pair."""
+    beta: float = 100.0
+    """Strength of the reference; log-probabilities are means over elements."""
+    preference: Literal["step", "trajectory"] = "step"
+    """trajectory: D3PO, two whole trajectories of a prompt, and the winner's steps win all along."""
+
+    def __post_init__(self) -> None:
+        super(StepDpoConfig, self).__post_init__()
+        if self.branches < 2:
+            raise InvalidInputError(f"branches = {self.branches}: must be at least 2")
+        if not self.sampler.stochastic:
+            raise InvalidInputError(
+                f"step-dpo compares stochastic steps: sampler.rule = {self.sampler.rule!r} with window "
+                f"{self.sampler.window} has none"
+            )

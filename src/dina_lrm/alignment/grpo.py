@@ -1,0 +1,109 @@
+"""Flow-GRPO: every prompt's pictures compete, and the stochastic steps that led to the better ones gain.
+
+    A = (r - mean) / std within the pictures of a prompt
+    w = pi(z' | z) / pi_old(z' | z) of each stochastic step, a ratio of Gaussians
+    loss = max(-A w, -A clip(w)) + beta KL(pi || pi_ref)
+
+A latent reward can also score the noisy state that a step leads to, at that state's own noise level: with
+`dense` every step has an advantage of its own. Rewards on pixels cannot do that.
+
+Source: Flow-GRPO arXiv:2505.05470; GRPO-Guard arXiv:2510.22319; dense rewards as in arXiv:2605.25661.
+"""
+
+import torch
+from torch import Tensor
+
+from dina_lrm.alignment.config import GrpoConfig
+from dina_lrm.alignment.rewards import LatentReward, RewardSum
+from dina_lrm.alignment.rollout import Trajectory, transition_at
+from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.core.preference import clipped_policy_loss, group_advantages, normalised_log_ratio
+from dina_lrm.core.transitions import gaussian_divergence, gaussian_log_prob
+from dina_lrm.errors import InvalidInputError
+
+__all__ = ["Grpo"]
+
+
+class Grpo:
+    """The algorithm; one call is one update: a rollout, and an optimizer step for each stochastic step."""
+
+    def __init__(self, config: GrpoConfig) -> None:
+        self.config = config
+
+    def __call__(self, run: Run, step: int) -> Measures:
+        config = self.config
+        prompts, seeds = run.draw(step, per_prompt=config.group_size)
+        path = run.sample(prompts, seeds)
+        rewards = run.score(path.clean, prompts, seeds)
+        advantages = self._advantages(run, path, prompts, rewards)
+        totals = {"loss": 0.0, "clipped": 0.0, "ratio": 0.0, "divergence": 0.0, "gradient_norm": 0.0}
+        if float(advantages.abs().max()) > 0:
+            for _ in range(config.epochs):
+                for place, at in enumerate(path.steps):
+                    for name, value in self._learn_step(run, path, prompts, at, advantages[place]).items():
+                        totals[name] += value / (config.epochs * len(path.steps))
+        groups = rewards.unflatten(0, (-1, config.group_size))
+        spread = groups.std(dim=1, unbiased=False)
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(spread.mean()),
+            "flat_groups": float((spread == 0).float().mean()),
+            **totals,
+        }
+
+    def _advantages(self, run: Run, path: Trajectory, prompts: list[str], rewards: Tensor) -> Tensor:
+        """(stochastic step, picture)"""
+        config = self.config
+
+        def within_groups(scores: Tensor) -> Tensor:
+            groups = scores.unflatten(0, (-1, config.group_size))
+            return group_advantages(groups, over=config.advantages).flatten()
+
+        if not config.dense:
+            return within_groups(rewards).expand(len(path.steps), -1)
+        if not isinstance(run.reward, LatentReward | RewardSum):
+            raise InvalidInputError("dense needs latent rewards: only they score noisy states")
+        found = []
+        for at in path.steps:
+            timestep = path.grid.timesteps[at + 1].expand(len(prompts)) if at + 1 < len(path.grid) else None
+            scores = rewards
+            if timestep is not None:
+                with torch.no_grad(), run.policy.precision(config.precision):
+                    scores = torch.cat(
+                        [
+                            run.reward.of_state(
+                                path.states[at + 1][rows], prompts[rows], timestep[rows]
+                            ).float()
+                            for rows in run.chunks(len(prompts))
+                        ]
+                    )
+            found.append(within_groups(scores))
+        return torch.stack(found)
+
+    def _learn_step(
+        self, run: Run, path: Trajectory, prompts: list[str], at: int, advantages: Tensor
+    ) -> dict[str, float]:
+        """One optimizer step on sampling step `at` of all pictures."""
+        config, policy = self.config, run.policy
+        conditioning = policy.encode(prompts)
+        sums = torch.zeros(4)
+        for rows in run.chunks(len(prompts)):
+            share = (rows.stop - rows.start) / len(prompts)
+            index = torch.arange(rows.start, rows.stop, device=policy.device)
+            own, state = conditioning.index_select(index), path.states[at][rows]
+            with policy.precision(config.precision):
+                where = transition_at(policy, state, own, path.grid, at, config.sampler)
+            log_ratio = gaussian_log_prob(path.states[at + 1][rows], where) - path.log_probs[at][rows]
+            if config.normalise_ratio:
+                log_ratio = normalised_log_ratio(log_ratio, where.mean, path.means[at][rows], where.std)
+            loss, clipped = clipped_policy_loss(log_ratio, advantages[rows], clip_range=config.clip_range)
+            divergence = torch.zeros_like(loss)
+            if config.divergence_weight > 0:
+                with torch.no_grad(), policy.reference(), policy.precision(config.precision):
+                    theirs = transition_at(policy, state, own, path.grid, at, config.sampler)
+                divergence = gaussian_divergence(where, theirs)
+            run.backward(share * (loss + config.divergence_weight * divergence).mean())
+            measured = [loss.mean(), clipped.float().mean(), log_ratio.exp().mean(), divergence.mean()]
+            sums += share * torch.stack(measured).detach().cpu()
+        names = ("loss", "clipped", "ratio", "divergence")
+        return dict(zip(names, sums.tolist(), strict=True)) | {"gradient_norm": run.learn()}

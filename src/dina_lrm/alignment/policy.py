@@ -1,0 +1,277 @@
+"""The generator that is aligned: a live pipeline's denoiser with a LoRA adapter of its own.
+
+The adapter is called "policy". The reference that a run is held to is the same network with the adapter
+switched off, so it costs no memory; a reward attached to the pipeline (`RewardModel.attach`) switches it off
+too while it scores.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.flow import Prediction
+from dina_lrm.core.noise import NoiseSchedule
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.backbone import FLOW_MATCH, Backbone, Conditioning, unpack
+from dina_lrm.models.encoders import Encoders, pixels_per_latent
+from dina_lrm.models.families import backbone_of, read_architecture
+from dina_lrm.models.lora import tuner_layers
+from dina_lrm.models.source import PipelineSource
+
+__all__ = ["ADAPTER", "Grid", "Policy"]
+
+ADAPTER = "policy"
+FAMILIES = ("sd3", "flux", "unet")
+"""Whose denoisers are called here: SD3 and SD3.5, FLUX.1, SD 1.5 and SDXL."""
+
+
+class Grid:
+    """The levels that a sampler passes through, from noise to clean.
+
+    Attributes:
+        sigmas: (step + 1,), the last one 0 or nearly.
+        timesteps: (step,), what the network is told.
+    """
+
+    def __init__(self, sigmas: Tensor, timesteps: Tensor) -> None:
+        self.sigmas, self.timesteps = sigmas, timesteps
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+class Policy:
+    """A pipeline's denoiser, called as the pipeline calls it, on unpacked latents.
+
+    Args:
+        pipeline: a live diffusers pipeline of a family in `FAMILIES`. Its denoiser is frozen.
+        lora_rank: of the adapter; 0 adds none, for sampling only.
+        lora_alpha: scale; twice the rank unless given.
+        guidance: what a guidance-distilled denoiser (FLUX.1 [dev]) is told.
+        seed: of the adapter's first weights.
+
+    Raises:
+        InvalidInputError: not live, of another family, or with a "policy" adapter already.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        guidance: float | None = None,
+        max_text_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        source = PipelineSource(pipeline)
+        if source.network is None:
+            raise InvalidInputError(
+                "a policy is a live diffusers pipeline, not a folder or hub id: load it first"
+            )
+        architecture = read_architecture(source.network_config())
+        kind = backbone_of(architecture)
+        if kind.family not in FAMILIES:
+            raise InvalidInputError(
+                f"sampling and alignment know the families {', '.join(FAMILIES)}; this is {kind.family}"
+            )
+        scheduler = source.config("scheduler", "scheduler_config.json")
+        self.pipeline = pipeline
+        self.network: Any = source.network
+        self.scheduler_config = scheduler
+        self.encoders = Encoders(source, architecture, max_text_tokens=max_text_tokens)
+        self.backbone: Backbone = kind(
+            architecture,
+            self.network,
+            scheduler,
+            image_taps=(0,),
+            text_taps=(),
+            num_blocks=1,
+            guidance=architecture.default_guidance if guidance is None else guidance,
+            pixels_per_latent=pixels_per_latent(source.config("vae", "config.json"))
+            if source.has("vae")
+            else 8,
+            shared=True,
+        )
+        flow = self.schedule.law == "rectified_flow"
+        self.kind: Prediction = (
+            "flow_prediction" if flow else scheduler.get("prediction_type", "epsilon")  # type: ignore[assignment]
+        )
+        self.network.requires_grad_(False).eval()
+        if lora_rank:
+            self._add_adapter(lora_rank, 2.0 * lora_rank if lora_alpha is None else lora_alpha, seed)
+        self._empty: Conditioning | None = None
+
+    def _add_adapter(self, rank: int, alpha: float, seed: int) -> None:
+        from peft import LoraConfig
+
+        if ADAPTER in (getattr(self.network, "peft_config", None) or {}):
+            raise InvalidInputError(
+                f"the pipeline has an adapter {ADAPTER!r} already: load the pipeline anew"
+            )
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+            target_modules=list(self.backbone.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network.add_adapter(config, adapter_name=ADAPTER)
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.float()  # steps smaller than bfloat16 resolves would be lost
+
+    # ------------------------------------------------------------------------------------- the adapter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's weights by name, float32."""
+        marker = f".{ADAPTER}."
+        return {name: value for name, value in self.network.named_parameters() if marker in name}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The network without the adapter, as it was."""
+        layers = [layer for layer in tuner_layers(self.network) if ADAPTER in layer.lora_A]
+        before = [layer._active_adapter for layer in layers]
+        for layer, active in zip(layers, before, strict=True):
+            names = [active] if isinstance(active, str) else list(active)
+            layer._active_adapter = [name for name in names if name != ADAPTER]
+        try:
+            yield
+        finally:
+            for layer, active in zip(layers, before, strict=True):
+                layer._active_adapter = active
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """|| alpha / r B A || / || W || over all adapted weights: how far the policy has gone."""
+        moved = total = 0.0
+        for layer in tuner_layers(self.network):
+            if ADAPTER in layer.lora_A:
+                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                # |B A|^2 = sum of (B^T B) * (A A^T): no matrix of the size of W is made.
+                square = ((up.T @ up).double() * (down @ down.T).double()).sum()
+                moved += float(square) * layer.scaling[ADAPTER] ** 2
+                total += float(layer.get_base_layer().weight.double().square().sum())
+        return (moved / total) ** 0.5 if total else 0.0
+
+    def save_lora(self, folder: Path) -> None:
+        """`pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` takes."""
+        from peft import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        name = "unet" if self.backbone.family == "unet" else "transformer"
+        type(self.pipeline).save_lora_weights(folder, **{f"{name}_lora_layers": layers})
+
+    # ------------------------------------------------------------------------------------- sampling
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.backbone.schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.weight.device
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Channel, height and width of the latents of a picture; None is the pipeline's own size.
+
+        Raises:
+            InvalidInputError: not a multiple of the pixels that a latent token covers.
+        """
+        factor = self.backbone.pixels_per_latent
+        sides = []
+        for name, side in (("height", height), ("width", width)):
+            own = int(self.network.config.sample_size or 128) * factor
+            side = own if side is None else side
+            step = factor * self.backbone.architecture.latent_multiple
+            if side < step or side % step:
+                raise InvalidInputError(f"{name} = {side}: must be a multiple of {step} pixels")
+            sides.append(side // factor)
+        channels = self.backbone.architecture.latent_channels
+        return channels, sides[0], sides[1]
+
+    def grid(self, num_steps: int, shape: Sequence[int]) -> Grid:
+        """Levels of `num_steps` steps as the pipeline's own scheduler spaces them (DDIM's spacing for
+        variance-preserving models, whatever their scheduler)."""
+        import diffusers
+
+        flow = self.kind == "flow_prediction"
+        name = str(self.scheduler_config.get("_class_name", FLOW_MATCH)) if flow else "DDIMScheduler"
+        settings = {k: v for k, v in self.scheduler_config.items() if not k.startswith("_")}
+        scheduler: Any = getattr(diffusers, name).from_config(settings)
+        self.backbone.set_timesteps(scheduler, num_steps, *shape[-2:])
+        timesteps = scheduler.timesteps.float()
+        if flow:
+            sigmas = scheduler.sigmas.float()
+        else:
+            last = (1.0 - torch.as_tensor(scheduler.final_alpha_cumprod)).clamp_min(0).sqrt()
+            sigmas = torch.cat([self.schedule.sigma_at(timesteps), last.reshape(1).float()])
+        return Grid(sigmas.to(self.device), timesteps.to(self.device))
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One row per prompt, by the pipeline's own text encoders."""
+        return self.encoders.encode_prompts(prompts, self.device)
+
+    def predict(
+        self, latents: Tensor, conditioning: Conditioning, timestep: Tensor, *, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The network's output (`kind`), guided; float32 and of the shape of `latents`.
+
+        Args:
+            timestep: (batch,), in units of the scheduler.
+            guidance_scale: of classifier-free guidance; at 1 the empty prompt is not computed.
+        """
+        if guidance_scale == 1.0:
+            return self._call(latents, conditioning, timestep)
+        if self._empty is None:
+            self._empty = self.encoders.text.encode_empty(self.device)
+        empty = self._empty.index_select(torch.zeros(len(latents), dtype=torch.long, device=self.device))
+        plain, guided = self._call(
+            torch.cat([latents, latents]), _joined(empty, conditioning), torch.cat([timestep, timestep])
+        ).chunk(2)
+        return plain + guidance_scale * (guided - plain)
+
+    def _call(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> Tensor:
+        weight = self.backbone.weight
+        arguments = self.backbone.arguments(
+            latents.to(weight), conditioning.to(weight.device, weight.dtype), timestep.to(weight.device)
+        )
+        output = self.network(**arguments, return_dict=False)[0]
+        if self.backbone.family == "flux":
+            output = unpack(output, latents.shape[-2] // 2, latents.shape[-1] // 2)
+        return output.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width) in [0, 1]; differentiable where the latents are."""
+        return self.encoders.decode_latents(latents, self.device)
+
+    @contextlib.contextmanager
+    def precision(self, precision: str) -> Iterator[None]:
+        """Matrix products of the network in bfloat16 inside, or in the precision of its weights."""
+        if precision == "float32":
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.device.type == "cpu":  # the fused kernel's bfloat16 backward is five times slower there
+                stack.enter_context(PlainAttention())
+            yield
+
+
+def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Rows of both; the shorter prompts are padded with zeros, masked where the backbone masks."""
+    length = max(first.prompt_embeds.shape[1], second.prompt_embeds.shape[1])
+
+    def rows(one: Conditioning) -> Tensor:
+        return nn.functional.pad(one.prompt_embeds, (0, 0, 0, length - one.prompt_embeds.shape[1]))
+
+    pooled = None
+    if first.pooled_prompt_embeds is not None and second.pooled_prompt_embeds is not None:
+        pooled = torch.cat([first.pooled_prompt_embeds, second.pooled_prompt_embeds])
+    return Conditioning(torch.cat([rows(first), rows(second)]), pooled)

@@ -1,0 +1,90 @@
+"""What a policy is told about its pictures: latent rewards, and sums of several."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dina_lrm.core.tensors import Latents, Score
+from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.models.reward_model import RewardModel
+
+__all__ = ["LatentReward", "Reward", "RewardError", "RewardSum", "checked"]
+
+Reward = Callable[[Latents, Sequence[str], Sequence[int]], Score]
+"""Scores (batch,) of clean latents for prompts, with the seeds of whatever is random in it; differentiable
+in the latents where it is used by refl. A reward on pixels decodes first (`Policy.decode`)."""
+
+
+class RewardError(DinaError):
+    """A reward that is not a number: nothing can be learned from it."""
+
+
+@dataclass(frozen=True)
+class LatentReward:
+    """A `RewardModel` on clean latents; the noise of sample i follows from seed i.
+
+    Args:
+        noise_levels: empty for the model's own.
+    """
+
+    model: RewardModel
+    noise_levels: tuple[float, ...] = ()
+
+    def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
+        levels = list(self.noise_levels) or None
+        return self.model.score_latents(latents, self.model.encode_prompts(prompts), levels, seed=list(seeds))
+
+    def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
+        """Scores of states that a sampler is at."""
+        return self.model.score_state(noisy_latents, self.model.encode_prompts(prompts), timestep)
+
+
+@dataclass(frozen=True)
+class RewardSum:
+    """w_1 r_1 + w_2 r_2 + ..."""
+
+    terms: tuple[Reward, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.terms) != len(self.weights) or not self.terms:
+            raise InvalidInputError(f"{len(self.weights)} weights for {len(self.terms)} rewards")
+
+    def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
+        found = [w * term(latents, prompts, seeds) for w, term in zip(self.weights, self.terms, strict=True)]
+        return torch.stack(found).sum(dim=0)
+
+    def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
+        """Of noisy states; all terms must be latent rewards.
+
+        Raises:
+            InvalidInputError: a term sees clean pictures only.
+        """
+        found: list[Tensor] = []
+        for weight, term in zip(self.weights, self.terms, strict=True):
+            if not isinstance(term, LatentReward | RewardSum):
+                raise InvalidInputError(
+                    f"{type(term).__name__} cannot score noisy states: use a latent reward"
+                )
+            found.append(weight * term.of_state(noisy_latents, prompts, timestep))
+        return torch.stack(found).sum(dim=0)
+
+
+def checked(scores: Score, prompts: Sequence[str]) -> Score:
+    """The same scores, all finite.
+
+    Raises:
+        RewardError: some are not; it names the first prompt.
+    """
+    if scores.shape != (len(prompts),):
+        raise RewardError(f"the reward gave {tuple(scores.shape)} scores for {len(prompts)} pictures")
+    bad = ~torch.isfinite(scores)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise RewardError(
+            f"the reward of {int(bad.sum())} of {len(prompts)} pictures is not finite, "
+            f"first {scores[first].item()} for prompt {prompts[first]!r}"
+        )
+    return scores

@@ -1,0 +1,429 @@
+"""What all alignment algorithms share: optimizer, average, evaluation, checkpoints, and what stops a run.
+
+An algorithm is one function from the number of an update to what it measured; it calls `Run.learn` once or
+more. All that is random in update n follows from (seed, n), so a resumed run gives the numbers of one that
+was never stopped, and nothing random is stored.
+
+On several processes each takes a share of the prompts, whole groups at a time, and gradients of the adapter
+are averaged before every optimizer step.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from dina_lrm.alignment.config import AlignConfig
+from dina_lrm.alignment.gold import Evaluation, Gold, parting
+from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.rewards import Reward, checked
+from dina_lrm.alignment.rollout import SamplerConfig, Trajectory, deterministic, rollout
+from dina_lrm.config import to_dict
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.files import write_whole
+from dina_lrm.training import optim, state
+
+__all__ = ["AlignmentError", "Run", "RunResult", "Update"]
+
+Measures = dict[str, float]
+Update = Callable[["Run", int], Measures]
+"""One update of an algorithm: learns through `Run.learn`, and gives what it measured."""
+
+_PROMPTS, _SEEDS, _EVALUATION, _DIVERSITY = 41, 42, 43, 44
+DIVERSITY_SAMPLES = 4
+
+
+class AlignmentError(DinaError, RuntimeError):
+    """A run that cannot go on; its last good checkpoint is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended. The policy holds the average weights."""
+
+    steps: int
+    seconds: float
+    stopped_by: str
+    """"steps" or "parting"."""
+    evaluations: tuple[Evaluation, ...]
+    history: tuple[Measures, ...]
+
+
+class Run:
+    """One alignment run.
+
+    Args:
+        policy: with an adapter.
+        reward: what is maximised.
+        prompts: to train on.
+        held_out: to evaluate on; none of `prompts`.
+        golds: independent scores of pictures, by name; the first is the gold score.
+        on_evaluation: called with all evaluations so far, and the pictures of the last one (a row a prompt).
+    """
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        policy: Policy,
+        reward: Reward,
+        prompts: Sequence[str],
+        held_out: Sequence[str],
+        *,
+        golds: dict[str, Gold] | None = None,
+        on_evaluation: Callable[["Run", Sequence[Evaluation], Sequence[Image.Image]], None] | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        shared = set(prompts) & set(held_out)
+        if not prompts or len(held_out) < 2:
+            raise InvalidInputError(
+                f"{len(prompts)} prompts and {len(held_out)} held out: need at least 1 and 2"
+            )
+        if shared:
+            raise InvalidInputError(f"{len(shared)} held-out prompts are trained on, such as {min(shared)!r}")
+        self.config, self.policy, self.reward = config, policy, reward
+        self.prompts, self.held_out = list(prompts), list(held_out)
+        self.golds = golds or {}
+        self.on_evaluation, self.log = on_evaluation, log
+        self.accelerator = Accelerator(cpu=config.cpu)
+        count = self.accelerator.num_processes
+        if config.batch_size % count:
+            raise InvalidInputError(
+                f"batch_size = {config.batch_size} does not divide over {count} processes"
+            )
+        self.parameters = policy.parameters()
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(self.parameters.values()), "peak_lr": settings.learning_rate}],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.average = None
+        if settings.ema_decay is not None:
+            self.average = optim.weight_average(list(self.parameters.values()), settings.ema_decay)
+        self.output = Path(config.output) if config.output is not None else None
+        self.step = 0
+        self.seconds_before = 0.0
+        self.evaluations: list[Evaluation] = []
+        self.history: list[Measures] = []
+        self.best_gold: float | None = None
+        self.best_step: int | None = None
+        digest = hashlib.blake2b(json.dumps([self.prompts, self.held_out]).encode(), digest_size=16)
+        self.fingerprint = digest.hexdigest()
+        self._accumulated = 0
+        if self.output is not None and self.accelerator.is_main_process:
+            for name in ("last", "best"):
+                state.recover_folder(self.output / name)
+            self.output.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def train(self, update: Update) -> RunResult:
+        """Updates until the last one, or until proxy and gold part where that stops the run.
+
+        Raises:
+            AlignmentError: a gradient that is not finite or above `gradient_limit`.
+            RewardError: a reward that is not finite.
+        """
+        config = self.config
+        self.started = time.perf_counter()
+        if config.resume:
+            self._resume()
+        if self.output is not None and self.accelerator.is_main_process:
+            self._truncate_logs()
+            write_whole(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
+        stopped_by = "steps"
+        if not self.evaluations:
+            self._evaluate()
+        while self.step < config.num_steps:
+            optim.set_learning_rate(self.optimizer, self._rate_factor())
+            measures = update(self, self.step)
+            self.step += 1
+            self._tell(measures | {"step": self.step, "seconds": round(self.seconds, 3)})
+            last = self.step == config.num_steps
+            parted = None
+            if self.step % config.monitor.every == 0 or last:
+                parted = self._evaluate().parted
+            if self.step % config.checkpoint_every == 0 or last:
+                self.checkpoint("last")
+            if parted is not None and config.monitor.on_parting == "stop":
+                stopped_by = "parting"
+                self.checkpoint("last")
+                break
+        if self.average is not None:
+            self.average.copy_to(list(self.parameters.values()))
+        if self.output is not None and self.accelerator.is_main_process:
+            self.policy.save_lora(self.output)
+        self.accelerator.wait_for_everyone()
+        return RunResult(
+            steps=self.step,
+            seconds=self.seconds,
+            stopped_by=stopped_by,
+            evaluations=tuple(self.evaluations),
+            history=tuple(self.history),
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _rate_factor(self) -> float:
+        settings = self.config.optimizer
+        return optim.learning_rate_factor(
+            self.step,
+            num_steps=self.config.num_steps,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            final_fraction=settings.final_fraction,
+        )
+
+    # ------------------------------------------------------------------------------------- for algorithms
+
+    def draw(self, step: int, *, per_prompt: int = 1) -> tuple[list[str], list[int]]:
+        """Prompts and seeds of an update, of this process: each prompt `per_prompt` times in a row."""
+        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, _PROMPTS, step))
+        count, size = len(self.prompts), self.config.batch_size
+        rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+        chosen = torch.cat(rounds)[:size].tolist()
+        share = size // self.accelerator.num_processes
+        start = share * self.accelerator.process_index
+        prompts, seeds = [], []
+        for place in range(start, start + share):
+            for sample in range(per_prompt):
+                prompts.append(self.prompts[chosen[place]])
+                seeds.append(mix_seeds(self.config.seed, _SEEDS, step, place, sample))
+        return prompts, seeds
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], config: SamplerConfig | None = None
+    ) -> Trajectory:
+        """A rollout with the weights as they are."""
+        with self.policy.precision(self.config.precision):
+            return rollout(self.policy, self.policy.encode(prompts), seeds, config or self.config.sampler)
+
+    @torch.no_grad()
+    def score(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Finite rewards without gradient, (batch,), batch by batch."""
+        size = self.config.sampler.batch_size
+        parts = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            with self.policy.precision(self.config.precision):
+                found = self.reward(latents[rows], prompts[rows], seeds[rows])
+            parts.append(checked(found.float(), prompts[rows]))
+        return torch.cat(parts)
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Rows in parts that a pass with gradients can hold."""
+        size = self.config.max_loss_rows
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a part of a batch; `loss` is its share of the batch's mean."""
+        loss.backward()
+        self._accumulated += 1
+
+    def learn(self) -> float:
+        """One optimizer step on what was added; returns the gradient's norm before clipping.
+
+        Raises:
+            AlignmentError: the norm is not finite or above `gradient_limit`; nothing was changed.
+        """
+        if not self._accumulated:
+            return 0.0
+        parameters = list(self.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.accelerator.num_processes > 1:
+                reduced: Any = self.accelerator.reduce(parameter.grad, reduction="mean")
+                parameter.grad.copy_(reduced)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_gradient_norm))
+        if not norm <= self.config.gradient_limit:  # also false for NaN
+            self.optimizer.zero_grad(set_to_none=True)
+            self._accumulated = 0
+            where = "none was written yet" if self.output is None else f"it is in {self.output / 'last'}"
+            raise AlignmentError(
+                f"the gradient's norm is {norm:.3g} in update {self.step}, allowed up to gradient_limit = "
+                f"{self.config.gradient_limit:g}: lower optimizer.learning_rate or the reward's weight. The "
+                f"last good checkpoint is unchanged: {where}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(parameters)
+        self._accumulated = 0
+        return norm
+
+    # ------------------------------------------------------------------------------------- evaluation
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average weights inside, the raw ones again after."""
+        if self.average is None:
+            yield
+            return
+        parameters = list(self.parameters.values())
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
+
+    @torch.no_grad()
+    def _evaluate(self) -> Evaluation:
+        config, size = self.config, self.config.monitor.grid_size
+        sampler = deterministic(config.sampler)
+        shown = self.held_out[:size]
+        seeds = [mix_seeds(config.seed, _EVALUATION, index) for index in range(len(self.held_out))]
+        more = [
+            mix_seeds(config.seed, _DIVERSITY, i, j)
+            for i in range(len(shown))
+            for j in range(DIVERSITY_SAMPLES)
+        ]
+        with self.averaged():
+            clean = self.sample(self.held_out, seeds, sampler).clean
+            several = self.sample(
+                [one for one in shown for _ in range(DIVERSITY_SAMPLES)], more, sampler
+            ).clean
+            distance = self.policy.distance()
+        proxy = self.score(clean, self.held_out, seeds)
+        pictures = [picture for part in self._decoded(clean) for picture in part]
+        evaluation = Evaluation(
+            step=self.step,
+            seconds=round(self.seconds, 3),
+            proxy=tuple(proxy.tolist()),
+            gold={
+                name: tuple(float(value) for value in gold(self.held_out, pictures))
+                for name, gold in self.golds.items()
+            },
+            distance=distance,
+            diversity=_diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
+        )
+        parted = parting([*self.evaluations, evaluation], window=config.monitor.window)
+        evaluation = replace(evaluation, parted=parted)
+        self.evaluations.append(evaluation)
+        if parted is not None:
+            self.log(f"update {self.step}: proxy and gold have parted: {parted}")
+        self._keep(evaluation, pictures[: len(shown)])
+        return evaluation
+
+    def _decoded(self, latents: Tensor) -> Iterator[list[Image.Image]]:
+        size = self.config.sampler.batch_size
+        for start in range(0, len(latents), size):
+            pixels = (self.policy.decode(latents[start : start + size]) * 255).round().to(torch.uint8)
+            yield [Image.fromarray(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]
+
+    def _keep(self, evaluation: Evaluation, pictures: Sequence[Image.Image]) -> None:
+        """Write an evaluation down, and the weights if gold was never better."""
+        gold = evaluation.main_gold
+        mean = None if gold is None else sum(gold) / len(gold)
+        better = mean is not None and (self.best_gold is None or mean > self.best_gold)
+        if better:
+            self.best_gold, self.best_step = mean, self.step
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        with (self.output / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(evaluation)) + "\n")
+        folder = self.output / "pictures" / f"{self.step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures):
+            picture.save(folder / f"{index:03d}.png")
+        if better and self.step > 0:
+            with self.averaged():
+                state.replace_folder(self.output / "best", self.policy.save_lora)
+        if self.on_evaluation is not None:
+            self.on_evaluation(self, self.evaluations, pictures)
+
+    # ------------------------------------------------------------------------------------- on disk
+
+    def _tell(self, measures: Measures) -> None:
+        self.history.append(measures)
+        if self.output is not None and self.accelerator.is_main_process:
+            with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(measures) + "\n")
+
+    def checkpoint(self, name: str) -> None:
+        """OUTPUT/NAME: the average weights as a LoRA file, and all that a resumed run needs."""
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        position = state.Position(
+            step=self.step,
+            seconds=self.seconds,
+            best_accuracy=self.best_gold,
+            best_step=self.best_step,
+            config=to_dict(self.config),
+            data_fingerprint=self.fingerprint,
+        )
+
+        def fill(folder: Path) -> None:
+            with self.averaged():
+                self.policy.save_lora(folder)
+            state.save_state(folder, position, self.parameters, self.optimizer, self.average, None)
+
+        state.replace_folder(self.output / name, fill)
+
+    def _resume(self) -> None:
+        if self.output is None:
+            raise InvalidInputError("resume needs output, the folder of the run to go on with")
+        last = self.output / "last"
+        if not last.exists():  # stopped before the first checkpoint, or never begun
+            return
+        position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
+        now = to_dict(self.config)
+        differing = [
+            f"{key} was {position.config.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(set(position.config) | set(now))
+            if key not in _MAY_CHANGE and position.config.get(key) != now.get(key)
+        ]
+        if differing:
+            raise InvalidInputError(f"{last} belongs to a run with other settings: {'; '.join(differing)}")
+        if position.data_fingerprint != self.fingerprint:
+            raise InvalidInputError(f"{last} was trained on other prompts than those given now")
+        self.step, self.seconds_before = position.step, position.seconds
+        self.best_gold, self.best_step = position.best_accuracy, position.best_step
+        lines = (self.output / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+        for record in map(json.loads, lines):
+            if record["step"] <= self.step:
+                gold = {name: tuple(values) for name, values in record.pop("gold").items()}
+                self.evaluations.append(Evaluation(gold=gold, proxy=tuple(record.pop("proxy")), **record))
+
+    def _truncate_logs(self) -> None:
+        """Lines of an earlier attempt that go beyond the checkpoint are taken back."""
+        assert self.output is not None
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            file = self.output / name
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() and self.step else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            if file.exists():
+                write_whole(file, "".join(line + "\n" for line in kept).encode())
+            if name == "metrics.jsonl":
+                self.history = [json.loads(line) for line in kept]
+
+
+_MAY_CHANGE = frozenset("num_steps output resume checkpoint_every cpu monitor max_loss_rows".split())
+
+
+def _diversity(latents: Tensor) -> float:
+    """Root mean square difference of samples (prompt, sample, ...) of one prompt, mean over prompts."""
+    flat = latents.float().flatten(2)
+    count = flat.shape[1]
+    distances = [
+        (flat[:, i] - flat[:, j]).square().mean(dim=1).sqrt()
+        for i in range(count)
+        for j in range(i + 1, count)
+    ]
+    return float(torch.stack(distances).mean())

@@ -1,0 +1,354 @@
+"""Better samples without training: choose among several while they are being sampled, or steer one.
+
+    result = best_of_n(policy, model, prompt, samples=16)
+    result = successive_halving(policy, model, prompt, samples=16)
+    result = guided(policy, model, prompt, samples=4, strength=0.1)
+
+`successive_halving` scores the noisy states at their own noise level and drops candidates there: the law of
+comparison of the reward, with its own variance v(sigma), gives the probability that the leading candidate is
+preferred to another, and where that is high enough the other is not sampled further.
+
+Inside a diffusers pipeline the same two are callbacks:
+
+    prune = Pruner(model, prompt, steps=28)
+    pipeline(prompt, num_images_per_prompt=16, callback_on_step_end=prune,
+             callback_on_step_end_tensor_inputs=prune.tensor_inputs(pipeline))
+
+Own work; that latents are pruned by a reward at their noise level: LatSearch, arXiv:2603.14526.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.rewards import checked
+from dina_lrm.alignment.rollout import SamplerConfig, deterministic, first_noise, rollout, transition_at
+from dina_lrm.core.likelihood import win_probability
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.reward_model import RewardModel
+
+__all__ = ["Guide", "Pruner", "SearchResult", "best_of_n", "guided", "successive_halving"]
+
+_CANDIDATE = 81
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Candidates that were sampled to the end, best first."""
+
+    latents: Tensor
+    """(kept, channel, height, width), clean."""
+    scores: Tensor
+    """(kept,), of the reward."""
+    indices: tuple[int, ...]
+    """Which of the candidates they are; candidate i starts from a seed that depends on (seed, i) alone."""
+    evaluations: float
+    """Passes of the whole denoiser that it took: sampling, guidance counted, and scoring, whose passes
+    through the first L of N blocks count L / N (a backward pass as two forward passes)."""
+    alive: tuple[int, ...]
+    """Candidates that were sampled in each step."""
+
+
+def _prepared(
+    policy: Policy, model: RewardModel, prompt: str, samples: int, seed: int
+) -> tuple[Conditioning, Conditioning, list[int]]:
+    if samples < 1:
+        raise InvalidInputError(f"samples = {samples}: must be at least 1")
+    if model.latent_space is not None and model.latent_space != policy.encoders.latent_space:
+        raise InvalidInputError(
+            f"the reward is for another generator: it reads latents of {model.latent_space}, the pipeline "
+            f"has {policy.encoders.latent_space}"
+        )
+    seeds = [mix_seeds(seed, _CANDIDATE, index) for index in range(samples)]
+    return policy.encode([prompt]), model.encode_prompts(prompt), seeds
+
+
+def _pass_cost(policy: Policy, model: RewardModel) -> float:
+    return model.backbone.num_blocks / len(policy.backbone.architecture.block_names)
+
+
+def _per_evaluation(config: SamplerConfig) -> float:
+    return 1.0 if config.guidance_scale == 1.0 else 2.0
+
+
+def _rows(conditioning: Conditioning, count: int, device: torch.device) -> Conditioning:
+    return conditioning.index_select(torch.zeros(count, dtype=torch.long, device=device))
+
+
+@torch.no_grad()
+def _ranked(
+    model: RewardModel, clean: Tensor, conditioning: Conditioning, prompt: str, seed: int
+) -> tuple[Tensor, list[int]]:
+    """Scores of clean latents under one noise sample, and the order from best to worst."""
+    scores = checked(model.score_latents(clean, conditioning, seed=seed).float(), [prompt] * len(clean))
+    return scores, scores.argsort(descending=True, stable=True).tolist()
+
+
+@torch.no_grad()
+def best_of_n(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample all candidates to the end and rank them."""
+    config = deterministic(sampler or SamplerConfig())
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    clean = rollout(policy, _rows(own, samples, policy.device), seeds, config).clean
+    scores, order = _ranked(model, clean, theirs, prompt, seed)
+    cost = samples * config.num_steps * _per_evaluation(config)
+    cost += samples * len(model.config.noise_levels) * _pass_cost(policy, model)
+    return SearchResult(clean[order], scores[order], tuple(order), cost, (samples,) * config.num_steps)
+
+
+def beaten(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
+    """Which candidates (bool) to drop: the leader is preferred with at least `confidence` at noise level
+    `sigma`, by the reward's own law of comparison; never more than half of them, the worst first.
+
+    A confidence of 0.5 drops just the worse half.
+    """
+    law = model.config.likelihood
+    lead = (scores.max() - scores).double()
+    probability = win_probability(
+        lead,
+        torch.full_like(lead, sigma),
+        likelihood=law.kind,
+        slope=law.slope,
+        floor=law.floor,
+    )
+    drop = torch.zeros_like(scores, dtype=torch.bool)
+    worst_first = scores.argsort(stable=True)[: len(scores) // 2]
+    drop[worst_first] = probability[worst_first] >= confidence
+    return drop
+
+
+def check_steps(num_steps: int, first: int | None, every: int) -> range:
+    """Steps after which candidates are compared."""
+    start = max(1, num_steps // 4) if first is None else first
+    if not 1 <= start <= num_steps or every < 1:
+        raise InvalidInputError(
+            f"first_check = {start}, every = {every}: must be in [1, {num_steps}], at least 1"
+        )
+    return range(start, num_steps, every)
+
+
+@torch.no_grad()
+def successive_halving(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 16,
+    confidence: float = 0.5,
+    first_check: int | None = None,
+    every: int = 2,
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample candidates together and drop those that the reward has seen enough of.
+
+    Args:
+        confidence: probability, in [0.5, 1], that the leader is preferred to a candidate at which it is
+            dropped; 0.5 halves at every check.
+        first_check: steps before the first comparison; None: a quarter of them.
+        every: steps between comparisons.
+    """
+    if not 0.5 <= confidence <= 1.0:
+        raise InvalidInputError(f"confidence = {confidence}: must be in [0.5, 1]")
+    config = deterministic(sampler or SamplerConfig())
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    checks = check_steps(config.num_steps, first_check, every)
+    shape = policy.latent_shape(config.height, config.width)
+    grid = policy.grid(config.num_steps, shape)
+    state = first_noise(shape, seeds).to(policy.device)
+    kept, cost, alive = list(range(samples)), 0.0, []
+    for step in range(config.num_steps):
+        alive.append(len(kept))
+        cost += len(kept) * _per_evaluation(config)
+        parts = [
+            transition_at(policy, part, _rows(own, len(part), policy.device), grid, step, config).mean
+            for part in state.split(config.batch_size)
+        ]
+        state = torch.cat(parts)
+        if step + 1 in checks and len(kept) > 1:
+            cost += len(kept) * _pass_cost(policy, model)
+            timestep = grid.timesteps[step + 1].expand(len(kept))
+            scores = checked(model.score_state(state, theirs, timestep).float(), [prompt] * len(kept))
+            stay = ~beaten(model, scores, float(grid.sigmas[step + 1]), confidence)
+            state = state[stay]
+            kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
+    scores, order = _ranked(model, state, theirs, prompt, seed)
+    cost += len(kept) * len(model.config.noise_levels) * _pass_cost(policy, model)
+    return SearchResult(state[order], scores[order], tuple(kept[one] for one in order), cost, tuple(alive))
+
+
+def ascend(
+    model: RewardModel,
+    state: Tensor,
+    conditioning: Conditioning,
+    timestep: Tensor,
+    sigma: float,
+    strength: float,
+) -> Tensor:
+    """The state moved along the reward's gradient, by `strength` times sigma (root mean square)."""
+    with torch.enable_grad():
+        moved = state.detach().float().requires_grad_(True)
+        scores = model.score_state(moved, conditioning, timestep)
+        (gradient,) = torch.autograd.grad(scores.sum(), moved)
+    size = gradient.flatten(1).square().mean(dim=1).sqrt().clamp_min(1e-12)
+    step = strength * sigma / size.reshape(-1, *[1] * (state.ndim - 1))
+    return (state + step * gradient).to(state.dtype)
+
+
+@torch.no_grad()
+def guided(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 1,
+    strength: float = 0.05,
+    window: tuple[float, float] = (0.2, 0.9),
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample with the state moved along the reward's gradient after every step, without the VAE.
+
+    Args:
+        strength: size of the move, as a fraction of the noise that is left; 0 is plain sampling.
+        window: noise levels between which states are moved; near 1 nothing can be told yet, near 0 only the
+            reward's blind spots are found.
+    """
+    if not strength >= 0 or not 0 <= window[0] < window[1] <= 1:
+        raise InvalidInputError(
+            f"strength = {strength}, window = {window}: must be at least 0, and inside [0, 1]"
+        )
+    config = deterministic(sampler or SamplerConfig())
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    shape = policy.latent_shape(config.height, config.width)
+    grid = policy.grid(config.num_steps, shape)
+    state, cost = first_noise(shape, seeds).to(policy.device), 0.0
+    for step in range(config.num_steps):
+        cost += samples * _per_evaluation(config)
+        sigma = float(grid.sigmas[step + 1])
+        parts = []
+        for part in state.split(config.batch_size):
+            after = transition_at(policy, part, _rows(own, len(part), policy.device), grid, step, config).mean
+            if strength > 0 and window[0] <= sigma <= window[1]:
+                timestep = grid.timesteps[step + 1].expand(len(part))
+                after = ascend(model, after, theirs, timestep, sigma, strength)
+                cost += 3.0 * len(part) * _pass_cost(policy, model)
+            parts.append(after)
+        state = torch.cat(parts)
+    scores, order = _ranked(model, state, theirs, prompt, seed)
+    cost += samples * len(model.config.noise_levels) * _pass_cost(policy, model)
+    return SearchResult(state[order], scores[order], tuple(order), cost, (samples,) * config.num_steps)
+
+
+# --- the same inside a diffusers pipeline ------------------------------------------------------------------
+
+
+class _Callback:
+    """What both callbacks know: the prompt, and the level that a pipeline is at after a step."""
+
+    def __init__(self, model: RewardModel, prompt: str) -> None:
+        self.model = model
+        self.conditioning = model.encode_prompts(prompt)
+
+    def tensor_inputs(self, pipeline: Any) -> list[str]:
+        """What to pass as `callback_on_step_end_tensor_inputs`: all that has a row per picture."""
+        return list(pipeline._callback_tensor_inputs)
+
+    def _next(self, pipeline: Any, step: int, latents: Tensor) -> tuple[Tensor, float] | None:
+        """Timestep (batch,) and noise level of the state after `step`; None after the last."""
+        if latents.ndim != 4:
+            raise InvalidInputError(
+                f"{type(pipeline).__name__} packs its latents {tuple(latents.shape)}: use "
+                f"dina_lrm.alignment.search with a Policy instead of a callback"
+            )
+        timesteps = pipeline.scheduler.timesteps
+        if step + 1 >= len(timesteps):
+            return None
+        timestep = timesteps[step + 1].float().to(latents.device).expand(len(latents))
+        return timestep, float(self.model.schedule.sigma_at(timestep[:1]))
+
+
+class Pruner(_Callback):
+    """`callback_on_step_end` that drops candidates of one prompt, as `successive_halving` does.
+
+    Args:
+        steps: of the pipeline's call.
+
+    Attributes:
+        kept: indices of the candidates that are still sampled.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        prompt: str,
+        *,
+        steps: int,
+        confidence: float = 0.5,
+        first_check: int | None = None,
+        every: int = 2,
+    ) -> None:
+        super().__init__(model, prompt)
+        self.checks = check_steps(steps, first_check, every)
+        self.confidence = confidence
+        self.kept: list[int] = []
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        latents = callback_kwargs["latents"]
+        if step == 0:
+            self.kept = list(range(len(latents)))
+        following = self._next(pipeline, step, latents)
+        if following is None or step + 1 not in self.checks or len(latents) < 2:
+            return callback_kwargs
+        scores = self.model.score_state(latents, self.conditioning, following[0]).float()
+        stay = ~beaten(self.model, scores, following[1], self.confidence)
+        self.kept = [index for index, good in zip(self.kept, stay.tolist(), strict=True) if good]
+        return {name: _of_kept(name, value, stay, len(latents)) for name, value in callback_kwargs.items()}
+
+
+def _of_kept(name: str, value: Any, stay: Tensor, count: int) -> Any:
+    """Rows of a tensor that belong to kept candidates; guided pipelines hold two halves."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if len(value) % count:
+        raise InvalidInputError(
+            f"{name} has {len(value)} rows for {count} pictures: which to keep is not known"
+        )
+    return value[stay.repeat(len(value) // count).to(value.device)]
+
+
+class Guide(_Callback):
+    """`callback_on_step_end` that moves states along the reward's gradient, as `guided` does."""
+
+    def __init__(
+        self, model: RewardModel, prompt: str, *, strength: float = 0.05, window: Sequence[float] = (0.2, 0.9)
+    ) -> None:
+        super().__init__(model, prompt)
+        self.strength, self.window = strength, tuple(window)
+
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        latents = callback_kwargs["latents"]
+        following = self._next(pipeline, step, latents)
+        if following is None or not self.window[0] <= following[1] <= self.window[1]:
+            return callback_kwargs
+        moved = ascend(self.model, latents, self.conditioning, *following, self.strength)
+        return {**callback_kwargs, "latents": moved}

@@ -1,0 +1,150 @@
+"""Step-level preferences: of several next states drawn from one noisy state, the better one is preferred.
+
+The latent reward ranks the branches at the noise level that they are at, so no branch is sampled to the end.
+The next ancestor is one of the branches, drawn at random. With preference = "trajectory" (D3PO) two whole
+trajectories are drawn per prompt, and the winner's steps count as the better ones all along.
+
+Source: SPO arXiv:2406.04314; LPO arXiv:2502.01051; D3PO arXiv:2311.13231.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dina_lrm.alignment.config import StepDpoConfig
+from dina_lrm.alignment.rewards import LatentReward, RewardSum, checked
+from dina_lrm.alignment.rollout import first_noise, step_at, transition_at
+from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.core.preference import step_dpo_loss
+from dina_lrm.core.transitions import gaussian_log_prob
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.backbone import Conditioning
+
+__all__ = ["StepDpo"]
+
+_BRANCH, _NEXT = 71, 72
+
+
+@dataclass(frozen=True)
+class _StepPairs:
+    """Preferred and other next state of every prompt at one step."""
+
+    at: int
+    rows: Tensor
+    """Prompts that have a preference."""
+    before: tuple[Tensor, Tensor]
+    """States that the preferred and the other step started from."""
+    after: tuple[Tensor, Tensor]
+
+
+class StepDpo:
+    """The algorithm; one call is one update: a walk, and an optimizer step for each stochastic step."""
+
+    def __init__(self, config: StepDpoConfig) -> None:
+        if config.beta <= 0:
+            raise InvalidInputError(f"beta = {config.beta}: must be positive")
+        self.config = config
+
+    def __call__(self, run: Run, step: int) -> Measures:
+        prompts, seeds = run.draw(step)
+        conditioning = run.policy.encode(prompts)
+        gaps: list[float] = []
+        walk = self._branches if self.config.preference == "step" else self._trajectories
+        pairs = list(walk(run, prompts, seeds, conditioning, gaps))
+        totals = {"loss": 0.0, "accuracy": 0.0, "gradient_norm": 0.0}
+        for one in pairs:
+            if len(one.rows):
+                for name, value in self._learn(run, one, conditioning).items():
+                    totals[name] += value / len(pairs)
+        return {"reward_gap": sum(gaps) / max(len(gaps), 1), **totals}
+
+    @torch.no_grad()
+    def _branches(
+        self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
+    ) -> Iterator[_StepPairs]:
+        config, policy, count = self.config, run.policy, self.config.branches
+        reward = run.reward
+        if not isinstance(reward, LatentReward | RewardSum):
+            raise InvalidInputError(
+                "step-level preferences need latent rewards: only they score noisy states"
+            )
+        shape = policy.latent_shape(config.sampler.height, config.sampler.width)
+        grid = policy.grid(config.sampler.num_steps, shape)
+        state = first_noise(shape, seeds).to(policy.device)
+        every = torch.arange(len(prompts), device=policy.device)
+        for at in range(config.sampler.stochastic.stop):
+            with policy.precision(config.precision):
+                where = transition_at(policy, state, conditioning, grid, at, config.sampler)
+            if at not in config.sampler.stochastic:
+                state = where.mean
+                continue
+            drawn = torch.stack(
+                [
+                    step_at(where, [mix_seeds(seed, _BRANCH, branch) for seed in seeds], at)[0]
+                    for branch in range(count)
+                ]
+            )
+            timestep = grid.timesteps[min(at + 1, len(grid) - 1)].expand(len(prompts))
+            scores = []
+            for branch in drawn:
+                with policy.precision(config.precision):
+                    if at + 1 < len(grid):
+                        found = reward.of_state(branch, prompts, timestep)
+                    else:
+                        found = reward(branch, prompts, seeds)
+                scores.append(checked(found.float(), prompts))
+            (high, best), (low, worst) = (torch.stack(scores).max(dim=0), torch.stack(scores).min(dim=0))
+            gaps.append(float((high - low).mean()))
+            kept = (high > low).nonzero().flatten()
+            after = drawn[best[kept], kept], drawn[worst[kept], kept]
+            yield _StepPairs(at, kept, (state[kept], state[kept]), after)
+            generator = torch.Generator().manual_seed(mix_seeds(config.seed, _NEXT, run.step, at))
+            state = drawn[torch.randint(count, (len(prompts),), generator=generator).to(every.device), every]
+
+    @torch.no_grad()
+    def _trajectories(
+        self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
+    ) -> Iterator[_StepPairs]:
+        seeds_of = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
+        paths = [run.sample(prompts, side) for side in seeds_of]
+        scores = [run.score(path.clean, prompts, side) for path, side in zip(paths, seeds_of, strict=True)]
+        gaps.append(float((scores[0] - scores[1]).abs().mean()))
+        kept = (scores[0] != scores[1]).nonzero().flatten()
+        first_wins = (scores[0] > scores[1])[kept]
+
+        def sides(index: int) -> tuple[Tensor, Tensor]:
+            a, b = (path.states[index][kept] for path in paths)
+            wins = first_wins.reshape(-1, *[1] * (a.ndim - 1))
+            return torch.where(wins, a, b), torch.where(wins, b, a)
+
+        for at in paths[0].steps:
+            yield _StepPairs(at, kept, sides(at), sides(at + 1))
+
+    def _learn(self, run: Run, pairs: _StepPairs, conditioning: Conditioning) -> dict[str, float]:
+        """One optimizer step on one sampling step."""
+        config, policy, count = self.config, run.policy, len(pairs.rows)
+        grid = policy.grid(config.sampler.num_steps, pairs.before[0].shape[1:])
+        sums = torch.zeros(2)
+        for rows in run.chunks(count):
+            share = (rows.stop - rows.start) / count
+            own = conditioning.index_select(pairs.rows[rows])
+
+            def log_probs(own: Conditioning = own, rows: slice = rows) -> list[Tensor]:
+                found = []
+                for before, after in zip(pairs.before, pairs.after, strict=True):
+                    with policy.precision(config.precision):
+                        where = transition_at(policy, before[rows], own, grid, pairs.at, config.sampler)
+                    found.append(gaussian_log_prob(after[rows], where))
+                return found
+
+            with torch.no_grad(), policy.reference():
+                theirs = log_probs()
+            ours = log_probs()
+            loss = step_dpo_loss(*ours, *theirs, beta=config.beta)
+            run.backward(share * loss.mean())
+            right = (ours[0] - ours[1]) > (theirs[0] - theirs[1])
+            sums += share * torch.stack([loss.mean().detach(), right.float().mean()]).cpu()
+        return {"loss": float(sums[0]), "accuracy": float(sums[1]), "gradient_norm": run.learn()}

@@ -1,0 +1,124 @@
+"""`dina-lrm align ALGORITHM RECIPE`: a reward and a generator to an aligned LoRA, watched by a gold score."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import tyro
+
+from dina_lrm.cli.console import UsageError, log, print_json, print_table, stderr, stdout
+from dina_lrm.cli.options import JsonFlag
+
+if TYPE_CHECKING:
+    from dina_lrm.alignment.config import AlignConfig
+    from dina_lrm.alignment.run import RunResult
+
+
+def main(arguments: Sequence[str]) -> int:
+    from dina_lrm import alignment_recipes as recipes
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_recipes(to_stderr=not arguments)
+        return 0 if arguments else 2
+    algorithms, generators = get_args(recipes.AlgorithmName), get_args(recipes.GeneratorName)
+    if arguments[0] not in algorithms:
+        raise UsageError(f"unknown algorithm {arguments[0]!r}; there are {', '.join(algorithms)}")
+    if len(arguments) < 2 or arguments[1] not in generators:
+        given = arguments[1] if len(arguments) > 1 else ""
+        raise UsageError(
+            f"the recipe comes after the algorithm, as in: dina-lrm align {arguments[0]} shapes; "
+            f"got {given!r}, there are {', '.join(generators)}"
+        )
+    algorithm, generator, rest = arguments[0], arguments[1], arguments[2:]
+    base = recipes.alignment_recipe(algorithm, generator)
+    kind: Any = type(base)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Align:
+        config: Annotated[kind, tyro.conf.arg(name="")]  # pyright: ignore[reportInvalidTypeForm]
+        rewards: Annotated[tuple[str, ...], tyro.conf.arg(name="reward", metavar="RUN")] = ()
+        """Short for --reward.models."""
+        as_json: JsonFlag = False
+        """Print one JSON object at the end instead of a table."""
+
+    options = tyro.cli(
+        Align,
+        prog=f"dina-lrm align {algorithm} {generator}",
+        description=inspect.getdoc(kind),
+        args=rest,
+        default=Align(config=base),
+    )
+    config = options.config
+    if options.rewards:
+        config = replace(config, reward=replace(config.reward, models=options.rewards))
+    if config.output is None:
+        config = replace(config, output=f"runs/{algorithm}-{generator}")
+    return run(config, as_json=options.as_json)
+
+
+def run(config: "AlignConfig", *, as_json: bool) -> int:
+    assert config.output is not None
+    output = Path(config.output)
+    if not config.resume and any((output / name).exists() for name in ("last", "align_config.json")):
+        raise UsageError(f"{config.output!r} holds a run; go on with --resume, or choose another --output")
+    from dina_lrm.build import run_alignment
+
+    log(f"watch it: {output / 'report.html'}")
+    _, result = run_alignment(config, log=log)
+    if as_json:
+        print_json(summary(config, result))
+        return 0
+    found = gains(result)
+    rows = [[name, f"{mean:+.4g}", f"{low:+.4g} to {high:+.4g}"] for name, (mean, low, high) in found.items()]
+    print_table(["score", "gain", "95 % interval"], rows, title=f"{result.steps} updates, held-out prompts")
+    log(f"{result.seconds:.0f} s, stopped by {result.stopped_by}")
+    log(f"LoRA: {output}  (pipeline.load_lora_weights({config.output!r}))")
+    if (output / "best").exists():
+        log(f"LoRA of the best gold score: {output / 'best'}")
+    return 0
+
+
+def gains(result: "RunResult") -> dict[str, tuple[float, float, float]]:
+    """Of the last evaluation over the first, by score."""
+    from dina_lrm.alignment.gold import paired_gain
+
+    first, last = result.evaluations[0], result.evaluations[-1]
+    found = {"proxy": paired_gain(last.proxy, first.proxy)}
+    return found | {name: paired_gain(values, first.gold[name]) for name, values in last.gold.items()}
+
+
+def summary(config: "AlignConfig", result: "RunResult") -> dict[str, Any]:
+    return {
+        "output": config.output,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "stopped_by": result.stopped_by,
+        "gains": {
+            name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in gains(result).items()
+        },
+        "parted_at": [one.step for one in result.evaluations if one.parted is not None],
+    }
+
+
+def print_recipes(*, to_stderr: bool) -> None:
+    """Algorithms and recipes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dina_lrm import alignment_recipes as recipes
+
+    console = stderr() if to_stderr else stdout()
+    console.print(
+        "usage: dina-lrm align ALGORITHM RECIPE --reward RUN [--output RUN2] [overrides]\n", markup=False
+    )
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, config in recipes.CONFIGS.items():
+        line = (inspect.getdoc(config) or "").split("\n\n")[0].replace("\n", " ")
+        table.add_row(f"[bold]{name}[/]", escape(line))
+    console.print(table)
+    console.print(f"\nrecipes: {', '.join(get_args(recipes.GeneratorName))}")
+    console.print(
+        "dina-lrm align ALGORITHM RECIPE --help lists every field, its meaning and the recipe's value."
+    )

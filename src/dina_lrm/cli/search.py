@@ -1,0 +1,149 @@
+"""`dina-lrm search PROMPT`: the best of several samples, chosen while they are being sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
+from dina_lrm.cli.options import JsonFlag, ModelOptions, find_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Sample several pictures for a prompt and keep the ones that the reward prefers; no training."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """What the pictures should show."""
+    samples: int = 16
+    """Candidates."""
+    method: Literal["halving", "best-of-n", "guided"] = "halving"
+    """halving drops candidates while they are noisy; best-of-n samples all to the end; guided moves states
+    along the reward's gradient."""
+    keep: int = 1
+    """Pictures to write, best first."""
+    steps: int = 28
+    """Sampling steps."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance; 1 is without."""
+    height: int | None = None
+    """In pixels; by default the generator's own."""
+    width: int | None = None
+    """In pixels; by default the generator's own."""
+    confidence: float = 0.5
+    """halving: probability that the leader is preferred at which a candidate is dropped; 0.5 halves at every
+    check."""
+    first_check: int | None = None
+    """halving: steps before the first comparison; by default a quarter of them."""
+    every: int = 2
+    """halving: steps between comparisons."""
+    strength: float = 0.05
+    """guided: size of the moves, as a fraction of the noise that is left."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("search")
+    """Receives 000.png, 001.png, ... and search.json."""
+    seed: int = 0
+    """Of the candidates."""
+    as_json: JsonFlag = False
+    """Print one JSON object instead of a table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = tyro.cli(Search, prog="dina-lrm search", args=arguments)
+    if not options.prompt.strip():
+        raise UsageError("the prompt is empty")
+    if options.keep < 1 or options.samples < 1:
+        raise UsageError(f"--keep {options.keep}, --samples {options.samples}: must be at least 1")
+    import torch
+
+    from dina_lrm.alignment import search
+    from dina_lrm.alignment.policy import Policy
+    from dina_lrm.alignment.rollout import SamplerConfig
+    from dina_lrm.build import latent_reward, load_generator
+
+    location = options.model.pipeline
+    if location is None:
+        from dina_lrm.models.checkpoint import read_checkpoint
+
+        location = read_checkpoint(options.model.model).config.backbone_id
+        if location is None:
+            raise UsageError("the reward names no generator: give --pipeline")
+    device = find_device(options.model.device)
+    pipeline = load_generator(location, device=str(device), dtype=getattr(torch, options.model.dtype))
+    policy, model = Policy(pipeline), latent_reward(options.model.model, pipeline).model
+    sampler = SamplerConfig(
+        num_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        height=options.height,
+        width=options.width,
+    )
+    common = {"samples": options.samples, "seed": options.seed, "sampler": sampler}
+    match options.method:
+        case "halving":
+            result = search.successive_halving(
+                policy,
+                model,
+                options.prompt,
+                confidence=options.confidence,
+                first_check=options.first_check,
+                every=options.every,
+                **common,
+            )
+        case "best-of-n":
+            result = search.best_of_n(policy, model, options.prompt, **common)
+        case "guided":
+            result = search.guided(policy, model, options.prompt, strength=options.strength, **common)
+    kept = min(options.keep, len(result.scores))
+    pictures = (policy.decode(result.latents[:kept]) * 255).round().to(torch.uint8)
+    files = write(options, pictures.permute(0, 2, 3, 1).cpu().numpy(), result)
+    if options.as_json:
+        print_json(summary(options, result) | {"files": [str(file) for file in files]})
+        return 0
+    rows = [
+        [str(file), f"{score:.3f}", str(index)]
+        for file, score, index in zip(files, result.scores.tolist(), result.indices, strict=False)
+    ]
+    print_table(["picture", "score", "candidate"], rows, title=options.prompt)
+    plain = options.samples * options.steps * (1 if options.guidance_scale == 1 else 2)
+    log(
+        f"{result.evaluations:.0f} passes of the denoiser, scoring included; sampling {options.samples} to "
+        f"the end alone takes {plain}"
+    )
+    if len(result.scores) < options.keep:
+        log(f"{len(result.scores)} of the {options.keep} asked for were left: halving keeps few")
+    return 0
+
+
+def write(options: Search, pictures: "object", result: "object") -> list[Path]:
+    """The pictures and search.json."""
+    import json
+
+    from PIL import Image
+
+    from dina_lrm.files import write_whole
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for index, picture in enumerate(pictures):  # type: ignore[arg-type]
+        files.append(options.output / f"{index:03d}.png")
+        Image.fromarray(picture).save(files[-1])
+    record = summary(options, result) | {"files": [file.name for file in files]}
+    write_whole(options.output / "search.json", (json.dumps(record, indent=2) + "\n").encode())
+    return files
+
+
+def summary(options: Search, result: "object") -> dict[str, object]:
+    from dina_lrm.alignment.search import SearchResult
+
+    assert isinstance(result, SearchResult)
+    return {
+        "prompt": options.prompt,
+        "method": options.method,
+        "samples": options.samples,
+        "scores": result.scores.tolist(),
+        "candidates": list(result.indices),
+        "evaluations": result.evaluations,
+        "alive": list(result.alive),
+    }

@@ -1,0 +1,126 @@
+"""The page of an alignment run: gains of proxy and gold, distance, diversity, pictures before and now.
+
+Written again at every evaluation, so that a browser's reload shows a run as it goes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dina_lrm.evaluation import figures
+from dina_lrm.evaluation.metrics import Interval
+from dina_lrm.evaluation.report import (
+    Block,
+    Fact,
+    Gallery,
+    Paragraph,
+    Picture,
+    Plot,
+    Plots,
+    Report,
+    Section,
+    Table,
+    write_html,
+)
+
+__all__ = ["AlignmentPoint", "alignment_page"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentPoint:
+    """One evaluation; gains are paired, over the first one."""
+
+    step: int
+    gains: Mapping[str, Interval]
+    """By name, the proxy first, then the gold score."""
+    means: Mapping[str, float]
+    distance: float
+    diversity: float
+    parted: str | None
+
+
+def alignment_page(
+    points: Sequence[AlignmentPoint],
+    file: Path,
+    *,
+    title: str,
+    prompts: Sequence[str],
+    before: Sequence[Image.Image],
+    now: Sequence[Image.Image],
+) -> None:
+    """Write the page.
+
+    Args:
+        prompts, before, now: held-out prompts and their pictures at the first and the last evaluation, from
+            the same seeds.
+    """
+    steps, last = [point.step for point in points], points[-1]
+    names = list(last.gains)
+    parted = next((point for point in points if point.parted is not None), None)
+    plots = []
+    for name in names:
+        drawn = figures.gain_curve(
+            steps, [point.gains[name] for point in points], label=name, parted=parted.step if parted else None
+        )
+        kind = "proxy, which is maximised" if name == names[0] else "gold, which the run never sees"
+        plots.append(
+            Plot(
+                svg=figures.themed_svg(drawn, label=f"gain of {name} over updates"),
+                caption=f"Gain of {name} ({kind}) over the start on held-out prompts; 95 % interval.",
+            )
+        )
+    drawn = figures.plain_curves(
+        steps,
+        {"distance of the weights": [p.distance for p in points], "diversity": [p.diversity for p in points]},
+    )
+    plots.append(
+        Plot(
+            svg=figures.themed_svg(drawn, label="distance from the reference and diversity"),
+            caption="Distance of the adapter from the reference, relative to the weights it adapts; root "
+            "mean square difference between pictures of one prompt, in latents.",
+        )
+    )
+    facts = [
+        Fact(value=f"{last.gains[name].value:+.3g}", label=f"{name} gained", note=_interval(last.gains[name]))
+        for name in names
+    ]
+    facts.append(Fact(value=str(last.step), label="updates"))
+    blocks: list[Block] = [Plots(plots=plots)]
+    if parted is not None:
+        blocks.insert(
+            0, Paragraph(text=f"Update {parted.step}: proxy and gold have parted: {parted.parted}.")
+        )
+    rows = [
+        [
+            str(point.step),
+            *(f"{point.means[name]:.4g}" for name in names),
+            f"{point.distance:.3g}",
+            f"{point.diversity:.3g}",
+        ]
+        for point in points
+    ]
+    headers = ["update", *names, "distance", "diversity"]
+    blocks.append(Table(headers=headers, rows=rows, caption="Means over held-out prompts."))
+    pictures = [
+        Picture(image=image, alternative=f"{when}: {prompt}", lines=[when, prompt])
+        for prompt, pair in zip(prompts, zip(before, now, strict=True), strict=True)
+        for when, image in zip(("before", f"update {last.step}"), pair, strict=True)
+    ]
+    gallery = Gallery(pictures=pictures, caption="Held-out prompts at the same seeds.", columns=8)
+    summary = f"{len(points)} evaluations on held-out prompts with fixed seeds, with averaged weights."
+    report = Report(
+        title=title,
+        summary=summary,
+        facts=facts,
+        sections=[
+            Section(title="Gold against proxy", blocks=blocks),
+            Section(title="Pictures", blocks=[gallery]),
+        ],
+    )
+    write_html(report, file)
+
+
+def _interval(gain: Interval) -> str:
+    return f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}"
