@@ -25,5 +25,9 @@ class UntrainedModelError(DinaError, RuntimeError):
     """A request to score with weights that were never trained."""
 
 
+class ScoringError(DinaError, RuntimeError):
+    """No score, or none that means anything: no server, one that breaks the protocol, a number not finite."""
+
+
 class PromptWarning(UserWarning):
     """A prompt was used, but not all of it reached the encoder: words cut off, or words it does not know."""

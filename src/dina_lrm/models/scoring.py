@@ -100,16 +100,29 @@ def resolve_seeds(seed: Any, batch: int) -> list[int]:
     return seeds
 
 
+def perceived_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:
+    """v of P(a preferred to b) = Phi((score_a - score_b) / sqrt(2 v)), scores being read at these levels.
+
+    From the stored calibration for these levels if there is one, otherwise from the training likelihood, with
+    the mean of v(sigma) over the levels of an ensemble. None for a logistic likelihood, which has no such v.
+    """
+    likelihood, calibration = config.likelihood, config.calibration
+    if calibration is not None and sorted(calibration.noise_levels) == sorted(levels):
+        return calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
+    match likelihood.kind:
+        case "thurstone":
+            return sum(likelihood.slope * level**2 + likelihood.floor for level in levels) / len(levels)
+        case "thurstone_constant":
+            return 0.5
+    return None
+
+
 def preference_probability(margin: float, levels: Sequence[float], config: RewardModelConfig) -> float:
     """P(a preferred to b) for score_a - score_b = margin, scores being read at these noise levels.
 
-    With a stored calibration for these levels Phi(margin / scale); otherwise the training likelihood, with
-    the mean of v(sigma) over the levels of an ensemble.
+    Phi(margin / sqrt(2 v)) with v = `perceived_variance`, or the logistic of the margin where there is none.
     """
-    likelihood, calibration = config.likelihood, config.calibration
-    kind: Any = "bradley_terry" if likelihood.kind == "bradley_terry_margin" else likelihood.kind
-    slope, floor = 0.0, sum(likelihood.slope * level**2 + likelihood.floor for level in levels) / len(levels)
-    if calibration is not None and sorted(calibration.noise_levels) == sorted(levels):
-        kind, floor = "thurstone", calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
-    lead = torch.tensor([margin], dtype=torch.float64)
-    return win_probability(lead, torch.zeros(1), likelihood=kind, slope=slope, floor=floor).item()
+    variance, lead = perceived_variance(levels, config), torch.tensor([margin], dtype=torch.float64)
+    if variance is None:
+        return win_probability(lead, torch.zeros(1), likelihood="bradley_terry").item()
+    return win_probability(lead, torch.zeros(1), slope=0.0, floor=variance).item()

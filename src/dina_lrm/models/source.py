@@ -73,7 +73,7 @@ class PipelineSource:
             part = getattr(self.live, component, None)
             if part is None:
                 raise MissingComponentError(f"pipeline {self.name} has no {component}")
-            return {"_class_name": type(_uncompiled(part)).__name__, **dict(part.config)}
+            return {"_class_name": type(_unwrapped(part)).__name__, **dict(part.config)}
         if self.folder is None:  # the one file, without the weights beside it
             folder = download(self.name, [f"{component}/{file}"], None, self.revision)
             return read_json(folder / component / file)
@@ -87,7 +87,7 @@ class PipelineSource:
     @property
     def network(self) -> Any:
         """The live network itself; None unless the pipeline is live."""
-        return None if self.live is None else _uncompiled(getattr(self.live, self.denoiser))
+        return None if self.live is None else _unwrapped(getattr(self.live, self.denoiser))
 
     def network_config(self) -> dict[str, Any]:
         return self.config(self.denoiser, "config.json")
@@ -109,9 +109,10 @@ class PipelineSource:
         return self._index
 
 
-def _uncompiled(part: Any) -> Any:
-    """The module that `torch.compile` wrapped, if it did."""
-    return getattr(part, "_orig_mod", part)
+def _unwrapped(part: Any) -> Any:
+    """The diffusers model inside what `torch.compile` or PEFT's `get_peft_model` put around it."""
+    part = getattr(part, "_orig_mod", part)
+    return part.get_base_model() if hasattr(part, "get_base_model") else part
 
 
 def local_folder(location: str | Path) -> Path | None:
