@@ -104,6 +104,7 @@ def main(options: Options) -> None:
     }
     best = max((row for row in rows if row["passes"] > 1), key=lambda row: row["fit_accuracy"])
     references["minus_best"] = best
+    references["minus_default"] = next(row for row in rows if row["name"] == named(DEFAULT))
     for which, order in orders.items():
         own = rows_of[which]
         for error in ERRORS:
@@ -153,17 +154,19 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]], references: dict[st
         f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure. {about['note']}",
         f"Orders of the views: {orders}. Best fixed ensemble on the former: {about['best_ensemble_on_fit']}.",
         "",
-        "| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points | turned % |",
-        "|---|--:|--:|---|---|--:|",
+        f"| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points | "
+        f"minus the default ({named(DEFAULT)}), points | turned % |",
+        "|---|--:|--:|---|---|---|--:|",
     ]
     for row in rows:
         a = row["accuracy"]
         turned = f"{100 * row['turned']:.2f}" if "turned" in row else ""
         lines.append(
             f"| {row['name']} ({row['kind']}) | {row['passes']:.2f} | {100 * a['value']:.1f} | "
-            f"{100 * a['low']:.1f} to {100 * a['high']:.1f} | {points(row['minus_best'])} | {turned} |"
+            f"{100 * a['low']:.1f} to {100 * a['high']:.1f} | {points(row['minus_best'])} | "
+            f"{points(row['minus_default'])} | {turned} |"
         )
-    sizes = [name for name in references if name != "minus_best"]
+    sizes = [name for name in references if name.endswith("_passes")]
     heads = [f"{references[name]['name']} ({references[name]['passes']})" for name in sizes]
     lines += [
         "",
