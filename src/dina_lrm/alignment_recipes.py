@@ -56,11 +56,11 @@ def alignment_recipe(algorithm: str, generator: str) -> AlignConfig:
 
 
 def _shapes() -> dict[str, Any]:
-    """Eight steps without guidance leave the bundled generator room to improve."""
+    """Four steps without guidance leave the bundled generator room to improve."""
     return {
-        "sampler": SamplerConfig(num_steps=8),
-        "monitor": MonitorConfig(every=10, num_prompts=64, gold=("judge",)),
-        "optimizer": OptimizerConfig(learning_rate=3e-4, weight_decay=0.0, ema_decay=0.9),
+        "sampler": SamplerConfig(num_steps=4),
+        "monitor": MonitorConfig(every=4, num_prompts=64, gold=("judge",)),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, ema_decay=0.9),
         "batch_size": 16,
     }
 
@@ -156,7 +156,7 @@ def _stochastic(settings: dict[str, Any]) -> dict[str, Any]:
 def _refl(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Reward gradients through the last steps."""
     if bundled:
-        return ReflConfig(**settings, gradient_steps=4, num_steps=40)
+        return ReflConfig(**settings, gradient_steps=4, num_steps=16)
     return ReflConfig(**settings, gradient_steps=1, random_stop=settings["sampler"].num_steps // 4)
 
 
@@ -164,7 +164,10 @@ def _grpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Flow-GRPO: groups, clipped ratios, a window of stochastic steps at full size."""
     settings = _stochastic(settings)
     if bundled:
-        return GrpoConfig(**{**settings, "batch_size": 8}, group_size=8, num_steps=40)
+        settings["sampler"] = replace(settings["sampler"], window=(0, 1))
+        settings["optimizer"] = replace(settings["optimizer"], learning_rate=5e-4)
+        settings["monitor"] = replace(settings["monitor"], every=15)
+        return GrpoConfig(**{**settings, "batch_size": 12}, group_size=8, num_steps=60)
     sampler = settings["sampler"]
     steps = min(10, sampler.num_steps)  # Flow-GRPO trains on 10 steps and evaluates on 40
     settings["sampler"] = replace(sampler, num_steps=steps, window=(0, max(1, steps // 2)))
@@ -176,7 +179,8 @@ def _grpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
 def _dpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Diffusion-DPO on the reward's best and worst of four."""
     if bundled:
-        return DpoConfig(**settings, num_steps=40)
+        settings["monitor"] = replace(settings["monitor"], every=6)
+        return DpoConfig(**settings, num_steps=24)
     return DpoConfig(**{**settings, "batch_size": 64}, beta=2000.0)
 
 
@@ -184,7 +188,8 @@ def _step_dpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Step-level preferences of branches of noisy states."""
     settings = _stochastic(settings)
     if bundled:
-        return StepDpoConfig(**settings, num_steps=40)
+        settings["monitor"] = replace(settings["monitor"], every=6)
+        return StepDpoConfig(**settings, num_steps=24)
     sampler = settings["sampler"]
     settings["sampler"] = replace(sampler, num_steps=min(20, sampler.num_steps))
     return StepDpoConfig(**{**settings, "batch_size": 32})

@@ -157,6 +157,9 @@ class GrpoConfig(AlignConfig):
 
     group_size: int = 8
     """Pictures per prompt."""
+    same_noise: bool = False
+    """A prompt's pictures start from one first noise and differ by the noise of their steps alone, so that
+    rewards tell about what is learned; otherwise each has a first noise of its own, as in Flow-GRPO."""
     clip_range: float = 1e-3
     """Trusted range of the ratio around 1; log-probabilities are means over elements, so it is small."""
     advantages: Literal["group", "batch"] = "group"
@@ -168,14 +171,20 @@ class GrpoConfig(AlignConfig):
     instead of the clean picture's for all steps."""
     normalise_ratio: bool = False
     """GRPO-Guard's ratio normalisation; clip_range is then in its units."""
+    minibatches: int = 2
+    """Optimizer steps on a rollout, each on all stochastic steps of a part of its pictures."""
     epochs: int = 1
-    """Passes over the steps of a rollout."""
+    """Passes over a rollout."""
 
     def __post_init__(self) -> None:
         super(GrpoConfig, self).__post_init__()
         if self.group_size < 2:
             raise InvalidInputError(
                 f"group_size = {self.group_size}: a group of one picture has no advantage, give at least 2"
+            )
+        if self.minibatches < 1 or self.epochs < 1:
+            raise InvalidInputError(
+                f"minibatches = {self.minibatches}, epochs = {self.epochs}: must be at least 1"
             )
         if not self.sampler.stochastic:
             raise InvalidInputError(

@@ -28,6 +28,9 @@ __all__ = ["Evaluation", "Gold", "paired_gain", "parting"]
 Gold = Callable[[Sequence[str], Sequence[Image.Image]], Sequence[float]]
 """An independent score of pictures for prompts, pair by pair; higher is better."""
 
+Scores = Sequence[float] | NDArray[np.float64]
+"""One a prompt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -54,7 +57,7 @@ class Evaluation:
         return next(iter(self.gold.values()), None)
 
 
-def paired_gain(now: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
+def paired_gain(now: Scores, before: Scores) -> tuple[float, float, float]:
     """Mean of the paired differences and its 95 % interval (normal), as (mean, low, high).
 
     By hand: differences 1 and 3 have mean 2 and standard error 1.

@@ -25,7 +25,7 @@ __all__ = ["Grpo"]
 
 
 class Grpo:
-    """The algorithm; one call is one update: a rollout, and an optimizer step for each stochastic step."""
+    """The algorithm; one call is one update: a rollout, and `minibatches` optimizer steps on it."""
 
     def __init__(self, config: GrpoConfig) -> None:
         self.config = config
@@ -33,15 +33,18 @@ class Grpo:
     def __call__(self, run: Run, step: int) -> Measures:
         config = self.config
         prompts, seeds = run.draw(step, per_prompt=config.group_size)
-        path = run.sample(prompts, seeds)
-        rewards = run.score(path.clean, prompts, seeds)
+        first = seeds
+        if config.same_noise:
+            first = [seeds[row - row % config.group_size] for row in range(len(seeds))]
+        path = run.sample(prompts, first, step_seeds=seeds)
+        rewards = run.score(path.clean, prompts, first)
         advantages = self._advantages(run, path, prompts, rewards)
-        totals = {"loss": 0.0, "clipped": 0.0, "ratio": 0.0, "divergence": 0.0, "gradient_norm": 0.0}
+        totals = dict.fromkeys(("loss", "clipped", "ratio", "divergence", "gradient_norm"), 0.0)
+        rounds = config.epochs * config.minibatches
         if float(advantages.abs().max()) > 0:
-            for _ in range(config.epochs):
-                for place, at in enumerate(path.steps):
-                    for name, value in self._learn_step(run, path, prompts, at, advantages[place]).items():
-                        totals[name] += value / (config.epochs * len(path.steps))
+            for rows in torch.arange(len(prompts)).tensor_split(config.minibatches) * config.epochs:
+                for name, value in self._learn(run, path, prompts, advantages, rows).items():
+                    totals[name] += value / rounds
         groups = rewards.unflatten(0, (-1, config.group_size))
         spread = groups.std(dim=1, unbiased=False)
         return {
@@ -80,30 +83,33 @@ class Grpo:
             found.append(within_groups(scores))
         return torch.stack(found)
 
-    def _learn_step(
-        self, run: Run, path: Trajectory, prompts: list[str], at: int, advantages: Tensor
+    def _learn(
+        self, run: Run, path: Trajectory, prompts: list[str], advantages: Tensor, rows: Tensor
     ) -> dict[str, float]:
-        """One optimizer step on sampling step `at` of all pictures."""
+        """One optimizer step on all stochastic steps of some pictures."""
         config, policy = self.config, run.policy
         conditioning = policy.encode(prompts)
         sums = torch.zeros(4)
-        for rows in run.chunks(len(prompts)):
-            share = (rows.stop - rows.start) / len(prompts)
-            index = torch.arange(rows.start, rows.stop, device=policy.device)
-            own, state = conditioning.index_select(index), path.states[at][rows]
-            with policy.precision(config.precision):
-                where = transition_at(policy, state, own, path.grid, at, config.sampler)
-            log_ratio = gaussian_log_prob(path.states[at + 1][rows], where) - path.log_probs[at][rows]
-            if config.normalise_ratio:
-                log_ratio = normalised_log_ratio(log_ratio, where.mean, path.means[at][rows], where.std)
-            loss, clipped = clipped_policy_loss(log_ratio, advantages[rows], clip_range=config.clip_range)
-            divergence = torch.zeros_like(loss)
-            if config.divergence_weight > 0:
-                with torch.no_grad(), policy.reference(), policy.precision(config.precision):
-                    theirs = transition_at(policy, state, own, path.grid, at, config.sampler)
-                divergence = gaussian_divergence(where, theirs)
-            run.backward(share * (loss + config.divergence_weight * divergence).mean())
-            measured = [loss.mean(), clipped.float().mean(), log_ratio.exp().mean(), divergence.mean()]
-            sums += share * torch.stack(measured).detach().cpu()
+        for place, at in enumerate(path.steps):
+            for chunk in run.chunks(len(rows)):
+                index = rows[chunk].to(policy.device)
+                share = len(index) / (len(rows) * len(path.steps))
+                own, state = conditioning.index_select(index), path.states[at][index]
+                with policy.precision(config.precision):
+                    where = transition_at(policy, state, own, path.grid, at, config.sampler)
+                log_ratio = gaussian_log_prob(path.states[at + 1][index], where) - path.log_probs[at][index]
+                if config.normalise_ratio:
+                    log_ratio = normalised_log_ratio(log_ratio, where.mean, path.means[at][index], where.std)
+                loss, clipped = clipped_policy_loss(
+                    log_ratio, advantages[place][index], clip_range=config.clip_range
+                )
+                divergence = torch.zeros_like(loss)
+                if config.divergence_weight > 0:
+                    with torch.no_grad(), policy.reference(), policy.precision(config.precision):
+                        theirs = transition_at(policy, state, own, path.grid, at, config.sampler)
+                    divergence = gaussian_divergence(where, theirs)
+                run.backward(share * (loss + config.divergence_weight * divergence).mean())
+                measured = [loss.mean(), clipped.float().mean(), log_ratio.exp().mean(), divergence.mean()]
+                sums += share * torch.stack(measured).detach().cpu()
         names = ("loss", "clipped", "ratio", "divergence")
         return dict(zip(names, sums.tolist(), strict=True)) | {"gradient_norm": run.learn()}

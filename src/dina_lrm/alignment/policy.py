@@ -162,11 +162,14 @@ class Policy:
 
     def save_lora(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` takes."""
-        from peft import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
         name = "unet" if self.backbone.family == "unet" else "transformer"
-        type(self.pipeline).save_lora_weights(folder, **{f"{name}_lora_layers": layers})
+        layers = {
+            key.replace(f".{ADAPTER}.", "."): value.detach() for key, value in self.parameters().items()
+        }
+        about = self.network.peft_config[ADAPTER].to_dict()  # without it the adapter's scale would be lost
+        type(self.pipeline).save_lora_weights(
+            folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": about}
+        )
 
     # ------------------------------------------------------------------------------------- sampling
 
@@ -185,10 +188,10 @@ class Policy:
             InvalidInputError: not a multiple of the pixels that a latent token covers.
         """
         factor = self.backbone.pixels_per_latent
+        own = getattr(self.network.config, "sample_size", None) or self.pipeline.default_sample_size
         sides = []
         for name, side in (("height", height), ("width", width)):
-            own = int(self.network.config.sample_size or 128) * factor
-            side = own if side is None else side
+            side = int(own) * factor if side is None else side
             step = factor * self.backbone.architecture.latent_multiple
             if side < step or side % step:
                 raise InvalidInputError(f"{name} = {side}: must be a multiple of {step} pixels")
@@ -215,7 +218,13 @@ class Policy:
         return Grid(sigmas.to(self.device), timesteps.to(self.device))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row per prompt, by the pipeline's own text encoders."""
+        """One row per prompt, by the pipeline's own text encoders.
+
+        Each new prompt is encoded alone, so that its embedding has the same bits whatever a resumed run
+        encodes beside it.
+        """
+        for prompt in dict.fromkeys(prompts):
+            self.encoders.encode_prompts([prompt], self.device)
         return self.encoders.encode_prompts(prompts, self.device)
 
     def predict(

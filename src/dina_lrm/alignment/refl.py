@@ -59,11 +59,11 @@ class Refl:
                 reward = checked(run.reward(clean, own, own_seeds).float(), own)
             run.backward(share * (config.divergence_weight * distance - reward.mean()))
             rewards.append(reward.detach())
-            divergence += share * float(distance)
+            divergence += share * float(distance.detach())
             if config.pretraining_weight > 0:
                 loss = self._pretraining_loss(run, own, own_seeds)
                 run.backward(share * config.pretraining_weight * loss)
-                pretraining += share * float(loss)
+                pretraining += share * float(loss.detach())
         norm = run.learn()
         measures = {"reward": float(torch.cat(rewards).mean()), "gradient_norm": norm}
         if config.divergence_weight > 0:

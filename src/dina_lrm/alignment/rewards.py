@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["LatentReward", "Reward", "RewardError", "RewardSum", "checked"]
@@ -34,11 +35,17 @@ class LatentReward:
 
     def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
         levels = list(self.noise_levels) or None
-        return self.model.score_latents(latents, self.model.encode_prompts(prompts), levels, seed=list(seeds))
+        return self.model.score_latents(latents, self._encode(prompts), levels, seed=list(seeds))
 
     def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
         """Scores of states that a sampler is at."""
-        return self.model.score_state(noisy_latents, self.model.encode_prompts(prompts), timestep)
+        return self.model.score_state(noisy_latents, self._encode(prompts), timestep)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Each new prompt alone, as `Policy.encode` does."""
+        for prompt in dict.fromkeys(prompts):
+            self.model.encode_prompts([prompt])
+        return self.model.encode_prompts(prompts)
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ class SamplerConfig:
     noise_level: float = 0.7
     """How stochastic the steps are; read by all rules but ode."""
     window: tuple[int, int] | None = None
-    """First and one past the last stochastic step, others are deterministic; None: all, but the first of sde
-    (where its noise is unbounded) and the last (which ends clean)."""
+    """First and one past the last stochastic step, others are deterministic; None: all but the first of sde
+    (where its noise is unbounded) and the last two, which end clean and so nearly clean (diffusers' grids end
+    at sigma below 0.01) that noise would stay in the picture, or one update would change every ratio."""
     batch_size: int = 32
     """Pictures per call of the network; no effect on them beyond rounding."""
 
@@ -67,7 +68,7 @@ class SamplerConfig:
             return range(0)
         if self.window is not None:
             return range(*self.window)
-        return range(1 if self.rule == "sde" else 0, self.num_steps - 1)
+        return range(1 if self.rule == "sde" else 0, max(self.num_steps - 2, 0))
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,19 @@ def step_at(where: Transition, seeds: Sequence[int], step: int) -> tuple[Tensor,
 
 @torch.no_grad()
 def rollout(
-    policy: Policy, conditioning: Conditioning, seeds: Sequence[int], config: SamplerConfig
+    policy: Policy,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    *,
+    step_seeds: Sequence[int] | None = None,
 ) -> Trajectory:
     """Sample one picture per row of `conditioning`.
 
     Args:
         seeds: one per row.
+        step_seeds: of the noise of stochastic steps; None: `seeds`. Trajectories that differ in it alone
+            start from the same noise.
 
     Raises:
         InvalidInputError: not as many seeds as rows.
@@ -156,12 +164,13 @@ def rollout(
     for start in range(0, len(seeds), config.batch_size):
         rows = torch.arange(start, min(start + config.batch_size, len(seeds)), device=policy.device)
         own = [seeds[row] for row in rows.tolist()]
+        drawn = own if step_seeds is None else [step_seeds[row] for row in rows.tolist()]
         prompts = conditioning.index_select(rows)
         state = first_noise(shape, own).to(policy.device)
         states, means, log_probs = [state], [], []
         for step in range(config.num_steps):
             where = transition_at(policy, state, prompts, grid, step, config)
-            state, log_prob = step_at(where, own, step)
+            state, log_prob = step_at(where, drawn, step)
             states.append(state)
             means.append(where.mean)
             log_probs.append(log_prob)

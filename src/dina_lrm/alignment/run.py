@@ -206,11 +206,17 @@ class Run:
         return prompts, seeds
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], config: SamplerConfig | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: SamplerConfig | None = None,
+        *,
+        step_seeds: Sequence[int] | None = None,
     ) -> Trajectory:
         """A rollout with the weights as they are."""
+        conditioning, sampler = self.policy.encode(prompts), config or self.config.sampler
         with self.policy.precision(self.config.precision):
-            return rollout(self.policy, self.policy.encode(prompts), seeds, config or self.config.sampler)
+            return rollout(self.policy, conditioning, seeds, sampler, step_seeds=step_seeds)
 
     @torch.no_grad()
     def score(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -383,6 +389,9 @@ class Run:
         if not last.exists():  # stopped before the first checkpoint, or never begun
             return
         position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
+        if self.average is not None:  # an update may be several optimizer steps
+            made = [int(entry["step"]) for entry in self.optimizer.state.values()]
+            self.average.optimization_step = max(made, default=0)
         now = to_dict(self.config)
         differing = [
             f"{key} was {position.config.get(key)!r} and is {now.get(key)!r}"

@@ -2,7 +2,8 @@
 
 The latent reward ranks the branches at the noise level that they are at, so no branch is sampled to the end.
 The next ancestor is one of the branches, drawn at random. With preference = "trajectory" (D3PO) two whole
-trajectories are drawn per prompt, and the winner's steps count as the better ones all along.
+trajectories are drawn per prompt, from one first noise, and the winner's steps count as the better ones all
+along.
 
 Source: SPO arXiv:2406.04314; LPO arXiv:2502.01051; D3PO arXiv:2311.13231.
 """
@@ -53,7 +54,8 @@ class StepDpo:
         conditioning = run.policy.encode(prompts)
         gaps: list[float] = []
         walk = self._branches if self.config.preference == "step" else self._trajectories
-        pairs = list(walk(run, prompts, seeds, conditioning, gaps))
+        with torch.no_grad():
+            pairs = list(walk(run, prompts, seeds, conditioning, gaps))
         totals = {"loss": 0.0, "accuracy": 0.0, "gradient_norm": 0.0}
         for one in pairs:
             if len(one.rows):
@@ -61,7 +63,6 @@ class StepDpo:
                     totals[name] += value / len(pairs)
         return {"reward_gap": sum(gaps) / max(len(gaps), 1), **totals}
 
-    @torch.no_grad()
     def _branches(
         self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
     ) -> Iterator[_StepPairs]:
@@ -104,13 +105,12 @@ class StepDpo:
             generator = torch.Generator().manual_seed(mix_seeds(config.seed, _NEXT, run.step, at))
             state = drawn[torch.randint(count, (len(prompts),), generator=generator).to(every.device), every]
 
-    @torch.no_grad()
     def _trajectories(
         self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
     ) -> Iterator[_StepPairs]:
-        seeds_of = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
-        paths = [run.sample(prompts, side) for side in seeds_of]
-        scores = [run.score(path.clean, prompts, side) for path, side in zip(paths, seeds_of, strict=True)]
+        steps = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
+        paths = [run.sample(prompts, seeds, step_seeds=side) for side in steps]
+        scores = [run.score(path.clean, prompts, seeds) for path in paths]
         gaps.append(float((scores[0] - scores[1]).abs().mean()))
         kept = (scores[0] != scores[1]).nonzero().flatten()
         first_wins = (scores[0] > scores[1])[kept]

@@ -1,0 +1,157 @@
+"""Search while sampling: what is kept, what it costs, and the same inside a diffusers pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dina_lrm import RewardModel
+from dina_lrm.alignment import search
+from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.rollout import SamplerConfig
+from dina_lrm.errors import InvalidInputError
+from tests.families import load_pipeline, make_family_reward
+from tests.tiny import MAX_TOKENS
+
+PROMPT = "a red circle on a gray background"
+SAMPLER = SamplerConfig(num_steps=6, height=32, width=32)
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture
+def pipeline(family_folders: Folders) -> Any:
+    return load_pipeline(family_folders("sd3"))
+
+
+@pytest.fixture
+def policy(pipeline: Any) -> Policy:
+    return Policy(pipeline)
+
+
+@pytest.fixture
+def model(pipeline: Any) -> RewardModel:
+    return make_family_reward(pipeline).requires_grad_(False).eval()
+
+
+def test_best_of_n_ranks_all(policy: Policy, model: RewardModel) -> None:
+    found = search.best_of_n(policy, model, PROMPT, samples=5, sampler=SAMPLER)
+    assert sorted(found.indices) == [0, 1, 2, 3, 4]
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    again = model.score_latents(found.latents, model.encode_prompts(PROMPT), seed=0)
+    torch.testing.assert_close(again, found.scores, rtol=1e-4, atol=1e-4)
+    # 5 pictures x 6 steps, and a score of one level at 2 of 4 blocks each
+    assert found.evaluations == 30 + 5 * model.backbone.num_blocks / 4
+
+
+def test_a_confidence_of_one_drops_nobody(policy: Policy, model: RewardModel) -> None:
+    whole = search.best_of_n(policy, model, PROMPT, samples=4, sampler=SAMPLER)
+    same = search.successive_halving(policy, model, PROMPT, samples=4, confidence=1.0, sampler=SAMPLER)
+    assert same.indices == whole.indices
+    torch.testing.assert_close(same.latents, whole.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_halving_keeps_the_better_half_and_counts_passes(policy: Policy, model: RewardModel) -> None:
+    found = search.successive_halving(
+        policy, model, PROMPT, samples=8, first_check=2, every=2, sampler=SAMPLER
+    )
+    assert found.alive == (8, 8, 4, 4, 2, 2)
+    assert len(found.scores) == 2
+    share = model.backbone.num_blocks / 4
+    assert found.evaluations == sum(found.alive) + (8 + 4 + 2) * share
+    # The survivors are those that a full sampling gives for the same candidates.
+    whole = search.best_of_n(policy, model, PROMPT, samples=8, sampler=SAMPLER)
+    place = [whole.indices.index(one) for one in found.indices]
+    torch.testing.assert_close(found.latents, whole.latents[place], rtol=1e-3, atol=1e-3)
+
+
+def test_who_is_dropped_follows_the_rewards_own_law(model: RewardModel) -> None:
+    """v(0.5) = 2 * 0.25 + 0.05 = 0.55: a lead of x is certain with Phi(x / sqrt(1.1)); 0.9 needs 1.344."""
+    scores = torch.tensor([0.0, -1.3, -1.4, -2.0])
+    assert search.beaten(model, scores, 0.5, 0.9).tolist() == [False, False, True, True]
+    scores = torch.tensor([0.0, -0.1, -1.3, -1.4])
+    assert search.beaten(model, scores, 0.5, 0.9).tolist() == [False, False, False, True]
+    # At sigma = 0, v = 0.05 and 0.9 needs 0.405, but never more than half of them go at once.
+    assert search.beaten(model, scores, 0.0, 0.9).tolist() == [False, False, True, True]
+
+
+def test_guidance_raises_the_reward(policy: Policy, model: RewardModel) -> None:
+    plain = search.guided(policy, model, PROMPT, samples=4, strength=0.0, sampler=SAMPLER)
+    steered = search.guided(policy, model, PROMPT, samples=4, strength=0.2, sampler=SAMPLER)
+    assert steered.scores.mean() > plain.scores.mean()
+    assert steered.evaluations > plain.evaluations == 24 + 4 * model.backbone.num_blocks / 4
+
+
+def test_the_pruner_does_in_a_pipeline_what_halving_does(policy: Policy, model: RewardModel) -> None:
+    pipeline = policy.pipeline
+    seeds = [search.mix_seeds(0, search._CANDIDATE, index) for index in range(8)]
+    prune = search.Pruner(model, PROMPT, steps=6, first_check=2, every=2)
+    latents = pipeline(
+        prompt=PROMPT,
+        num_images_per_prompt=8,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        max_sequence_length=MAX_TOKENS,
+        output_type="latent",
+        callback_on_step_end=prune,
+        callback_on_step_end_tensor_inputs=prune.tensor_inputs(pipeline),
+    ).images
+    assert len(latents) == len(prune.kept) == 2
+    guided_sampler = SamplerConfig(num_steps=6, guidance_scale=3.0, height=32, width=32)
+    ours = search.successive_halving(
+        policy, model, PROMPT, samples=8, first_check=2, every=2, sampler=guided_sampler
+    )
+    assert sorted(ours.indices) == prune.kept
+    order = [prune.kept.index(one) for one in ours.indices]
+    torch.testing.assert_close(latents[order], ours.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_the_guide_moves_a_pipelines_states(policy: Policy, model: RewardModel) -> None:
+    def sample(**callback: Any) -> torch.Tensor:
+        return policy.pipeline(
+            prompt=PROMPT,
+            generator=[torch.Generator().manual_seed(1)],
+            num_inference_steps=6,
+            guidance_scale=1.0,
+            height=32,
+            width=32,
+            max_sequence_length=MAX_TOKENS,
+            output_type="latent",
+            **callback,
+        ).images
+
+    conditioning = model.encode_prompts(PROMPT)
+    before, after = (
+        model.score_latents(sample(**callback), conditioning, seed=0)
+        for callback in ({}, {"callback_on_step_end": search.Guide(model, PROMPT, strength=0.2)})
+    )
+    assert after.item() > before.item()
+
+
+def test_packed_latents_and_bad_settings_are_refused(
+    family_folders: Folders, policy: Policy, model: RewardModel
+) -> None:
+    flux = load_pipeline(family_folders("flux"))
+    reward = make_family_reward(flux).requires_grad_(False).eval()
+    with pytest.raises(InvalidInputError, match="packs its latents"):
+        flux(
+            prompt=PROMPT,
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            output_type="latent",
+            callback_on_step_end=search.Guide(reward, PROMPT),
+        )
+    for settings, message in (
+        ({"confidence": 0.3}, r"confidence = 0\.3: must be in \[0\.5, 1\]"),
+        ({"samples": 0}, "samples = 0: must be at least 1"),
+        ({"first_check": 9}, "first_check = 9"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            search.successive_halving(policy, model, PROMPT, sampler=SAMPLER, **settings)
+    with pytest.raises(InvalidInputError, match="strength = -1"):
+        search.guided(policy, model, PROMPT, strength=-1.0, sampler=SAMPLER)
