@@ -145,8 +145,9 @@ def summarize(options: Options) -> None:
 
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"Gold is the judge's utility, in [0, 1], mean of {about['held_out']} held-out captions; the base has "
-        f"{rows[0]['base_gold']:.3f}. Gains are paired, with 95 % intervals over captions. {about['note']}",
+        f"Gold is the judge's utility, in [0, 1], mean of {about['held_out']} held-out captions; the "
+        f"base has {rows[0]['base_gold']:.3f}. Gains are paired, with 95 % intervals over captions. "
+        f"{about['note']}",
         "",
         "| | seed | updates | minutes | gold gain | proxy gain | best gold gain (update) | parted at "
         "| distance | diversity, before and after |",

@@ -505,6 +505,14 @@ def run_alignment(
     return policy, run.train(algorithm)
 
 
+TITLES: dict[type[AlignConfig], str] = {
+    ReflConfig: "ReFL",
+    GrpoConfig: "Flow-GRPO",
+    DpoConfig: "Diffusion-DPO",
+    StepDpoConfig: "Step-level DPO",
+}
+
+
 def write_alignment_page(
     run: Run, evaluations: Sequence[Evaluation], pictures: Sequence[Image.Image]
 ) -> None:
@@ -535,7 +543,7 @@ def write_alignment_page(
     alignment_page(
         points,
         run.output / "report.html",
-        title=f"{type(run.config).__name__.removesuffix('Config')} on {run.config.policy.pipeline}",
+        title=f"{TITLES[type(run.config)]} on {run.config.policy.pipeline}",
         prompts=run.held_out[: len(pictures)],
         before=before,
         now=pictures,

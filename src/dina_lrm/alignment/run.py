@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,7 +144,26 @@ class Run:
         if self.output is not None and self.accelerator.is_main_process:
             self._truncate_logs()
             write_whole(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
-        stopped_by = "steps"
+        with warnings.catch_warnings():
+            # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            stopped_by = self._loop(update)
+        if self.average is not None:
+            self.average.copy_to(list(self.parameters.values()))
+        if self.output is not None and self.accelerator.is_main_process:
+            self.policy.save_lora(self.output)
+        self.accelerator.wait_for_everyone()
+        return RunResult(
+            steps=self.step,
+            seconds=self.seconds,
+            stopped_by=stopped_by,
+            evaluations=tuple(self.evaluations),
+            history=tuple(self.history),
+        )
+
+    def _loop(self, update: Update) -> str:
+        """Evaluations, updates and checkpoints; returns what ended it."""
+        config = self.config
         if not self.evaluations:
             self._evaluate()
         while self.step < config.num_steps:
@@ -158,21 +178,9 @@ class Run:
             if self.step % config.checkpoint_every == 0 or last:
                 self.checkpoint("last")
             if parted is not None and config.monitor.on_parting == "stop":
-                stopped_by = "parting"
                 self.checkpoint("last")
-                break
-        if self.average is not None:
-            self.average.copy_to(list(self.parameters.values()))
-        if self.output is not None and self.accelerator.is_main_process:
-            self.policy.save_lora(self.output)
-        self.accelerator.wait_for_everyone()
-        return RunResult(
-            steps=self.step,
-            seconds=self.seconds,
-            stopped_by=stopped_by,
-            evaluations=tuple(self.evaluations),
-            history=tuple(self.history),
-        )
+                return "parting"
+        return "steps"
 
     @property
     def seconds(self) -> float:

@@ -71,17 +71,13 @@ def alignment_page(
                 caption=f"Gain of {name} ({kind}) over the start on held-out prompts; 95 % interval.",
             )
         )
-    drawn = figures.plain_curves(
-        steps,
-        {"distance of the weights": [p.distance for p in points], "diversity": [p.diversity for p in points]},
-    )
-    plots.append(
-        Plot(
-            svg=figures.themed_svg(drawn, label="distance from the reference and diversity"),
-            caption="Distance of the adapter from the reference, relative to the weights it adapts; root "
-            "mean square difference between pictures of one prompt, in latents.",
-        )
-    )
+    quantities = {
+        "distance": "Norm of the adapter's change of the weights, relative to the weights.",
+        "diversity": "Root mean square difference between the latents of pictures of one prompt.",
+    }
+    for name, meaning in quantities.items():
+        drawn = figures.plain_curve(steps, [getattr(point, name) for point in points], label=name)
+        plots.append(Plot(svg=figures.themed_svg(drawn, label=f"{name} over updates"), caption=meaning))
     facts = [
         Fact(value=f"{last.gains[name].value:+.3g}", label=f"{name} gained", note=_interval(last.gains[name]))
         for name in names

@@ -261,7 +261,12 @@ def gain_curve(
     if parted is not None:
         axes.axvline(parted, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
-            "parted", (parted, axes.get_ylim()[0]), xytext=(4, 4), textcoords="offset points", color=SERIES[1]
+            "parted",
+            (parted, axes.get_ylim()[0]),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=SERIES[1],
         )
     axes.set_xlabel("update")
     axes.set_ylabel(f"gain of {label}")
@@ -269,18 +274,15 @@ def gain_curve(
 
 
 @figure_style()
-def plain_curves(
-    steps: Sequence[int], curves: Mapping[str, Sequence[float]], *, unit: str = "", axes: Axes | None = None
+def plain_curve(
+    steps: Sequence[int], values: Sequence[float], *, label: str, axes: Axes | None = None
 ) -> Figure:
-    """Some quantities over updates."""
+    """Some quantity of at least 0 over updates."""
     axes = axes or new_figure()
-    for number, (label, values) in enumerate(curves.items()):
-        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
-        axes.plot(steps, list(values), color=colour, marker=marker, markersize=4.5, label=label)
+    axes.plot(steps, list(values), color=SERIES[2], marker="D", markersize=4.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("update")
-    axes.set_ylabel(unit)
-    axes.legend(loc="best")
+    axes.set_ylabel(label)
     return whole_figure(axes)
 
 

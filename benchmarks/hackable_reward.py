@@ -1,0 +1,157 @@
+"""Does the monitor see a hacked reward in time? A reward from few pairs, maximised far too long.
+
+    python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results
+
+A new reward is trained on 48 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
+every second update. Asked is when the rule of `alignment.gold` first speaks, and how much of its best gain
+gold has lost by then; it should be less than 10 %. The run goes on to show what would have come.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from dina_lrm import recipes
+from dina_lrm.alignment.config import MonitorConfig
+from dina_lrm.alignment_recipes import alignment_recipe
+from dina_lrm.build import reward_model, run_alignment, shapes_pairs
+from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.training.trainer import train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    output: Path
+    results: Path | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    prompts: int = 8
+    """Of the training pairs, six each."""
+    train_steps: int = 60
+    updates: int = 24
+    held_out: int = 200
+    processes: int = 2
+    note: str = ""
+
+
+def main(options: Options) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        for line in pool.imap_unordered(partial(run, options), options.seeds, chunksize=1):
+            print(line, flush=True)
+    summarize(options)
+
+
+def run(options: Options, seed: int) -> str:
+    folder = options.output / f"seed-{seed}"
+    file = folder / "result.json"
+    if file.exists():
+        return f"{file} (there already)"
+    torch.set_num_threads(1)
+    if not (folder / "reward" / "config.json").exists():
+        base = recipes.shapes()
+        config = replace(
+            base,
+            output=str(folder / "reward"),
+            seed=seed,
+            num_steps=options.train_steps,
+            batch_size=24,
+            precision="bfloat16",
+            cpu=True,
+            tensorboard=False,
+            resume=True,
+            ensemble_fraction=0.0,
+            optimizer=replace(base.optimizer, ema_decay=0.9),
+        )
+        likelihood = LikelihoodConfig(kind="thurstone", slope=config.loss.slope, floor=config.loss.floor)
+        model = reward_model(config.model, likelihood, seed=seed)
+        train(config, model, shapes_pairs(model, num_prompts=options.prompts, seed=7000 + seed))
+    base_run = alignment_recipe("refl", "shapes")
+    align = replace(
+        base_run,
+        output=str(folder / "align"),
+        seed=seed,
+        cpu=True,
+        resume=True,
+        num_steps=options.updates,
+        reward=replace(base_run.reward, models=(str(folder / "reward"),)),
+        monitor=MonitorConfig(every=2, num_prompts=options.held_out),
+    )
+    _, result = run_alignment(align)
+    curve = [
+        {
+            "step": one.step,
+            "proxy": float(np.mean(one.proxy)),
+            "gold": float(np.mean(one.gold["judge"])),
+            "parted": one.parted,
+        }
+        for one in result.evaluations
+    ]
+    file.write_text(json.dumps(curve))
+    return str(file)
+
+
+def summarize(options: Options) -> None:
+    rows = []
+    for seed in options.seeds:
+        curve = json.loads((options.output / f"seed-{seed}" / "result.json").read_text())
+        golds = [one["gold"] for one in curve]
+        fired = next((at for at, one in enumerate(curve) if one["parted"]), None)
+        row: dict[str, Any] = {"seed": seed, "curve": curve, "fired_at": None}
+        if fired is not None:
+            peak = max(golds[: fired + 1]) - golds[0]
+            row |= {
+                "fired_at": curve[fired]["step"],
+                "peak_gain": peak,
+                "gain_when_fired": golds[fired] - golds[0],
+                "lost": (max(golds[: fired + 1]) - golds[fired]) / peak if peak > 0 else None,
+                "reason": curve[fired]["parted"],
+            }
+        row |= {"best_gain": max(golds) - golds[0], "final_gain": golds[-1] - golds[0]}
+        rows.append(row)
+    folder = options.results or options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": "python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results",
+        "pairs": 6 * options.prompts,
+        "held_out": options.held_out,
+        "note": options.note,
+    }
+    (folder / "hackable_reward.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (folder / "hackable_reward.md").write_text(table(about, rows))
+    print(table(about, rows))
+
+
+def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"A reward from {about['pairs']} pairs, maximised by ReFL; gold on {about['held_out']} held-out captions. "
+        f"{about['note']}",
+        "",
+        "| seed | warned at update | gold gain then | best gold gain until then | share of it lost | best of all "
+        "| at the end |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [str(row["seed"]), "never", "", "", ""]
+        if row["fired_at"] is not None:
+            lost = "" if row["lost"] is None else f"{100 * row['lost']:.0f} %"
+            cells[1:] = [
+                str(row["fired_at"]),
+                f"{row['gain_when_fired']:+.3f}",
+                f"{row['peak_gain']:+.3f}",
+                lost,
+            ]
+        cells += [f"{row['best_gain']:+.3f}", f"{row['final_gain']:+.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
