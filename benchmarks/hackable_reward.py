@@ -131,11 +131,11 @@ def summarize(options: Options) -> None:
 
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"A reward from {about['pairs']} pairs, maximised by ReFL; gold on {about['held_out']} held-out captions. "
-        f"{about['note']}",
+        f"A reward from {about['pairs']} pairs, maximised by ReFL; gold on {about['held_out']} held-out "
+        f"captions. {about['note']}",
         "",
-        "| seed | warned at update | gold gain then | best gold gain until then | share of it lost | best of all "
-        "| at the end |",
+        "| seed | warned at update | gold gain then | best gold gain until then | share of it lost "
+        "| best of all | at the end |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -110,7 +110,7 @@ class AlignConfig:
     """Of the network's matrix products, in sampling and training."""
     max_loss_rows: int = 32
     """Rows of a forward pass that keeps activations; larger batches are accumulated."""
-    gradient_limit: float = 1e3
+    gradient_limit: float = 1e5
     """A gradient norm above it, before clipping, ends the run: the last good checkpoint is kept."""
     checkpoint_every: int = 10
     """Updates between writes of OUTPUT/last."""
