@@ -165,9 +165,9 @@ def _grpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     settings = _stochastic(settings)
     if bundled:
         settings["sampler"] = replace(settings["sampler"], window=(0, 1))
-        settings["optimizer"] = replace(settings["optimizer"], learning_rate=5e-4)
-        settings["monitor"] = replace(settings["monitor"], every=15)
-        return GrpoConfig(**{**settings, "batch_size": 12}, group_size=8, num_steps=60)
+        settings["optimizer"] = replace(settings["optimizer"], learning_rate=5e-4, schedule="linear")
+        settings["monitor"] = replace(settings["monitor"], every=12)
+        return GrpoConfig(**{**settings, "batch_size": 12}, group_size=8, num_steps=48)
     sampler = settings["sampler"]
     steps = min(10, sampler.num_steps)  # Flow-GRPO trains on 10 steps and evaluates on 40
     settings["sampler"] = replace(sampler, num_steps=steps, window=(0, max(1, steps // 2)))
@@ -179,7 +179,7 @@ def _grpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
 def _dpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Diffusion-DPO on the reward's best and worst of four."""
     if bundled:
-        settings["optimizer"] = replace(settings["optimizer"], learning_rate=5e-4)
+        settings["optimizer"] = replace(settings["optimizer"], learning_rate=5e-4, schedule="linear")
         settings["monitor"] = replace(settings["monitor"], every=5)
         return DpoConfig(**settings, num_steps=20)
     return DpoConfig(**{**settings, "batch_size": 64}, beta=2000.0)

@@ -176,7 +176,9 @@ def test_a_gradient_that_explodes_changes_nothing(tiny_pipeline: Path, tmp_path:
         before[:] = weights(run)
         return algorithm_of(config)(run, step)
 
-    with pytest.raises(AlignmentError, match=r"norm is .* in update 1, allowed up to gradient_limit = 100000"):
+    with pytest.raises(
+        AlignmentError, match=r"norm is .* in update 1, allowed up to gradient_limit = 100000"
+    ):
         run.train(update)
     assert all(torch.equal(a, b) for a, b in zip(weights(run), before, strict=True))
     assert json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"] == 1

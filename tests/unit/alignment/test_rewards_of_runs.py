@@ -1,0 +1,45 @@
+"""Which reward goes with which policy: shared on the same backbone, refused where latents differ."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dina_lrm.build import latent_reward
+from dina_lrm.errors import DinaError, InvalidInputError
+from tests.families import load_pipeline, make_family_reward
+
+Folders = Callable[[str], Path]
+
+
+def test_a_reward_on_the_policys_backbone_shares_it(family_folders: Folders, tmp_path: Path) -> None:
+    make_family_reward(family_folders("sd3")).save_pretrained(tmp_path / "reward")
+    pipeline = load_pipeline(family_folders("sd3"))
+    reward = latent_reward(str(tmp_path / "reward"), pipeline)
+    assert reward.model.attached
+    own = {id(module) for module in pipeline.transformer.modules()}
+    assert all(id(block) in own for block in reward.model.backbone.kept_blocks)
+    apart = latent_reward(str(tmp_path / "reward"), load_pipeline(family_folders("sd3")), share=False)
+    assert not apart.model.attached
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle", "two blue square"]
+    torch.testing.assert_close(
+        reward(latents, prompts, [1, 2]), apart(latents, prompts, [1, 2]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_reward_of_another_generator_is_refused(family_folders: Folders, tmp_path: Path) -> None:
+    make_family_reward(family_folders("sd15")).save_pretrained(tmp_path / "reward")
+    with pytest.raises(InvalidInputError, match="is for another generator: it reads latents of"):
+        latent_reward(str(tmp_path / "reward"), load_pipeline(family_folders("sd3")))
+
+
+def test_the_same_shapes_with_other_weights_are_refused(family_folders: Folders, tmp_path: Path) -> None:
+    """A reward for another training of the same architecture would score nonsense on shared blocks."""
+    make_family_reward(family_folders("sd3")).save_pretrained(tmp_path / "reward")
+    pipeline = load_pipeline(family_folders("sd3"))
+    with torch.no_grad():
+        pipeline.transformer.pos_embed.proj.weight.mul_(2.0)
+    with pytest.raises(DinaError, match="another backbone"):
+        latent_reward(str(tmp_path / "reward"), pipeline)
