@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_pipeline: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["refl", "grpo", "grpo-dense", "dpo", "step-dpo", "d3po"])
 def test_the_reward_rises(tiny_pipeline: Path, name: str) -> None:
-    """On prompts that were not trained on, at fixed seeds; the reward is a latent one on the same backbone."""
+    """On prompts that were not trained on, at fixed seeds; a latent reward on the same backbone."""
     config = small(
         ALGORITHMS[name], num_steps=24, monitor=MonitorConfig(every=24, num_prompts=3, grid_size=2)
     )

@@ -431,7 +431,9 @@ class Run:
                 self.history = [json.loads(line) for line in kept]
 
 
-_MAY_CHANGE = frozenset("num_steps output resume checkpoint_every cpu monitor max_loss_rows gradient_limit".split())
+_MAY_CHANGE = frozenset(
+    "num_steps output resume checkpoint_every cpu monitor max_loss_rows gradient_limit".split()
+)
 
 
 def _diversity(latents: Tensor) -> float:

@@ -204,7 +204,8 @@ def accuracy_against_cost(
         spread = [[value - 100 * accuracy.low], [100 * accuracy.high - value]]
         colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         axes.errorbar([cost], [value], spread, color=colour, marker=marker, markersize=6, capsize=3)
-        axes.annotate(name, (cost, value), xytext=(7, 5), textcoords="offset points", color=colour)
+        offset = (7, -13 if number % 2 else 5)  # neighbours of equal cost do not write over each other
+        axes.annotate(name, (cost, value), xytext=offset, textcoords="offset points", color=colour)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy, %")
     return whole_figure(axes)
