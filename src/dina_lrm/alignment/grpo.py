@@ -23,6 +23,8 @@ from dina_lrm.errors import InvalidInputError
 
 __all__ = ["Grpo"]
 
+_MEASURED = ("loss", "clipped", "ratio", "divergence", "gradient_norm")
+
 
 class Grpo:
     """The algorithm; one call is one update: a rollout, and `minibatches` optimizer steps on it."""
@@ -39,7 +41,7 @@ class Grpo:
         path = run.sample(prompts, first, step_seeds=seeds)
         rewards = run.score(path.clean, prompts, first)
         advantages = self._advantages(run, path, prompts, rewards)
-        totals = dict.fromkeys(("loss", "clipped", "ratio", "divergence", "gradient_norm"), 0.0)
+        totals: dict[str, float] = dict.fromkeys(_MEASURED, 0.0)
         rounds = config.epochs * config.minibatches
         if float(advantages.abs().max()) > 0:
             for rows in torch.arange(len(prompts)).tensor_split(config.minibatches) * config.epochs:
@@ -111,5 +113,4 @@ class Grpo:
                 run.backward(share * (loss + config.divergence_weight * divergence).mean())
                 measured = [loss.mean(), clipped.float().mean(), log_ratio.exp().mean(), divergence.mean()]
                 sums += share * torch.stack(measured).detach().cpu()
-        names = ("loss", "clipped", "ratio", "divergence")
-        return dict(zip(names, sums.tolist(), strict=True)) | {"gradient_norm": run.learn()}
+        return dict(zip(_MEASURED, [*sums.tolist(), run.learn()], strict=True))
