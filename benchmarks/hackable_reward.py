@@ -2,7 +2,7 @@
 
     python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results
 
-A new reward is trained on 48 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
+A new reward is trained on 192 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
 every second update. Asked is when the rule of `alignment.gold` first speaks, and how much of its best gain
 gold has lost by then; it should be less than 10 %. The run goes on to show what would have come.
 """
@@ -32,9 +32,9 @@ class Options:
     output: Path
     results: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    prompts: int = 8
+    prompts: int = 32
     """Of the training pairs, six each."""
-    train_steps: int = 60
+    train_steps: int = 100
     updates: int = 24
     held_out: int = 200
     processes: int = 2
