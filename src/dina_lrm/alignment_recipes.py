@@ -76,7 +76,9 @@ def _full(
     batch_size: int,
 ) -> dict[str, Any]:
     return {
-        "policy": PolicyConfig(pipeline=pipeline, lora_rank=lora_rank, dtype="bfloat16"),
+        "policy": PolicyConfig(
+            pipeline=pipeline, lora_rank=lora_rank, dtype="bfloat16", gradient_checkpointing=True
+        ),
         "sampler": SamplerConfig(
             num_steps=num_steps, guidance_scale=guidance_scale, height=side, width=side, batch_size=8
         ),

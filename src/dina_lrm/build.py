@@ -328,7 +328,7 @@ def load_generator(location: str, *, device: str | None = None, dtype: torch.dty
     from dina_lrm.models.text import quiet_loading
 
     with quiet_loading():
-        pipeline: Any = DiffusionPipeline.from_pretrained(location, torch_dtype=dtype)
+        pipeline: Any = DiffusionPipeline.from_pretrained(location, dtype=dtype)
     return pipeline.to(device) if device is not None else pipeline
 
 
@@ -402,8 +402,8 @@ def latent_reward(
     Raises:
         InvalidInputError: the reward reads latents of another VAE.
     """
-    device = next(iter(pipeline.components["vae"].parameters())).device
     source = PipelineSource(pipeline)
+    weight = next(iter(source.network.parameters()))
     own = read_checkpoint(location).fingerprint
     architecture = read_architecture(source.network_config())
     same = own is None or own["architecture"] == architecture.to_dict()
@@ -412,7 +412,8 @@ def latent_reward(
         if model.config.tuning != "full":
             model.attach(pipeline)
     else:
-        model = RewardModel.from_pretrained(location, device=device).requires_grad_(False)
+        model = RewardModel.from_pretrained(location, device=weight.device, dtype=weight.dtype)
+        model.requires_grad_(False)
     ours = pipeline_encoders(pipeline, dtype=torch.float32).latent_space
     if model.latent_space is not None and ours is not None and model.latent_space != ours:
         raise InvalidInputError(
@@ -485,6 +486,7 @@ def run_alignment(
         lora_rank=config.policy.lora_rank,
         lora_alpha=config.policy.lora_alpha,
         max_text_tokens=config.policy.max_text_tokens,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
         seed=mix_seeds(config.seed, 4),
     )
     terms = tuple(

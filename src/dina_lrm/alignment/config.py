@@ -38,6 +38,8 @@ class PolicyConfig:
     """Of the frozen base weights; the adapter is float32 always."""
     max_text_tokens: int | None = None
     """Longest prompt of the main text encoder, in tokens; None: the pipeline's own limit."""
+    gradient_checkpointing: bool = False
+    """Compute the policy's blocks again in the backward pass instead of keeping their activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,7 @@ class Policy:
         lora_rank: of the adapter; 0 adds none, for sampling only.
         lora_alpha: scale; twice the rank unless given.
         guidance: what a guidance-distilled denoiser (FLUX.1 [dev]) is told.
+        gradient_checkpointing: compute blocks again in the backward pass.
         seed: of the adapter's first weights.
 
     Raises:
@@ -67,6 +68,7 @@ class Policy:
         lora_alpha: float | None = None,
         guidance: float | None = None,
         max_text_tokens: int | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         source = PipelineSource(pipeline)
@@ -103,6 +105,8 @@ class Policy:
             "flow_prediction" if flow else scheduler.get("prediction_type", "epsilon")  # type: ignore[assignment]
         )
         self.network.requires_grad_(False).eval()
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
         if lora_rank:
             self._add_adapter(lora_rank, 2.0 * lora_rank if lora_alpha is None else lora_alpha, seed)
         self._empty: Conditioning | None = None

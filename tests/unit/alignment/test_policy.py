@@ -87,6 +87,21 @@ def test_an_attached_reward_scores_without_the_policys_adapter(family_folders: F
     assert torch.equal(prediction(policy), changed)
 
 
+def test_checkpointing_changes_no_gradient(family_folders: Folders) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        pipeline = load_pipeline(family_folders("sd3"))
+        policy = trained(Policy(pipeline, lora_rank=2, gradient_checkpointing=checkpointing))
+        latents = torch.randn(2, *policy.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+        policy.predict(
+            latents, policy.encode(PROMPTS), torch.tensor([400.0, 400.0])
+        ).square().mean().backward()
+        gradients.append([value.grad for value in policy.parameters().values()])
+    assert any(one is not None and one.abs().max() > 0 for one in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_what_cannot_be_a_policy_is_refused(family_folders: Folders) -> None:
     with pytest.raises(InvalidInputError, match="a live diffusers pipeline"):
         Policy(str(family_folders("sd3")))
