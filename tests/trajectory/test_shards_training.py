@@ -1,5 +1,6 @@
 """Training on shards: two latent shapes, stopped and killed runs, two processes; through the real command."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,8 +23,11 @@ from dina_lrm.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfi
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.shards import LatentShards
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.recipes import recipe
 from dina_lrm.training.loader import step_parts
+from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import TrainResult
+from dina_lrm.training.validation import levels_label, validation_margins
 
 PROMPTS = ("a red circle", "a blue square", "two yellow triangle", "a small green ellipse")
 
@@ -236,6 +241,55 @@ def test_two_processes_equal_one_with_doubled_accumulation(
     print(f"two processes against one: maximum {difference.max():.2g}, mean {difference.mean():.2g}")
     assert difference.max() < 1e-5
     assert difference.mean() < 2e-6
+
+
+FSDP2 = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+FSDP2 += [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+
+
+UNDETERMINED = ("head.bias", "ff.2.bias", "to_k_vis.bias", "to_k_text.bias")
+"""The loss does not depend on them: their gradients are rounding, which AdamW blows up to whole steps."""
+
+
+def test_weights_cut_over_two_processes_train_as_whole_ones(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """FSDP2 against one process; stopped, it goes on to the same bits; a checkpoint scores as the pieces."""
+
+    def run(name: str, launch: list[str], **changes: Any) -> None:
+        settings = config(tiny_pipeline, shards, tmp_path / name, **{"num_steps": 10, **changes})
+        command = [*launch, *arguments(settings), "--optimizer.schedule", "constant", "--resume"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("one", [sys.executable, "-m", "dina_lrm"], accumulation_steps=2)
+    run("cut", FSDP2)
+    run("stopped", FSDP2, num_steps=6)
+    run("stopped", FSDP2)
+    assert_same_weights(tmp_path / "cut", tmp_path / "stopped")
+
+    difference = np.abs(trajectory(tmp_path / "cut") - trajectory(tmp_path / "one"))
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    determined = [name for name in ours if "optimizer." not in name and not name.endswith(UNDETERMINED)]
+    furthest = max(float((ours[name] - theirs[name]).abs().max()) for name in determined)
+    print(f"FSDP2 against one: losses {difference.max():.2g}, weights {furthest:.2g}")
+    assert len(difference) == 10
+    assert difference.max() < 1e-6
+    assert furthest < 1e-5
+
+    held = json.loads((tmp_path / "cut" / "margins.json").read_text())
+    saved, _ = validation_margins(
+        PairScorer(RewardModel.from_pretrained(tmp_path / "cut")),
+        LatentShards.open(shards),
+        [tuple(map(float, label.split("+"))) for label in held],
+        accelerator=Accelerator(cpu=True),
+        precision=contextlib.nullcontext,
+        batch_size=7,
+        seed=recipe("shapes").seed,
+    )
+    for levels, margins in saved.items():
+        assert sorted(margins.tolist()) == pytest.approx(sorted(held[levels_label(levels)]), abs=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: Path, tmp_path: Path) -> None:

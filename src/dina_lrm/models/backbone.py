@@ -186,8 +186,8 @@ class Backbone(nn.Module):
         if not shared:
             for name, child in parts.named_children():
                 self.add_module(name, child)
-            for name, parameter in parts.named_parameters(recurse=False):
-                self.register_parameter(name, parameter)
+            # One registry: whoever replaces a parameter here (`to`, FSDP2) replaces what `walk` reads there.
+            self._parameters = parts._parameters
 
     # ------------------------------------------------------------------------------------- per family
 
@@ -290,12 +290,6 @@ class Backbone(nn.Module):
         """A base weight, whose dtype and device are the backbone's."""
         module, _, leaf = self.probes[0].rpartition(".")
         return getattr(self.parts.get_submodule(module), leaf)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
-        """As in torch; parameters that were replaced, not refilled, reach the diffusers model too."""
-        super()._apply(fn, recurse)
-        self.parts._parameters.update(self._parameters)
-        return self
 
     def cast(self, dtype: torch.dtype) -> None:
         """Base weights in another precision; LoRA, and what diffusers keeps in float32, stay wide."""

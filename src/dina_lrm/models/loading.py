@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from dina_lrm.core.sharding import whole
 from dina_lrm.errors import CheckpointError, InvalidInputError, MissingComponentError
 from dina_lrm.models.architecture import Architecture, empty_parts, load_parts, truncated
 from dina_lrm.models.backbone import Backbone
@@ -275,7 +276,7 @@ def check_fingerprint(recorded: Mapping[str, Any] | None, backbone: Backbone, or
 
 
 def _probe(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().flatten()
+    flat = whole(tensor).flatten()
     return flat[:: max(1, flat.numel() // NUM_PROBE_VALUES)][:NUM_PROBE_VALUES].float().tolist()
 
 

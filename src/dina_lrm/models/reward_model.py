@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
 from dina_lrm.core.noise import NoiseSchedule, seeded_noise
+from dina_lrm.core.sharding import whole
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
 from dina_lrm.models import loading
@@ -586,20 +587,25 @@ class RewardModel(nn.Module):
             layout: ours, or "published", which the paper's own code can read.
             model_card: Markdown to add to README.md: data, recipe, measured figures.
         """
-        step = self.training_step if training_step is None else training_step
+        write_checkpoint(Path(folder), self.checkpoint(training_step), layout, model_card)
+        return Path(folder)
+
+    def checkpoint(self, training_step: int | None = None) -> Checkpoint:
+        """What `save_pretrained` writes, with whole tensors on the CPU.
+
+        Where FSDP2 has cut the weights, every process must call this, and only the main one gets them.
+        """
         with self._unmerged():
-            checkpoint = Checkpoint(
+            return Checkpoint(
                 config=self.config,
                 head=_on_cpu(self.head.state_dict()),
                 logistic=_on_cpu(self.squash.state_dict()) if self.squash else None,
                 adapter=_on_cpu(self.adapter.state_dict()) if self.adapter else None,
                 backbone=_on_cpu(self.backbone.state_dict()) if self.config.tuning == "full" else None,
                 trained=self.trained,
-                training_step=step,
+                training_step=self.training_step if training_step is None else training_step,
                 fingerprint=loading.fingerprint(self.backbone),
             )
-        write_checkpoint(Path(folder), checkpoint, layout, model_card)
-        return Path(folder)
 
     def merge(self) -> "RewardModel":
         """Let inference merge LoRA into the base weights (the default)."""
@@ -730,4 +736,4 @@ def _equal_shapes(latents: Sequence[Tensor], rows: Sequence[int]) -> list[list[i
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: whole(tensor) for name, tensor in state.items()}

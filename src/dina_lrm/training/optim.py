@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
 from dina_lrm.errors import InvalidInputError
 
@@ -124,6 +124,6 @@ def set_learning_rate(optimizer: Any, factor: float) -> float:
     return float(optimizer.param_groups[-1]["lr"])
 
 
-def weight_average(parameters: Sequence[nn.Parameter], decay: float) -> EMAModel:
+def weight_average(parameters: Sequence[Tensor], decay: float) -> EMAModel:
     """Moving average, from diffusers; after n steps its decay is min(decay, (1 + n) / (10 + n))."""
-    return EMAModel(parameters, decay=decay, foreach=True)
+    return EMAModel(parameters, decay=decay, foreach=True)  # type: ignore[arg-type]

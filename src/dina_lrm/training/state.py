@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dina_lrm.core.sharding import cut, is_cut, local, whole
 from dina_lrm.errors import CheckpointError
 from dina_lrm.files import write_whole
 
@@ -52,19 +53,26 @@ def save_state(
     average: EMAModel | None,
     best: Sequence[Tensor] | None,
 ) -> None:
-    """Write the state into `folder`/training_state."""
+    """Write the state into `folder`/training_state.
+
+    Where FSDP2 has cut the parameters, `average` and `best` hold pieces (`core.sharding.local`), every
+    process must call this, and the main one writes.
+    """
+    tensors = {f"parameter.{name}": whole(value) for name, value in parameters.items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": whole(value) for key, value in entries.items()}
+    for prefix, pieces in (("average", average and average.shadow_params), ("best", best)):
+        if pieces is not None:
+            tensors |= {
+                f"{prefix}.{name}": whole(piece, like=parameters[name])
+                for name, piece in zip(parameters, pieces, strict=True)
+            }
+    if any(map(is_cut, parameters.values())) and torch.distributed.get_rank() != 0:
+        return
     folder = folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {f"parameter.{name}": value.detach() for name, value in parameters.items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
-    if average is not None:
-        tensors |= {f"average.{n}": value for n, value in zip(parameters, average.shadow_params, strict=True)}
-    if best is not None:
-        tensors |= {f"best.{name}": value for name, value in zip(parameters, best, strict=True)}
     save_file(
-        {name: value.cpu().clone().contiguous() for name, value in tensors.items()},
-        folder / "tensors.safetensors",
+        {name: value.clone().contiguous() for name, value in tensors.items()}, folder / "tensors.safetensors"
     )
     write_whole(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
 
@@ -72,7 +80,11 @@ def save_state(
 def load_state(
     folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Any, average: EMAModel | None
 ) -> tuple[Position, list[Tensor] | None]:
-    """Restore weights, optimizer and average in place; returns the position and the best weights so far."""
+    """Restore weights, optimizer and average in place; returns the position and the best weights so far.
+
+    Where FSDP2 has cut the parameters, each process reads everything and keeps its pieces; the number of
+    processes that saved does not matter.
+    """
     folder = folder / FOLDER
     try:
         tensors = load_file(folder / "tensors.safetensors")
@@ -95,24 +107,29 @@ def load_state(
     check("weights", weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            local(parameter).copy_(local(cut(weights[name], parameter)))
 
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in named("optimizer.").items():
         index, entry = key.split(".", 1)
-        entries.setdefault(int(index), {})[entry] = value
+        cut_value = value if entry == "step" else cut(value, optimized[int(index)])
+        entries.setdefault(int(index), {})[entry] = cut_value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
     if average is not None:
         shadow = named("average.")
         check("averaged weights", shadow)
         device = average.shadow_params[0].device
-        average.shadow_params = [shadow[name].to(device) for name in parameters]
+        average.shadow_params = [
+            local(cut(shadow[name], parameter)).to(device) for name, parameter in parameters.items()
+        ]
         average.optimization_step = position.step
     best = named("best.")
     if best:
         check("best weights", best)
-    return position, [best[name] for name in parameters] if best else None
+    pieces = [local(cut(best[name], parameter)) for name, parameter in parameters.items()] if best else None
+    return position, pieces
 
 
 # --- a folder that appears whole or not at all -------------------------------------------------------------

@@ -4,6 +4,7 @@ The variance of a step that concatenates noise levels is the mean of v over them
 sigma^2, that is v at the root mean square of the levels (`loss_level`).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -59,6 +60,8 @@ class PairScorer(nn.Module):
     def __init__(self, model: RewardModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
+        # Read by accelerate: the classes whose modules FSDP gathers and frees one by one.
+        self._no_split_modules = sorted({type(module).__name__ for module in model.backbone.run_modules})
         self.gradient_checkpointing = gradient_checkpointing
 
     def tokens(self, batch: PairBatch, noise: Tensor, sigma: Float[Tensor, "level batch"]) -> HeadTokens:
@@ -90,6 +93,26 @@ class PairScorer(nn.Module):
         Pairs of `batch` that share a draw must have been given equal noise and sigma.
         """
         return self.scores(self.tokens(batch, noise, sigma), len(sigma), batch)
+
+    def margins(
+        self, batch: PairBatch, noise: Tensor, candidates: Sequence[tuple[float, ...]]
+    ) -> list[Float[Tensor, " batch"]]:
+        """Margins of each candidate, one noise level or several that make a token-level ensemble.
+
+        Every level goes through the backbone once; single levels and ensembles read the same tokens.
+
+        Args:
+            candidates: of levels that are in the backbone's table.
+        """
+        levels = sorted({level for candidate in candidates for level in candidate})
+        rows = noise.new_ones(1, len(noise), dtype=torch.float32)
+        tokens = {level: self.tokens(batch, noise, level * rows) for level in levels}
+        margins: list[Tensor] = []
+        for candidate in candidates:
+            joined = HeadTokens.stack([tokens[level] for level in candidate])
+            chosen, rejected = self.scores(joined, len(candidate), batch)
+            margins.append(chosen - rejected)
+        return margins
 
 
 def loss_level(sigma: Float[Tensor, "level batch"]) -> NoiseLevel:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from dina_lrm.config import TrainConfig, to_dict
 from dina_lrm.core.attention import PlainAttention
 from dina_lrm.core.calibration import fit_scale
 from dina_lrm.core.likelihood import pairwise_loss
+from dina_lrm.core.sharding import is_cut, local
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import DinaError, InvalidInputError
@@ -43,6 +44,7 @@ from dina_lrm.models.config import Calibration
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.storage import recover_folder
 from dina_lrm.training import optim, state
+from dina_lrm.training.distribution import check_distribution, drop_gathered, treat_as_forward
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.progress import Reporter, StepMetrics, Window
 from dina_lrm.training.step import PairScorer, loss_level
@@ -86,7 +88,8 @@ def train(
 
     The model ends with the best (or last) averaged weights, in evaluation mode, marked as trained; with
     validation pairs, also with the noise levels that scored best on them as its default, and with the scale
-    that makes its probabilities true there.
+    that makes its probabilities true there. Only where FSDP2 has cut it, the model stays in pieces: load what
+    was saved.
 
     Args:
         config: the run; `model` and `data` of it are taken as done, since both are given here.
@@ -113,10 +116,12 @@ class _Run:
         self.config, self.model = config, model
         self.accelerator = Accelerator(
             cpu=config.cpu,
+            mixed_precision="no",  # `config.precision` decides, whatever accelerate is configured for
             gradient_accumulation_steps=config.accumulation_steps,
             step_scheduler_with_optimizer=False,
         )
-        check_distribution(self.accelerator.distributed_type)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        check_distribution(self.accelerator.distributed_type, plugin, model, compile=config.compile)
         parts = config.accumulation_steps * self.accelerator.num_processes
         if config.batch_size % parts:
             raise InvalidInputError(
@@ -138,8 +143,7 @@ class _Run:
         )
         self.output = Path(config.output) if config.output is not None else None
 
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optim.float32_masters(self.parameters.values())
+        optim.float32_masters(model.trainable_parameters())
         settings = config.optimizer
         optimizer = optim.adamw(
             model,
@@ -152,9 +156,14 @@ class _Run:
         self.scorer = PairScorer(model, gradient_checkpointing=config.gradient_checkpointing)
         prepared: Any = torch.compile(self.scorer, dynamic=False) if config.compile else self.scorer
         self.prepared, self.optimizer = self.accelerator.prepare(prepared, optimizer)
+        self.in_pieces = self.accelerator.is_fsdp2
+        if self.in_pieces:
+            treat_as_forward(self.scorer, "margins")
+        # After preparing, which puts pieces in the place of whole parameters.
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = None
         if settings.ema_decay is not None:
-            self.average = optim.weight_average(list(self.parameters.values()), settings.ema_decay)
+            self.average = optim.weight_average(self._pieces(), settings.ema_decay)
 
         self.step = 0
         self.seconds_before = 0.0
@@ -179,6 +188,10 @@ class _Run:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def _pieces(self) -> list[Any]:
+        """What this process holds of each trained parameter, all of it unless FSDP2 has cut them."""
+        return [local(parameter) for parameter in self.parameters.values()]
 
     @property
     def seconds(self) -> float:
@@ -287,12 +300,15 @@ class _Run:
                 ).mean()
                 accelerator.backward(loss)  # divides by the number of parts
             window.add(loss.detach(), chosen.detach() - rejected.detach(), part.batch.target)
-        parameters = list(self.parameters.values())
-        norm = accelerator.clip_grad_norm_(parameters, config.optimizer.max_gradient_norm)
+        norm: Any = accelerator.clip_grad_norm_(
+            list(self.parameters.values()), config.optimizer.max_gradient_norm
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.step(parameters)
+            self.average.step(self._pieces())
+        if is_cut(norm):
+            norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(float("nan"))
 
     @contextlib.contextmanager
@@ -315,13 +331,13 @@ class _Run:
         if self.average is None:
             yield
             return
-        parameters = list(self.parameters.values())
-        self.average.store(parameters)
-        self.average.copy_to(parameters)
+        pieces = self._pieces()
+        self.average.store(pieces)
+        self.average.copy_to(pieces)
         try:
             yield
         finally:
-            self.average.restore(parameters)
+            self.average.restore(pieces)
 
     def _margins(self, pairs: PairSet) -> tuple[dict[Levels, Tensor], Tensor]:
         self.model.eval()
@@ -334,6 +350,8 @@ class _Run:
             batch_size=self.config.validation.batch_size,
             seed=self.config.seed,
         )
+        if self.in_pieces:
+            drop_gathered(self.scorer)
         self.model.train()
         return margins
 
@@ -346,8 +364,9 @@ class _Run:
             best = max(accuracies.values())
             if self.best_accuracy is None or best > self.best_accuracy:
                 self.best_accuracy, self.best_step = best, self.step
-                self.best_weights = [p.detach().cpu().clone() for p in self.parameters.values()]
-                self._save_model("best")
+                self.best_weights = [piece.detach().cpu().clone() for piece in self._pieces()]
+                if self.output is not None:
+                    self._save_model(self.output / "best", self.step)
         labelled = {levels_label(levels): value for levels, value in accuracies.items()}
         self.reporter.tell(StepMetrics(step=self.step, seconds=self.seconds, validation=labelled))
 
@@ -375,13 +394,16 @@ class _Run:
             )
         )
 
-    def _save_model(self, name: str) -> None:
-        if self.output is not None and self.is_main:
-            self.model.save_pretrained(self.output / name, training_step=self.step)
+    def _save_model(self, folder: Path, step: int) -> None:
+        """The main process writes; all gather if each has pieces only."""
+        if self.is_main:
+            self.model.save_pretrained(folder, training_step=step)
+        elif self.in_pieces:
+            self.model.checkpoint()
 
     def _checkpoint(self) -> None:
         """OUTPUT/last: the model with averaged weights, and beside it all that resuming needs."""
-        if self.output is None or not self.is_main:
+        if self.output is None:
             return
         position = state.Position(
             step=self.step,
@@ -394,12 +416,15 @@ class _Run:
 
         def fill(folder: Path) -> None:
             with self._averaged_weights():
-                self.model.save_pretrained(folder, training_step=self.step)
+                self._save_model(folder, self.step)
             state.save_state(
                 folder, position, self.parameters, self.optimizer, self.average, self.best_weights
             )
 
-        state.replace_folder(self.output / "last", fill)
+        if self.is_main:
+            state.replace_folder(self.output / "last", fill)
+        elif self.in_pieces:
+            fill(self.output / "last")
 
     def _resume(self) -> None:
         if self.output is None:
@@ -428,8 +453,8 @@ class _Run:
             weights = self.average.shadow_params
         if weights is not None:
             with torch.no_grad():
-                for parameter, value in zip(self.parameters.values(), weights, strict=True):
-                    parameter.copy_(value)
+                for piece, value in zip(self._pieces(), weights, strict=True):
+                    piece.copy_(value)
         accuracies: dict[Levels, float] = {}
         levels = scale = None
         if self.validation_pairs is not None:
@@ -443,11 +468,11 @@ class _Run:
                 calibration=Calibration(noise_levels=levels, scale=scale),
             )
         self.model.eval()
-        if self.output is not None and self.is_main:
+        if self.output is not None:
             saved_step = (
                 self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
             )
-            self.model.save_pretrained(self.output, training_step=saved_step)
+            self._save_model(self.output, saved_step)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return TrainResult(
@@ -464,15 +489,6 @@ class _Run:
 
 
 # --- small parts -------------------------------------------------------------------------------------------
-
-
-def check_distribution(kind: DistributedType) -> None:
-    """InvalidInputError where processes would hold pieces of the weights: checkpoints need them whole."""
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InvalidInputError(
-            f"accelerate was configured for {kind.value}: only data parallelism (DDP) is supported yet. "
-            "With LoRA only adapters and head have gradients: launch with --multi_gpu"
-        )
 
 
 def _labelled(pairs: PairSet, config: TrainConfig) -> PairSet:

@@ -15,7 +15,6 @@ from torch import Tensor
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
-from dina_lrm.models.head import HeadTokens
 from dina_lrm.training.step import PairScorer
 
 __all__ = ["Levels", "accuracy", "fixed_sample", "levels_label", "validation_margins"]
@@ -37,34 +36,33 @@ def validation_margins(
 ) -> tuple[dict[Levels, Tensor], Tensor]:
     """Margins of every candidate, and the targets, of pairs that are spread over the devices.
 
-    Every level goes through the backbone once; single levels and ensembles read the same tokens.
-
     Args:
-        scorer: not wrapped for distribution, its model in evaluation mode.
+        scorer: not wrapped by DDP, its model in evaluation mode.
         precision: the context of a forward pass.
         seed: of the noise, which follows from it and the prompt, so that an image is scored once.
     """
     device = accelerator.device
-    levels = sorted({level for candidate in candidates for level in candidate})
-    matched = scorer.model.schedule.match(torch.tensor(levels)).sigma.tolist()
+    schedule = scorer.model.schedule
+    matched = [tuple(schedule.match(torch.tensor(candidate)).sigma.tolist()) for candidate in candidates]
     own = torch.arange(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     margins: dict[Levels, list[float]] = {candidate: [] for candidate in candidates}
     targets: list[float] = []
-    for rows in pairs.parts(own, batch_size):
+    parts = list(pairs.parts(own, batch_size))
+    repeats: list[Tensor] = []
+    if accelerator.is_fsdp2:  # weights are gathered in every forward, so all processes need as many of them
+        most = max(gather_object([len(parts)]))
+        repeats = [torch.arange(1)] * (most - len(parts))
+    for index, rows in enumerate([*parts, *repeats]):
         prompts = pairs.prompt_index[rows]
         batch = pairs.batch(rows, draws=prompts).to(device)
-        targets += batch.target.tolist()
         shape = tuple(batch.latents_chosen.shape[1:])
         noise = seeded_noise(shape, [mix_seeds(seed, 1, prompt) for prompt in prompts.tolist()])[0].to(device)
         with precision():
-            tokens = {
-                level: scorer.tokens(batch, noise, torch.full((1, len(rows)), sigma, device=device))
-                for level, sigma in zip(levels, matched, strict=True)
-            }
-            for candidate in candidates:
-                joined = HeadTokens.stack([tokens[level] for level in candidate])
-                chosen, rejected = scorer.scores(joined, len(candidate), batch)
-                margins[candidate] += (chosen - rejected).tolist()
+            found = scorer.margins(batch, noise, matched)
+        if index < len(parts):
+            targets += batch.target.tolist()
+            for candidate, margin in zip(candidates, found, strict=True):
+                margins[candidate] += margin.tolist()
     gathered = gather_object([(margins, targets)])
     return (
         {

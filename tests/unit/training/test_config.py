@@ -3,8 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dina_lrm.config import LossConfig, OptimizerConfig, TrainConfig, ValidationConfig, from_dict, to_dict
 from dina_lrm.errors import InvalidInputError
@@ -86,13 +88,39 @@ def test_configs_are_frozen() -> None:
         LossConfig().slope = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_weights_in_pieces_are_refused(kind: str) -> None:
-    from accelerate.utils import DistributedType
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("DEEPSPEED", None, "DEEPSPEED.*use FSDP with fsdp_version: 2"),
+        ("FSDP", {"fsdp_version": 1}, "use fsdp_version: 2"),
+        ("FSDP", {"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false"),
+        ("FSDP", {"activation_checkpointing": True}, "fsdp_activation_checkpointing: false"),
+        ("FSDP", {"compile": True}, "compile = false"),
+        ("FSDP", {"model": True}, "this model has eta3, eta4"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused_by_name(
+    kind: str, settings: dict[str, Any] | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from dina_lrm.training.trainer import check_distribution
+    from dina_lrm.models.head import LogisticSquash
+    from dina_lrm.training.distribution import check_distribution
 
-    with pytest.raises(InvalidInputError, match=f"configured for {kind}"):
-        check_distribution(DistributedType(kind))
-    check_distribution(DistributedType.NO)
-    check_distribution(DistributedType.MULTI_CPU)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes to the environment
+    settings = None if settings is None else {"fsdp_version": 2, **settings}
+    compiled = settings is not None and settings.pop("compile", False)
+    model = LogisticSquash() if settings and settings.pop("model", False) else torch.nn.Linear(2, 2)
+    plugin = None if settings is None else FullyShardedDataParallelPlugin(**settings)
+    with pytest.raises(InvalidInputError, match=named):
+        check_distribution(DistributedType(kind), plugin, model, compile=compiled)
+
+
+@pytest.mark.parametrize(("kind", "version"), [("NO", None), ("MULTI_CPU", None), ("FSDP", 2)])
+def test_one_process_ddp_and_fsdp2_are_taken(kind: str, version: int | None) -> None:
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from dina_lrm.training.distribution import check_distribution
+
+    plugin = None if version is None else FullyShardedDataParallelPlugin(fsdp_version=version)
+    check_distribution(DistributedType(kind), plugin, torch.nn.Linear(2, 2), compile=False)

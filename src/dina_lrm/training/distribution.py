@@ -1,0 +1,64 @@
+"""How a run is spread over processes by accelerate: DDP, or FSDP2, which cuts the weights into pieces.
+
+Under FSDP2 the average of the weights and the best weights are kept as pieces too; checkpoints are gathered
+whole in the main process, so they neither show nor fix how many processes there were.
+"""
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+
+from dina_lrm.errors import InvalidInputError
+
+__all__ = ["check_distribution", "drop_gathered", "treat_as_forward"]
+
+
+def check_distribution(
+    kind: DistributedType, plugin: FullyShardedDataParallelPlugin | None, model: nn.Module, *, compile: bool
+) -> None:
+    """Raise InvalidInputError for a configuration of accelerate that a run cannot work under.
+
+    Args:
+        plugin: accelerate's settings of FSDP, where it is configured.
+        compile: is the model to be compiled?
+    """
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InvalidInputError(
+            f"accelerate was configured for {kind.value}, whose engine keeps weights and optimizer to "
+            "itself, out of reach of the average of the weights and of our checkpoints: "
+            "use FSDP with fsdp_version: 2, or DDP"
+        )
+    if kind != DistributedType.FSDP:
+        return
+    assert plugin is not None
+    problem = None
+    if plugin.fsdp_version != 2:
+        problem = f"fsdp_version: {plugin.fsdp_version} is not supported, use fsdp_version: 2"
+    elif plugin.cpu_ram_efficient_loading:
+        problem = "every process reads the weights itself, set fsdp_cpu_ram_efficient_loading: false"
+    elif plugin.activation_checkpointing:
+        problem = "set fsdp_activation_checkpointing: false, and gradient_checkpointing in the recipe"
+    elif compile:
+        problem = "compile is not supported with it, set compile = false"
+    elif scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        problem = f"a single number cannot be cut, and this model has {', '.join(scalars)}: use DDP"
+    if problem:
+        raise InvalidInputError(f"accelerate was configured for FSDP: {problem}")
+
+
+def treat_as_forward(module: nn.Module, method: str) -> None:
+    """Under FSDP2, gather the weights of `module` for this method too, as is done for its `forward`."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, method)
+
+
+def drop_gathered(module: nn.Module) -> None:
+    """Under FSDP2, free the whole weights that a forward pass without a backward pass has left behind.
+
+    The next forward would use them, although the pieces may have changed since.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
