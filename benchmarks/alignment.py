@@ -183,9 +183,7 @@ def curves(options: Options, rows: Sequence[dict[str, Any]]) -> Any:
             colour = figures.SERIES[number % len(figures.SERIES)]
             for panel, name in zip(axes[:, column], ("gold", "proxy"), strict=True):
                 steps, found = row["curve"]["step"], np.array(row["curve"][name])
-                panel.plot(
-                    steps, found[:, 0], color=colour, marker="o", markersize=3, label=str(row["seed"])
-                )
+                panel.plot(steps, found[:, 0], color=colour, marker="o", markersize=3, label=str(row["seed"]))
                 panel.fill_between(steps, found[:, 1], found[:, 2], color=colour, alpha=0.12, linewidth=0)
         axes[0, column].set_title(TITLES[algorithm], fontsize=11)
         axes[1, column].set_xlabel("update")

@@ -32,8 +32,6 @@ from dina_lrm.shapes.scenes import sample_caption
 
 BEST_OF = (1, 2, 4, 8, 16)
 HALVING = (4, 8, 16, 32)
-"""Samples; the first check comes after three steps, the others after every step from there."""
-FIRST_CHECK = 3
 GUIDED = (0.02, 0.05, 0.1)
 
 
@@ -42,9 +40,15 @@ class Options:
     output: Path
     results: Path | None = None
     """Folder of the table and the figure; by default OUTPUT."""
-    captions: int = 100
+    captions: int = 60
+    objects: tuple[int, ...] = ()
+    """Numbers of objects that captions have, in turn; empty: as the grammar draws them."""
     num_steps: int = 10
     guidance_scale: float = 1.0
+    first_check: int = 3
+    """Halving: steps before candidates are first compared."""
+    every: int = 1
+    """Halving: steps between comparisons."""
     processes: int = 2
     note: str = ""
     """Hardware and date."""
@@ -71,7 +75,8 @@ def run(options: Options, start: int) -> str:
     sampler = SamplerConfig(num_steps=options.num_steps, guidance_scale=options.guidance_scale, batch_size=32)
     records = []
     for place in range(start, min(start + 10, options.captions)):
-        caption = sample_caption(rng).caption
+        wanted = options.objects[place % len(options.objects)] if options.objects else None
+        caption = sample_caption(rng, num_objects=wanted).caption
 
         def gold(result: search.SearchResult, index: int = 0, caption: str = caption) -> float:
             pixels = (policy.decode(result.latents[index : index + 1])[0] * 255).round().to(torch.uint8)
@@ -91,8 +96,8 @@ def run(options: Options, start: int) -> str:
                 model,
                 caption,
                 samples=samples,
-                first_check=FIRST_CHECK,
-                every=1,
+                first_check=options.first_check,
+                every=options.every,
                 seed=place,
                 sampler=sampler,
             )
@@ -145,6 +150,7 @@ def summarize(options: Options) -> None:
         "captions": len(records),
         "steps": options.num_steps,
         "guidance_scale": options.guidance_scale,
+        "checks": f"step {options.first_check} and every {options.every} from there",
         "note": options.note,
     }
     (folder / "search.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
@@ -160,7 +166,8 @@ def _interval(values: np.ndarray, draws: np.ndarray) -> tuple[float, float, floa
 
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{about['captions']} captions, {about['steps']} steps, guidance {about['guidance_scale']:g}; gold "
+        f"{about['captions']} captions, {about['steps']} steps, guidance {about['guidance_scale']:g}, "
+        f"halving at {about['checks']}; gold "
         f"is the judge's utility of the winner, 95 % intervals over captions. {about['note']}",
         "",
         "| method | passes of the denoiser | gold | passes, share of best of n at equal gold |",

@@ -181,9 +181,9 @@ def _grpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
 def _dpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Diffusion-DPO on the reward's best and worst of four."""
     if bundled:
-        settings["optimizer"] = replace(settings["optimizer"], schedule="linear")
-        settings["monitor"] = replace(settings["monitor"], every=9)
-        return DpoConfig(**settings, num_steps=36)
+        settings["optimizer"] = replace(settings["optimizer"], learning_rate=8e-4, schedule="linear")
+        settings["monitor"] = replace(settings["monitor"], every=8)
+        return DpoConfig(**settings, beta=100.0, num_steps=32)
     return DpoConfig(**{**settings, "batch_size": 64}, beta=2000.0)
 
 
