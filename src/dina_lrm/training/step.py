@@ -92,7 +92,8 @@ class PairScorer(nn.Module):
 
         Pairs of `batch` that share a draw must have been given equal noise and sigma.
         """
-        return self.scores(self.tokens(batch, noise, sigma), len(sigma), batch)
+        chosen, rejected = self.scores(self.tokens(batch, noise, sigma), len(sigma), batch)
+        return chosen.clone(), rejected.clone()  # FSDP2 warns of outputs that are views
 
     def margins(
         self, batch: PairBatch, noise: Tensor, candidates: Sequence[tuple[float, ...]]
