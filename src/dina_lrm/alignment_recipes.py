@@ -182,8 +182,8 @@ def _dpo(settings: dict[str, Any], bundled: bool) -> AlignConfig:
     """Diffusion-DPO on the reward's best and worst of four."""
     if bundled:
         settings["optimizer"] = replace(settings["optimizer"], learning_rate=8e-4, schedule="linear")
-        settings["monitor"] = replace(settings["monitor"], every=8)
-        return DpoConfig(**settings, beta=100.0, num_steps=32)
+        settings["monitor"] = replace(settings["monitor"], every=4)
+        return DpoConfig(**settings, beta=100.0, num_steps=16)
     return DpoConfig(**{**settings, "batch_size": 64}, beta=2000.0)
 
 
