@@ -37,5 +37,6 @@ def margins(*args: Any, **settings: Any) -> Any:
     return found, target
 
 
-trainer.Accelerator, trainer.validation_margins = accelerator, margins
-run()
+if __name__ == "__main__":
+    trainer.Accelerator, trainer.validation_margins = accelerator, margins
+    run()
