@@ -7,13 +7,14 @@ too while it scores.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.attention import matrix_precision
 from dina_lrm.core.flow import Prediction
 from dina_lrm.core.noise import NoiseSchedule
 from dina_lrm.errors import InvalidInputError
@@ -22,6 +23,7 @@ from dina_lrm.models.encoders import Encoders, pixels_per_latent
 from dina_lrm.models.families import backbone_of, read_architecture
 from dina_lrm.models.lora import tuner_layers
 from dina_lrm.models.source import PipelineSource
+from dina_lrm.training.optim import float32_masters
 
 __all__ = ["ADAPTER", "Grid", "Policy"]
 
@@ -127,8 +129,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network.add_adapter(config, adapter_name=ADAPTER)
-        for parameter in self.parameters().values():
-            parameter.data = parameter.data.float()  # steps smaller than bfloat16 resolves would be lost
+        float32_masters(self.parameters().values())
 
     # ------------------------------------------------------------------------------------- the adapter
 
@@ -264,17 +265,9 @@ class Policy:
         """Pictures (batch, 3, height, width) in [0, 1]; differentiable where the latents are."""
         return self.encoders.decode_latents(latents, self.device)
 
-    @contextlib.contextmanager
-    def precision(self, precision: str) -> Iterator[None]:
+    def precision(self, precision: Literal["float32", "bfloat16"]) -> AbstractContextManager[None]:
         """Matrix products of the network in bfloat16 inside, or in the precision of its weights."""
-        if precision == "float32":
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self.device.type == "cpu":  # the fused kernel's bfloat16 backward is five times slower there
-                stack.enter_context(PlainAttention())
-            yield
+        return matrix_precision(precision, self.device.type)
 
 
 def _joined(first: Conditioning, second: Conditioning) -> Conditioning:

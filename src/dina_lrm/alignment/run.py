@@ -8,12 +8,12 @@ On several processes each takes a share of the prompts, whole groups at a time, 
 are averaged before every optimizer step.
 """
 
-import contextlib
 import hashlib
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,12 @@ class Run:
             )
         self.parameters = policy.parameters()
         settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.parameters.values()), "peak_lr": settings.learning_rate}],
-            lr=settings.learning_rate,
+        self.optimizer = optim.adamw(
+            policy.network,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
             betas=settings.betas,
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
         )
         self.average = None
         if settings.ema_decay is not None:
@@ -283,19 +283,9 @@ class Run:
 
     # ------------------------------------------------------------------------------------- evaluation
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The average weights inside, the raw ones again after."""
-        if self.average is None:
-            yield
-            return
-        parameters = list(self.parameters.values())
-        self.average.store(parameters)
-        self.average.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.average.restore(parameters)
+        return optim.averaged(self.average, list(self.parameters.values()))
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
@@ -397,19 +387,9 @@ class Run:
         if not last.exists():  # stopped before the first checkpoint, or never begun
             return
         position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
-        if self.average is not None:  # an update may be several optimizer steps
-            made = [int(entry["step"]) for entry in self.optimizer.state.values()]
-            self.average.optimization_step = max(made, default=0)
-        now = to_dict(self.config)
-        differing = [
-            f"{key} was {position.config.get(key)!r} and is {now.get(key)!r}"
-            for key in sorted(set(position.config) | set(now))
-            if key not in _MAY_CHANGE and position.config.get(key) != now.get(key)
-        ]
-        if differing:
-            raise InvalidInputError(f"{last} belongs to a run with other settings: {'; '.join(differing)}")
-        if position.data_fingerprint != self.fingerprint:
-            raise InvalidInputError(f"{last} was trained on other prompts than those given now")
+        state.check_same_run(
+            last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="prompts"
+        )
         self.step, self.seconds_before = position.step, position.seconds
         self.best_gold, self.best_step = position.best_accuracy, position.best_step
         lines = (self.output / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()

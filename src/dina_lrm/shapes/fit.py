@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.attention import matrix_precision
 
 Stage = Literal["vae", "clip", "text", "generator", "assemble"]
 
@@ -169,7 +169,7 @@ class Fit:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate()
-            with torch.autocast(torch.device(self.run.device).type, torch.bfloat16), PlainAttention():
+            with matrix_precision("bfloat16", torch.device(self.run.device).type):
                 losses = loss_of_step(self)
             losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
-from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.attention import matrix_precision
 from dina_lrm.shapes.networks import MAX_TOKENS
 
 NUM_INFERENCE_STEPS = 28
@@ -67,7 +67,7 @@ def _half_denoiser(pipeline: StableDiffusion3Pipeline) -> Iterator[None]:
     forward = transformer.forward
 
     def half(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        with torch.autocast(transformer.device.type, torch.bfloat16), PlainAttention():
+        with matrix_precision("bfloat16", transformer.device.type):
             velocity = forward(*args, **kwargs)[0]
         return (velocity.to(transformer.dtype),)
 

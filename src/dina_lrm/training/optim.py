@@ -5,7 +5,8 @@ any schedule (the reference honours it with the cosine only).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from dina_lrm.errors import InvalidInputError
 __all__ = [
     "Schedule",
     "adamw",
+    "averaged",
     "float32_masters",
     "learning_rate_factor",
     "set_learning_rate",
@@ -122,6 +124,21 @@ def set_learning_rate(optimizer: Any, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     return float(optimizer.param_groups[-1]["lr"])
+
+
+@contextmanager
+def averaged(average: EMAModel | None, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The averaged weights inside, the raw ones again after, to the last bit; without an average, no
+    change."""
+    if average is None:
+        yield
+        return
+    average.store(parameters)  # type: ignore[arg-type]
+    average.copy_to(parameters)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        average.restore(parameters)  # type: ignore[arg-type]
 
 
 def weight_average(parameters: Sequence[Tensor], decay: float) -> EMAModel:

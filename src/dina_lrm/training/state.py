@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dina_lrm.core.sharding import cut, is_cut, local, whole
-from dina_lrm.errors import CheckpointError
+from dina_lrm.errors import CheckpointError, InvalidInputError
 from dina_lrm.files import write_whole
 
-__all__ = ["Position", "load_state", "replace_folder", "save_state"]
+__all__ = ["Position", "check_same_run", "load_state", "replace_folder", "save_state"]
 
 FOLDER = "training_state"
 
@@ -124,12 +124,42 @@ def load_state(
         average.shadow_params = [
             local(cut(shadow[name], parameter)).to(device) for name, parameter in parameters.items()
         ]
-        average.optimization_step = position.step
+        average.optimization_step = max((int(entry["step"]) for entry in entries.values()), default=0)
     best = named("best.")
     if best:
         check("best weights", best)
     pieces = [local(cut(best[name], parameter)) for name, parameter in parameters.items()] if best else None
     return position, pieces
+
+
+def check_same_run(
+    folder: Path,
+    position: Position,
+    config: Mapping[str, Any],
+    data_fingerprint: str,
+    *,
+    may_change: frozenset[str],
+    data: str,
+) -> None:
+    """Refuse to go on with another run's checkpoint.
+
+    Args:
+        may_change: settings that decide no numbers; the data are compared by their fingerprint.
+        data: what the fingerprint is of, for the message.
+
+    Raises:
+        InvalidInputError: other settings, or other data.
+    """
+    before = position.config
+    differing = [
+        f"{key} was {before.get(key)!r} and is {config.get(key)!r}"
+        for key in sorted(set(before) | set(config))
+        if key not in may_change and before.get(key) != config.get(key)
+    ]
+    if differing:
+        raise InvalidInputError(f"{folder} belongs to a run with other settings: {'; '.join(differing)}")
+    if position.data_fingerprint != data_fingerprint:
+        raise InvalidInputError(f"{folder} was trained on other {data} than those given now")
 
 
 # --- a folder that appears whole or not at all -------------------------------------------------------------

@@ -12,13 +12,13 @@ never stopped. Everything random in step n is a function of (seed, n), so cuttin
 devices changes nothing but rounding.
 """
 
-import contextlib
 import functools
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dina_lrm.config import TrainConfig, to_dict
-from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.attention import matrix_precision
 from dina_lrm.core.calibration import fit_scale
 from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.sharding import is_cut, local
@@ -311,33 +311,15 @@ class _Run:
             norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(float("nan"))
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
+    def _precision(self) -> AbstractContextManager[None]:
         """Arithmetic of the forward pass; the backward pass follows it."""
-        if self.config.precision == "float32":
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-            if self.device.type == "cpu":  # the fused kernel's bfloat16 backward is five times slower there
-                stack.enter_context(PlainAttention())
-            yield
+        return matrix_precision(self.config.precision, self.device.type)
 
     # --- validation
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
+    def _averaged_weights(self) -> AbstractContextManager[None]:
         """The averaged weights inside, the raw ones again after, to the last bit."""
-        if self.average is None:
-            yield
-            return
-        pieces = self._pieces()
-        self.average.store(pieces)
-        self.average.copy_to(pieces)
-        try:
-            yield
-        finally:
-            self.average.restore(pieces)
+        return optim.averaged(self.average, self._pieces())
 
     def _margins(self, pairs: PairSet) -> tuple[dict[Levels, Tensor], Tensor]:
         self.model.eval()
@@ -436,11 +418,9 @@ class _Run:
         if not last.exists():  # stopped before the first checkpoint, or never begun
             return
         position, best = state.load_state(last, self.parameters, self.optimizer, self.average)
-        differing = _differences(position.config, to_dict(self.config))
-        if differing:
-            raise InvalidInputError(f"{last} belongs to a run with other settings: {'; '.join(differing)}")
-        if position.data_fingerprint != self.fingerprint:
-            raise InvalidInputError(f"{last} was trained on other pairs than those given now")
+        state.check_same_run(
+            last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="pairs"
+        )
         self.step, self.seconds_before = position.step, position.seconds
         self.best_accuracy, self.best_step = position.best_accuracy, position.best_step
         self.best_weights = best
@@ -503,12 +483,3 @@ _MAY_CHANGE = frozenset(
     "num_steps time_budget_seconds output resume log_every checkpoint_every keep tensorboard compile cpu "
     "wandb gradient_checkpointing validation data model".split()
 )
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that decide the numbers and are not the same; the data are compared by their fingerprint."""
-    return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(set(before) | set(now))
-        if key not in _MAY_CHANGE and before.get(key) != now.get(key)
-    ]
