@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 
 from dina_lrm.alignment import search
 from dina_lrm.alignment.policy import Policy
@@ -79,8 +78,7 @@ def run(options: Options, start: int) -> str:
         caption = sample_caption(rng, num_objects=wanted).caption
 
         def gold(result: search.SearchResult, index: int = 0, caption: str = caption) -> float:
-            pixels = (policy.decode(result.latents[index : index + 1])[0] * 255).round().to(torch.uint8)
-            return judge(Image.fromarray(pixels.permute(1, 2, 0).numpy()), caption).utility
+            return judge(policy.pictures(result.latents[index : index + 1])[0], caption).utility
 
         found: dict[str, tuple[float, float]] = {}
         every = search.best_of_n(policy, model, caption, samples=max(BEST_OF), seed=place, sampler=sampler)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import DpoConfig
-from dina_lrm.alignment.rollout import deterministic, first_noise
+from dina_lrm.alignment.rollout import first_noise
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.core.flow import clean_and_noise
+from dina_lrm.core.flow import prediction_error
 from dina_lrm.core.preference import diffusion_dpo_loss
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
@@ -63,7 +63,7 @@ class Dpo:
         """The best and the worst of each prompt's pictures; prompts whose pictures score alike drop out."""
         count = self.config.samples_per_prompt
         prompts, seeds = run.draw(step, per_prompt=count)
-        clean = run.sample(prompts, seeds, deterministic(self.config.sampler)).clean
+        clean = run.sample(prompts, seeds)
         rewards = run.score(clean, prompts, seeds)
         groups = rewards.unflatten(0, (-1, count))
         (high, best), (low, worst) = groups.max(dim=1), groups.min(dim=1)
@@ -131,12 +131,9 @@ class Dpo:
                     noisy = policy.schedule.add_noise(latents, noise[rows], sigma)
                     with policy.precision(config.precision):
                         output = policy.predict(noisy, own, timestep)
-                    seen = clean_and_noise(noisy, output, sigma, kind=policy.kind)
-                    target = noise[rows]
-                    miss = seen.noise - target
-                    if policy.kind == "flow_prediction":
-                        miss = (seen.noise - seen.clean) - (target - latents)
-                    found.append(miss.square().flatten(1).mean(dim=1))
+                    found.append(
+                        prediction_error(noisy, output, sigma, latents, noise[rows], kind=policy.kind)
+                    )
                 return found
 
             with torch.no_grad(), policy.reference():

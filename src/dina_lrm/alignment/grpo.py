@@ -38,7 +38,7 @@ class Grpo:
         first = seeds
         if config.same_noise:
             first = [seeds[row - row % config.group_size] for row in range(len(seeds))]
-        path = run.sample(prompts, first, step_seeds=seeds)
+        path = run.rollout(prompts, first, step_seeds=seeds)
         rewards = run.score(path.clean, prompts, first)
         advantages = self._advantages(run, path, prompts, rewards)
         totals: dict[str, float] = dict.fromkeys(_MEASURED, 0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dina_lrm.core.attention import matrix_precision
@@ -264,6 +265,15 @@ class Policy:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (batch, 3, height, width) in [0, 1]; differentiable where the latents are."""
         return self.encoders.decode_latents(latents, self.device)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor, *, batch_size: int = 32) -> list[Image.Image]:
+        """The same as 8-bit pictures, `batch_size` at a time."""
+        found: list[Image.Image] = []
+        for part in latents.split(batch_size):
+            pixels = (self.decode(part) * 255).round().to(torch.uint8)
+            found += [Image.fromarray(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]
+        return found
 
     def precision(self, precision: Literal["float32", "bfloat16"]) -> AbstractContextManager[None]:
         """Matrix products of the network in bfloat16 inside, or in the precision of its weights."""

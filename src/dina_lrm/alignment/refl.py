@@ -12,7 +12,6 @@ Source: ReFL arXiv:2304.05977, algorithm 1; AlignProp arXiv:2310.03739; DRaFT ar
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dina_lrm.alignment.config import ReflConfig
@@ -20,7 +19,8 @@ from dina_lrm.alignment.policy import Grid
 from dina_lrm.alignment.rewards import checked
 from dina_lrm.alignment.rollout import deterministic, first_noise, transition_at
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.core.flow import clean_and_noise
+from dina_lrm.core.flow import clean_and_noise, prediction_error
+from dina_lrm.core.transitions import transition
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import Conditioning
@@ -94,12 +94,10 @@ class Refl:
                     theirs = self._prediction(run, state, conditioning, grid, step)
                 distance = distance + (prediction - theirs).square().mean() / self.config.gradient_steps
             sigma = grid.sigmas[step].expand(len(state))
-            clean, noise = clean_and_noise(state, prediction, sigma, kind=policy.kind)
             if step == last - 1:
-                return clean, distance
-            after = grid.sigmas[step + 1]
-            signal = 1 - after if policy.kind == "flow_prediction" else (1 - after.square()).sqrt()
-            state = signal * clean + after * noise
+                return clean_and_noise(state, prediction, sigma, kind=policy.kind).clean, distance
+            after = grid.sigmas[step + 1].expand(len(state))
+            state = transition(state, prediction, sigma, after, kind=policy.kind).mean
         raise AssertionError("at least one step has a gradient")
 
     def _prediction(
@@ -114,7 +112,7 @@ class Refl:
         policy = run.policy
         fresh = [mix_seeds(seed, _PRETRAIN) for seed in seeds]
         with policy.reference():
-            clean = run.sample(prompts, fresh, deterministic(self.config.sampler)).clean
+            clean = run.sample(prompts, fresh)
         generator = torch.Generator().manual_seed(fresh[0])
         wanted = torch.rand(len(prompts), generator=generator).to(policy.device)
         level = policy.schedule.match(wanted)
@@ -122,7 +120,4 @@ class Refl:
         noisy = policy.schedule.add_noise(clean, noise, level.sigma)
         with policy.precision(self.config.precision):
             predicted = policy.predict(noisy, policy.encode(prompts), level.timestep)
-        seen = clean_and_noise(noisy, predicted, level.sigma, kind=policy.kind)
-        if policy.kind == "flow_prediction":
-            return F.mse_loss(seen.noise - seen.clean, noise - clean)
-        return F.mse_loss(seen.noise, noise)
+        return prediction_error(noisy, predicted, level.sigma, clean, noise, kind=policy.kind).mean()

@@ -14,12 +14,23 @@ from torch import Tensor
 
 from dina_lrm.alignment.policy import Grid, Policy
 from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.tensors import Latents
 from dina_lrm.core.transitions import Rule, Transition, gaussian_log_prob, transition
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import Conditioning
 
-__all__ = ["SamplerConfig", "Trajectory", "first_noise", "rollout", "step_at", "transition_at"]
+__all__ = [
+    "SamplerConfig",
+    "Trajectory",
+    "advance",
+    "deterministic",
+    "first_noise",
+    "rollout",
+    "sample",
+    "step_at",
+    "transition_at",
+]
 
 _STEP_STREAM = 31
 """Sets the noise of steps apart from the first noise of the same seed."""
@@ -102,26 +113,19 @@ def transition_at(
     grid: Grid,
     step: int,
     config: SamplerConfig,
-    *,
-    deterministic: bool | None = None,
 ) -> Transition:
-    """Where step `step` of the sampler goes from `latents`: one evaluation of the network.
-
-    Args:
-        deterministic: overrules the window; None follows it.
-    """
+    """Where step `step` of the sampler goes from `latents`: one evaluation of the network."""
     batch = len(latents)
     prediction = policy.predict(
         latents, conditioning, grid.timesteps[step].expand(batch), guidance_scale=config.guidance_scale
     )
-    still = step not in config.stochastic if deterministic is None else deterministic
     return transition(
         latents,
         prediction,
         grid.sigmas[step].expand(batch),
         grid.sigmas[step + 1].expand(batch),
         kind=policy.kind,
-        rule="ode" if still else config.rule,
+        rule=config.rule if step in config.stochastic else "ode",
         noise_level=config.noise_level,
         sigma_max=float(grid.sigmas[1]),
     )
@@ -156,8 +160,7 @@ def rollout(
     Raises:
         InvalidInputError: not as many seeds as rows.
     """
-    if len(conditioning) != len(seeds):
-        raise InvalidInputError(f"{len(seeds)} seeds for {len(conditioning)} prompts: give one for each")
+    check_seeds(conditioning, seeds)
     shape = policy.latent_shape(config.height, config.width)
     grid = policy.grid(config.num_steps, shape)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -177,6 +180,52 @@ def rollout(
         parts.append((torch.stack(states), torch.stack(means), torch.stack(log_probs)))
     states, means, log_probs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return Trajectory(states, means, log_probs, grid, config.stochastic)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, conditioning: Conditioning, seeds: Sequence[int], config: SamplerConfig
+) -> Float[Tensor, "batch channel height width"]:
+    """Clean latents, one picture per row of `conditioning`, sampled without noise whatever `config.rule`; the
+    states on the way are not kept.
+
+    Raises:
+        InvalidInputError: not as many seeds as rows.
+    """
+    check_seeds(conditioning, seeds)
+    config = deterministic(config)
+    shape = policy.latent_shape(config.height, config.width)
+    grid = policy.grid(config.num_steps, shape)
+    state = first_noise(shape, seeds).to(policy.device)
+    for step in range(config.num_steps):
+        state = advance(policy, state, conditioning, grid, step, config)
+    return state
+
+
+def advance(
+    policy: Policy,
+    latents: Latents,
+    conditioning: Conditioning,
+    grid: Grid,
+    step: int,
+    config: SamplerConfig,
+) -> Latents:
+    """The means that a step leads to, `config.batch_size` pictures at a time.
+
+    Args:
+        conditioning: one row per picture.
+    """
+    rows = torch.arange(len(latents), device=policy.device).split(config.batch_size)
+    parts = [
+        transition_at(policy, latents[own], conditioning.index_select(own), grid, step, config).mean
+        for own in rows
+    ]
+    return torch.cat(parts)
+
+
+def check_seeds(conditioning: Conditioning, seeds: Sequence[int]) -> None:
+    if len(conditioning) != len(seeds):
+        raise InvalidInputError(f"{len(seeds)} seeds for {len(conditioning)} prompts: give one for each")
 
 
 def deterministic(config: SamplerConfig) -> SamplerConfig:

@@ -27,7 +27,7 @@ from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import Evaluation, Gold, parting
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rewards import Reward, checked
-from dina_lrm.alignment.rollout import SamplerConfig, Trajectory, deterministic, rollout
+from dina_lrm.alignment.rollout import Trajectory, rollout, sample
 from dina_lrm.config import to_dict
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import DinaError, InvalidInputError
@@ -208,23 +208,24 @@ class Run:
         start = share * self.accelerator.process_index
         prompts, seeds = [], []
         for place in range(start, start + share):
-            for sample in range(per_prompt):
+            for copy in range(per_prompt):
                 prompts.append(self.prompts[chosen[place]])
-                seeds.append(mix_seeds(self.config.seed, _SEEDS, step, place, sample))
+                seeds.append(mix_seeds(self.config.seed, _SEEDS, step, place, copy))
         return prompts, seeds
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        config: SamplerConfig | None = None,
-        *,
-        step_seeds: Sequence[int] | None = None,
+    def rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, step_seeds: Sequence[int] | None = None
     ) -> Trajectory:
-        """A rollout with the weights as they are."""
-        conditioning, sampler = self.policy.encode(prompts), config or self.config.sampler
+        """Stochastic sampling with the weights as they are, with a record of all steps."""
+        conditioning = self.policy.encode(prompts)
         with self.policy.precision(self.config.precision):
-            return rollout(self.policy, conditioning, seeds, sampler, step_seeds=step_seeds)
+            return rollout(self.policy, conditioning, seeds, self.config.sampler, step_seeds=step_seeds)
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Clean latents, sampled without noise with the weights as they are."""
+        conditioning = self.policy.encode(prompts)
+        with self.policy.precision(self.config.precision):
+            return sample(self.policy, conditioning, seeds, self.config.sampler)
 
     @torch.no_grad()
     def score(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -290,7 +291,6 @@ class Run:
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
         config, size = self.config, self.config.monitor.grid_size
-        sampler = deterministic(config.sampler)
         shown = self.held_out[:size]
         seeds = [mix_seeds(config.seed, _EVALUATION, index) for index in range(len(self.held_out))]
         more = [
@@ -299,13 +299,11 @@ class Run:
             for j in range(DIVERSITY_SAMPLES)
         ]
         with self.averaged():
-            clean = self.sample(self.held_out, seeds, sampler).clean
-            several = self.sample(
-                [one for one in shown for _ in range(DIVERSITY_SAMPLES)], more, sampler
-            ).clean
+            clean = self.sample(self.held_out, seeds)
+            several = self.sample([one for one in shown for _ in range(DIVERSITY_SAMPLES)], more)
             distance = self.policy.distance()
         proxy = self.score(clean, self.held_out, seeds)
-        pictures = [picture for part in self._decoded(clean) for picture in part]
+        pictures = self.policy.pictures(clean, batch_size=config.sampler.batch_size)
         evaluation = Evaluation(
             step=self.step,
             seconds=round(self.seconds, 3),
@@ -324,12 +322,6 @@ class Run:
             self.log(f"update {self.step}: proxy and gold have parted: {parted}")
         self._keep(evaluation, pictures[: len(shown)])
         return evaluation
-
-    def _decoded(self, latents: Tensor) -> Iterator[list[Image.Image]]:
-        size = self.config.sampler.batch_size
-        for start in range(0, len(latents), size):
-            pixels = (self.policy.decode(latents[start : start + size]) * 255).round().to(torch.uint8)
-            yield [Image.fromarray(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]
 
     def _keep(self, evaluation: Evaluation, pictures: Sequence[Image.Image]) -> None:
         """Write an evaluation down, and the weights if gold was never better."""

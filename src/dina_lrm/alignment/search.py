@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rewards import checked
-from dina_lrm.alignment.rollout import SamplerConfig, deterministic, first_noise, rollout, transition_at
+from dina_lrm.alignment.rollout import SamplerConfig, advance, deterministic, first_noise, sample
 from dina_lrm.core.likelihood import win_probability
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
@@ -81,13 +81,23 @@ def _rows(conditioning: Conditioning, count: int, device: torch.device) -> Condi
     return conditioning.index_select(torch.zeros(count, dtype=torch.long, device=device))
 
 
-@torch.no_grad()
-def _ranked(
-    model: RewardModel, clean: Tensor, conditioning: Conditioning, prompt: str, seed: int
-) -> tuple[Tensor, list[int]]:
-    """Scores of clean latents under one noise sample, and the order from best to worst."""
+def _finished(
+    policy: Policy,
+    model: RewardModel,
+    clean: Tensor,
+    conditioning: Conditioning,
+    prompt: str,
+    seed: int,
+    *,
+    kept: Sequence[int],
+    cost: float,
+    alive: Sequence[int],
+) -> SearchResult:
+    """Candidates in the order of their scores under one noise sample; scoring is added to the cost."""
     scores = checked(model.score_latents(clean, conditioning, seed=seed).float(), [prompt] * len(clean))
-    return scores, scores.argsort(descending=True, stable=True).tolist()
+    order = scores.argsort(descending=True, stable=True).tolist()
+    cost += len(kept) * len(model.config.noise_levels) * _pass_cost(policy, model)
+    return SearchResult(clean[order], scores[order], tuple(kept[one] for one in order), cost, tuple(alive))
 
 
 @torch.no_grad()
@@ -103,11 +113,10 @@ def best_of_n(
     """Sample all candidates to the end and rank them."""
     config = deterministic(sampler or SamplerConfig())
     own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
-    clean = rollout(policy, _rows(own, samples, policy.device), seeds, config).clean
-    scores, order = _ranked(model, clean, theirs, prompt, seed)
-    cost = samples * config.num_steps * _per_evaluation(config)
-    cost += samples * len(model.config.noise_levels) * _pass_cost(policy, model)
-    return SearchResult(clean[order], scores[order], tuple(order), cost, (samples,) * config.num_steps)
+    clean = sample(policy, _rows(own, samples, policy.device), seeds, config)
+    alive = (samples,) * config.num_steps
+    cost = sum(alive) * _per_evaluation(config)
+    return _finished(policy, model, clean, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
 
 
 def beaten(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
@@ -174,21 +183,18 @@ def successive_halving(
     for step in range(config.num_steps):
         alive.append(len(kept))
         cost += len(kept) * _per_evaluation(config)
-        parts = [
-            transition_at(policy, part, _rows(own, len(part), policy.device), grid, step, config).mean
-            for part in state.split(config.batch_size)
-        ]
-        state = torch.cat(parts)
+        state = advance(policy, state, _rows(own, len(kept), policy.device), grid, step, config)
         if step + 1 in checks and len(kept) > 1:
             cost += len(kept) * _pass_cost(policy, model)
-            timestep = grid.timesteps[step + 1].expand(len(kept))
-            scores = checked(model.score_state(state, theirs, timestep).float(), [prompt] * len(kept))
+            parts = [
+                model.score_state(part, theirs, grid.timesteps[step + 1].expand(len(part)))
+                for part in state.split(config.batch_size)
+            ]
+            scores = checked(torch.cat(parts).float(), [prompt] * len(kept))
             stay = ~beaten(model, scores, float(grid.sigmas[step + 1]), confidence)
             state = state[stay]
             kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
-    scores, order = _ranked(model, state, theirs, prompt, seed)
-    cost += len(kept) * len(model.config.noise_levels) * _pass_cost(policy, model)
-    return SearchResult(state[order], scores[order], tuple(kept[one] for one in order), cost, tuple(alive))
+    return _finished(policy, model, state, theirs, prompt, seed, kept=kept, cost=cost, alive=alive)
 
 
 def ascend(
@@ -239,19 +245,17 @@ def guided(
     state, cost = first_noise(shape, seeds).to(policy.device), 0.0
     for step in range(config.num_steps):
         cost += samples * _per_evaluation(config)
+        state = advance(policy, state, _rows(own, samples, policy.device), grid, step, config)
         sigma = float(grid.sigmas[step + 1])
-        parts = []
-        for part in state.split(config.batch_size):
-            after = transition_at(policy, part, _rows(own, len(part), policy.device), grid, step, config).mean
-            if strength > 0 and window[0] <= sigma <= window[1]:
-                timestep = grid.timesteps[step + 1].expand(len(part))
-                after = ascend(model, after, theirs, timestep, sigma, strength)
-                cost += 3.0 * len(part) * _pass_cost(policy, model)
-            parts.append(after)
-        state = torch.cat(parts)
-    scores, order = _ranked(model, state, theirs, prompt, seed)
-    cost += samples * len(model.config.noise_levels) * _pass_cost(policy, model)
-    return SearchResult(state[order], scores[order], tuple(order), cost, (samples,) * config.num_steps)
+        if strength > 0 and window[0] <= sigma <= window[1]:
+            cost += 3.0 * samples * _pass_cost(policy, model)
+            parts = [
+                ascend(model, part, theirs, grid.timesteps[step + 1].expand(len(part)), sigma, strength)
+                for part in state.split(config.batch_size)
+            ]
+            state = torch.cat(parts)
+    alive = (samples,) * config.num_steps
+    return _finished(policy, model, state, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
 
 
 # --- the same inside a diffusers pipeline ------------------------------------------------------------------

@@ -109,7 +109,7 @@ class StepDpo:
         self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
     ) -> Iterator[_StepPairs]:
         steps = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
-        paths = [run.sample(prompts, seeds, step_seeds=side) for side in steps]
+        paths = [run.rollout(prompts, seeds, step_seeds=side) for side in steps]
         scores = [run.score(path.clean, prompts, seeds) for path in paths]
         gaps.append(float((scores[0] - scores[1]).abs().mean()))
         kept = (scores[0] != scores[1]).nonzero().flatten()

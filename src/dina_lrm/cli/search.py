@@ -1,14 +1,20 @@
 """`dina-lrm search PROMPT`: the best of several samples, chosen while they are being sampled."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, find_device
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dina_lrm.alignment.search import SearchResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         case "guided":
             result = search.guided(policy, model, options.prompt, strength=options.strength, **common)
     kept = min(options.keep, len(result.scores))
-    pictures = (policy.decode(result.latents[:kept]) * 255).round().to(torch.uint8)
-    files = write(options, pictures.permute(0, 2, 3, 1).cpu().numpy(), result)
+    files = write(options, policy.pictures(result.latents[:kept]), result)
     if options.as_json:
         print_json(summary(options, result) | {"files": [str(file) for file in files]})
         return 0
@@ -116,28 +121,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write(options: Search, pictures: "object", result: "object") -> list[Path]:
+def write(options: Search, pictures: "Sequence[Image]", result: "SearchResult") -> list[Path]:
     """The pictures and search.json."""
-    import json
-
-    from PIL import Image
-
     from dina_lrm.files import write_whole
 
     options.output.mkdir(parents=True, exist_ok=True)
-    files = []
-    for index, picture in enumerate(pictures):  # type: ignore[arg-type]
-        files.append(options.output / f"{index:03d}.png")
-        Image.fromarray(picture).save(files[-1])
+    files = [options.output / f"{index:03d}.png" for index in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
     record = summary(options, result) | {"files": [file.name for file in files]}
     write_whole(options.output / "search.json", (json.dumps(record, indent=2) + "\n").encode())
     return files
 
 
-def summary(options: Search, result: "object") -> dict[str, object]:
-    from dina_lrm.alignment.search import SearchResult
-
-    assert isinstance(result, SearchResult)
+def summary(options: Search, result: "SearchResult") -> dict[str, object]:
     return {
         "prompt": options.prompt,
         "method": options.method,

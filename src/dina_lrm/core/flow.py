@@ -17,9 +17,17 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from dina_lrm.core.tensors import Latents, NoiseLevel
+from dina_lrm.core.tensors import Latents, NoiseLevel, Score
 
-__all__ = ["CleanAndNoise", "Prediction", "clean_and_noise", "ddim_step", "euler_step", "sigma_grid"]
+__all__ = [
+    "CleanAndNoise",
+    "Prediction",
+    "clean_and_noise",
+    "ddim_step",
+    "euler_step",
+    "prediction_error",
+    "sigma_grid",
+]
 
 Prediction = Literal["flow_prediction", "epsilon", "v_prediction", "sample"]
 
@@ -56,6 +64,34 @@ def clean_and_noise(
             return CleanAndNoise(a * z - s * out, s * z + a * out)
         case "sample":
             return CleanAndNoise(out, (z - a * out) / s)
+
+
+def prediction_error(
+    noisy_latents: Latents,
+    prediction: Latents,
+    sigma: NoiseLevel,
+    clean: Latents,
+    noise: Latents,
+    *,
+    kind: Prediction = "flow_prediction",
+) -> Score:
+    """Squared error of a network's output, (batch,), averaged over elements: of its velocity for flows, of
+    the noise that it sees otherwise.
+
+    Args:
+        clean, noise: what `noisy_latents` was mixed from.
+
+    By hand: z0 = 1, eps = 3 at sigma = 0.5 give z = 2 and u = 2; a predicted 5 is off by 3.
+
+    >>> z0, eps, out = (torch.full((1, 1, 1, 1), value) for value in (1.0, 3.0, 5.0))
+    >>> prediction_error((z0 + eps) / 2, out, torch.tensor([0.5]), z0, eps)
+    tensor([9.])
+    """
+    seen = clean_and_noise(noisy_latents, prediction, sigma, kind=kind)
+    miss = seen.noise - noise
+    if kind == "flow_prediction":
+        miss = (seen.noise - seen.clean) - (noise - clean)
+    return miss.square().flatten(1).mean(dim=1)
 
 
 def euler_step(
