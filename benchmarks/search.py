@@ -39,14 +39,14 @@ class Options:
     output: Path
     results: Path | None = None
     """Folder of the table and the figure; by default OUTPUT."""
-    captions: int = 60
+    captions: int = 120
     objects: tuple[int, ...] = ()
     """Numbers of objects that captions have, in turn; empty: as the grammar draws them."""
     num_steps: int = 10
     guidance_scale: float = 1.0
-    first_check: int = 3
-    """Halving: steps before candidates are first compared."""
-    every: int = 1
+    first_check: int | None = None
+    """Halving: steps before candidates are first compared; as in `check_steps` unless given."""
+    every: int | None = None
     """Halving: steps between comparisons."""
     processes: int = 2
     note: str = ""
@@ -148,7 +148,7 @@ def summarize(options: Options) -> None:
         "captions": len(records),
         "steps": options.num_steps,
         "guidance_scale": options.guidance_scale,
-        "checks": f"step {options.first_check} and every {options.every} from there",
+        "checks": list(search.check_steps(options.num_steps, options.first_check, options.every)),
         "note": options.note,
     }
     (folder / "search.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
@@ -165,7 +165,7 @@ def _interval(values: np.ndarray, draws: np.ndarray) -> tuple[float, float, floa
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{about['captions']} captions, {about['steps']} steps, guidance {about['guidance_scale']:g}, "
-        f"halving at {about['checks']}; gold "
+        f"halving after steps {', '.join(map(str, about['checks']))}; gold "
         f"is the judge's utility of the winner, 95 % intervals over captions. {about['note']}",
         "",
         "| method | passes of the denoiser | gold | passes, share of best of n at equal gold |",

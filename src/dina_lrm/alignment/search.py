@@ -4,9 +4,11 @@
     result = successive_halving(policy, model, prompt, samples=16)
     result = guided(policy, model, prompt, samples=4, strength=0.1)
 
-`successive_halving` scores the noisy states at their own noise level and drops candidates there: the law of
-comparison of the reward, with its own variance v(sigma), gives the probability that the leading candidate is
-preferred to another, and where that is high enough the other is not sampled further.
+`successive_halving` looks at the candidates while they are noisy: the clean latent that the denoiser predicts
+at a step, which costs nothing, is scored at one low noise level, and the reward's law of comparison with the
+variance v(sigma) of the state's own level gives the probability that the leading candidate is preferred to
+another. Where that is high enough the other is not sampled further. The reward of the noisy state itself ranks
+worse at every step (benchmarks/search.py).
 
 Inside a diffusers pipeline the same two are callbacks:
 
@@ -18,13 +20,13 @@ Own work; that latents are pruned by a reward at their noise level: LatSearch, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.policy import Grid, Policy
 from dina_lrm.alignment.rewards import checked
 from dina_lrm.alignment.rollout import SamplerConfig, advance, deterministic, first_noise, sample
 from dina_lrm.core.likelihood import win_probability
@@ -34,6 +36,12 @@ from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["Guide", "Pruner", "SearchResult", "best_of_n", "guided", "successive_halving"]
+
+LOOK_LEVEL = 0.4
+"""Noise level at which predicted clean latents are scored."""
+
+DRAFT_STEPS = 10
+"""Of the grid that candidates are compared on."""
 
 _CANDIDATE = 81
 
@@ -52,7 +60,7 @@ class SearchResult:
     """Passes of the whole denoiser that it took: sampling, guidance counted, and scoring, whose passes
     through the first L of N blocks count L / N (a backward pass as two forward passes)."""
     alive: tuple[int, ...]
-    """Candidates that were sampled in each step."""
+    """Candidates that were sampled in each step, those of a draft before those of the sampler."""
 
 
 def _prepared(
@@ -140,14 +148,38 @@ def beaten(model: RewardModel, scores: Tensor, sigma: float, confidence: float) 
     return drop
 
 
-def check_steps(num_steps: int, first: int | None, every: int) -> range:
-    """Steps after which candidates are compared."""
-    start = max(1, num_steps // 4) if first is None else first
-    if not 1 <= start <= num_steps or every < 1:
+def check_steps(num_steps: int, first: int | None, every: int | None) -> range:
+    """Steps after which candidates are compared: from a fifth of them on, every tenth, unless given."""
+    start = max(1, num_steps // 5) if first is None else first
+    stride = max(1, num_steps // 10) if every is None else every
+    if not 1 <= start <= num_steps or stride < 1:
         raise InvalidInputError(
-            f"first_check = {start}, every = {every}: must be in [1, {num_steps}], at least 1"
+            f"first_check = {start}, every = {stride}: must be in [1, {num_steps}], at least 1"
         )
-    return range(start, num_steps, every)
+    return range(start, num_steps, stride)
+
+
+def look(
+    model: RewardModel,
+    before: Tensor,
+    after: Tensor,
+    conditioning: Conditioning,
+    sigmas: tuple[float, float],
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """Scores (batch,) of the clean latents that a step from `before` to `after` was led by.
+
+    Args:
+        sigmas: noise levels of the two states.
+        seed: of the noise that all are scored under.
+    """
+    found: list[Tensor] = []
+    for start, end in zip(before.split(batch_size), after.split(batch_size), strict=True):
+        levels = [torch.full((len(start),), sigma, device=start.device) for sigma in sigmas]
+        clean = model.schedule.clean_between(start, end, *levels)
+        found.append(model.score_latents(clean, conditioning, LOOK_LEVEL, seed=seed).float())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -158,43 +190,68 @@ def successive_halving(
     *,
     samples: int = 16,
     confidence: float = 0.5,
+    draft_steps: int | None = None,
     first_check: int | None = None,
-    every: int = 2,
+    every: int | None = None,
     seed: int = 0,
     sampler: SamplerConfig | None = None,
 ) -> SearchResult:
     """Sample candidates together and drop those that the reward has seen enough of.
 
+    With fewer draft steps than steps, candidates are compared on the coarse grid, where few passes lead far,
+    and those that are left are sampled from their own noise on the fine one: a sampler without noise goes
+    from one noise to nearly the same picture on both.
+
     Args:
         confidence: probability, in [0.5, 1], that the leader is preferred to a candidate at which it is
             dropped; 0.5 halves at every check.
-        first_check: steps before the first comparison; None: a quarter of them.
-        every: steps between comparisons.
+        draft_steps: of the grid that candidates are compared on, at most the sampler's steps, which mean no
+            draft; None: 10, where the sampler has twice as many.
+        first_check: steps of that grid before the first comparison; None: a fifth of them, of a draft 3.
+        every: steps between comparisons; None: a tenth of them.
     """
     if not 0.5 <= confidence <= 1.0:
         raise InvalidInputError(f"confidence = {confidence}: must be in [0.5, 1]")
     config = deterministic(sampler or SamplerConfig())
+    draft = _draft(config, draft_steps)
+    if first_check is None and draft.num_steps < config.num_steps:
+        first_check = min(3, draft.num_steps)
     own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
-    checks = check_steps(config.num_steps, first_check, every)
+    checks = check_steps(draft.num_steps, first_check, every)
     shape = policy.latent_shape(config.height, config.width)
-    grid = policy.grid(config.num_steps, shape)
-    state = first_noise(shape, seeds).to(policy.device)
-    kept, cost, alive = list(range(samples)), 0.0, []
-    for step in range(config.num_steps):
-        alive.append(len(kept))
-        cost += len(kept) * _per_evaluation(config)
-        state = advance(policy, state, _rows(own, len(kept), policy.device), grid, step, config)
-        if step + 1 in checks and len(kept) > 1:
-            cost += len(kept) * _pass_cost(policy, model)
-            parts = [
-                model.score_state(part, theirs, grid.timesteps[step + 1].expand(len(part)))
-                for part in state.split(config.batch_size)
-            ]
-            scores = checked(torch.cat(parts).float(), [prompt] * len(kept))
-            stay = ~beaten(model, scores, float(grid.sigmas[step + 1]), confidence)
-            state = state[stay]
+    noise = first_noise(shape, seeds).to(policy.device)
+    kept, alive = list(range(samples)), []
+
+    def sampled(state: Tensor, grid: Grid, step: int) -> Tensor:
+        alive.append(len(state))
+        return advance(policy, state, _rows(own, len(state), policy.device), grid, step, config)
+
+    grid, state, looks, step = policy.grid(draft.num_steps, shape), noise, 0, 0
+    while step < checks.stop and len(kept) > 1:
+        after, step = sampled(state, grid, step), step + 1
+        if step in checks:
+            looks += len(kept)
+            sigmas = float(grid.sigmas[step - 1]), float(grid.sigmas[step])
+            scores = look(model, state, after, theirs, sigmas, seed, config.batch_size)
+            stay = ~beaten(model, checked(scores, [prompt] * len(kept)), sigmas[1], confidence)
+            after = after[stay]
             kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
+        state = after
+    if draft.num_steps < config.num_steps:
+        grid, state, step = policy.grid(config.num_steps, shape), noise[kept], 0
+    for last in range(step, config.num_steps):
+        state = sampled(state, grid, last)
+    cost = sum(alive) * _per_evaluation(config) + looks * _pass_cost(policy, model)
     return _finished(policy, model, state, theirs, prompt, seed, kept=kept, cost=cost, alive=alive)
+
+
+def _draft(config: SamplerConfig, steps: int | None) -> SamplerConfig:
+    """The sampler that candidates are compared with."""
+    if steps is None:
+        steps = DRAFT_STEPS if config.num_steps >= 2 * DRAFT_STEPS else config.num_steps
+    if not 1 <= steps <= config.num_steps:
+        raise InvalidInputError(f"draft_steps = {steps}: must be in [1, {config.num_steps}]")
+    return replace(config, num_steps=steps)
 
 
 def ascend(
@@ -262,7 +319,7 @@ def guided(
 
 
 class _Callback:
-    """What both callbacks know: the prompt, and the level that a pipeline is at after a step."""
+    """What both callbacks know: the prompt, and the state and level that a pipeline is at after a step."""
 
     def __init__(self, model: RewardModel, prompt: str) -> None:
         self.model = model
@@ -272,25 +329,34 @@ class _Callback:
         """What to pass as `callback_on_step_end_tensor_inputs`: all that has a row per picture."""
         return list(pipeline._callback_tensor_inputs)
 
-    def _next(self, pipeline: Any, step: int, latents: Tensor) -> tuple[Tensor, float] | None:
-        """Timestep (batch,) and noise level of the state after `step`; None after the last."""
+    def _next(self, pipeline: Any, step: int, latents: Tensor) -> tuple[Tensor, float, float] | None:
+        """After `step`: timestep (batch,), noise level, and what the latents are divided by to be a mixture
+        of clean latent and noise; None after the last step."""
         if latents.ndim != 4:
             raise InvalidInputError(
                 f"{type(pipeline).__name__} packs its latents {tuple(latents.shape)}: use "
                 f"dina_lrm.alignment.search with a Policy instead of a callback"
             )
-        timesteps = pipeline.scheduler.timesteps
-        if step + 1 >= len(timesteps):
+        scheduler = pipeline.scheduler
+        if step + 1 >= len(scheduler.timesteps):
             return None
-        timestep = timesteps[step + 1].float().to(latents.device).expand(len(latents))
-        return timestep, float(self.model.schedule.sigma_at(timestep[:1]))
+        timestep = scheduler.timesteps[step + 1].float().to(latents.device).expand(len(latents))
+        sigma = float(self.model.schedule.sigma_at(timestep[:1]))
+        # Schedulers of the Euler kind hold z0 + sigma / sqrt(1 - sigma^2) eps, of variance above one.
+        inflated = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.0
+        return timestep, sigma, (1 - sigma**2) ** -0.5 if inflated else 1.0
 
 
 class Pruner(_Callback):
     """`callback_on_step_end` that drops candidates of one prompt, as `successive_halving` does.
 
+    What a step predicted is read off the states before and after it, which is exact for first-order samplers
+    without noise (flow-matching Euler, DDIM, Euler) and near for the others. The first comparison is after
+    the second step at the earliest.
+
     Args:
         steps: of the pipeline's call.
+        seed: of the noise that predicted clean latents are scored under.
 
     Attributes:
         kept: indices of the candidates that are still sampled.
@@ -304,12 +370,15 @@ class Pruner(_Callback):
         steps: int,
         confidence: float = 0.5,
         first_check: int | None = None,
-        every: int = 2,
+        every: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
     ) -> None:
         super().__init__(model, prompt)
         self.checks = check_steps(steps, first_check, every)
-        self.confidence = confidence
+        self.confidence, self.seed, self.batch_size = confidence, seed, batch_size
         self.kept: list[int] = []
+        self._before: tuple[Tensor, float] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -317,12 +386,20 @@ class Pruner(_Callback):
     ) -> dict[str, Any]:
         latents = callback_kwargs["latents"]
         if step == 0:
-            self.kept = list(range(len(latents)))
+            self.kept, self._before = list(range(len(latents))), None
         following = self._next(pipeline, step, latents)
-        if following is None or step + 1 not in self.checks or len(latents) < 2:
+        if following is None:
             return callback_kwargs
-        scores = self.model.score_state(latents, self.conditioning, following[0]).float()
-        stay = ~beaten(self.model, scores, following[1], self.confidence)
+        _, sigma, scale = following
+        state, before = latents.float() / scale, self._before
+        self._before = state, sigma
+        if step + 1 not in self.checks or len(latents) < 2 or before is None:
+            return callback_kwargs
+        scores = look(
+            self.model, before[0], state, self.conditioning, (before[1], sigma), self.seed, self.batch_size
+        )
+        stay = ~beaten(self.model, scores, sigma, self.confidence)
+        self._before = state[stay], sigma
         self.kept = [index for index, good in zip(self.kept, stay.tolist(), strict=True) if good]
         return {name: _of_kept(name, value, stay, len(latents)) for name, value in callback_kwargs.items()}
 
@@ -347,12 +424,11 @@ class Guide(_Callback):
         super().__init__(model, prompt)
         self.strength, self.window = strength, tuple(window)
 
-    def __call__(
-        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def __call__(self, pipeline: Any, step: int, _: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         latents = callback_kwargs["latents"]
         following = self._next(pipeline, step, latents)
         if following is None or not self.window[0] <= following[1] <= self.window[1]:
             return callback_kwargs
-        moved = ascend(self.model, latents, self.conditioning, *following, self.strength)
-        return {**callback_kwargs, "latents": moved}
+        timestep, sigma, scale = following
+        moved = ascend(self.model, latents / scale, self.conditioning, timestep, sigma, self.strength)
+        return {**callback_kwargs, "latents": moved * scale}

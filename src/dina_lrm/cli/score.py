@@ -3,7 +3,8 @@
 A file run reads rows, scores them a part at a time and writes each part aside, so that memory does not grow
 with the file and an interrupted run continues at the part where it stopped. Every input row is in the output,
 in order: one that cannot be scored has no score, a reason in the column `error`, and a line in the rejects
-file.
+file. With a folder as output, `scaling.bulk` does the same for datasets of many files, with one process or
+many.
 """
 
 import hashlib
@@ -11,16 +12,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
-from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, read_image, scoring_levels
+from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, read_image
 from dina_lrm.files import write_whole
+from dina_lrm.scaling.rows import Row, Scoring, parse_row, score_batch, score_rows
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -42,12 +44,21 @@ class Score:
     """What the images should show. Not with --input."""
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Files."""
-    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Rows to score: .jsonl or .parquet, columns prompt and image (a path beside the file, or bytes)."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Where the scores of --input go: .parquet or .jsonl. A run that was interrupted continues."""
+    input: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|URL")] = None
+    """Rows to score: .jsonl or .parquet, columns prompt and image (a path beside the file, or bytes). With a
+    folder as --output also .tar shards, a folder or pattern of files, s3:// and other URLs."""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER")] = None
+    """Where the scores of --input go: a .parquet or .jsonl file, or a folder of Parquet parts, which may be a
+    URL. A run that was interrupted continues."""
+    engine: Literal["local", "ray"] = "local"
+    """Who scores: this process, or Ray workers on $RAY_ADDRESS's cluster, or else on this machine."""
+    workers: int | None = None
+    """Ray workers, each with one GPU, or one CPU core. By default one a GPU; without GPUs two."""
+    rows_per_part: int = 1000
+    """Rows in a file of a folder; also what is lost, at most, when a worker dies."""
     rejects: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Rows that could not be scored, with the reason. By default OUTPUT.rejects.jsonl; absent without any."""
+    """Rows that could not be scored, with the reason. By default OUTPUT.rejects.jsonl; absent without any. A
+    folder has its own rejects.jsonl."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over where OUTPUT, or a part of it, exists from another run."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -86,10 +97,14 @@ def main(arguments: Sequence[str]) -> int:
             )
         return score_images(options)
     if options.output is None:
-        raise UsageError("--input needs --output FILE.parquet or FILE.jsonl")
+        raise UsageError("--input needs --output FILE.parquet, FILE.jsonl or FOLDER")
     if options.prompt or options.images:
         raise UsageError("--input brings its own prompts and images; leave out the others")
-    return score_file(options, options.input, options.output)
+    if is_folder(options.output):
+        return score_to_folder(options, options.input, options.output)
+    if options.engine == "ray":
+        raise UsageError(f"--engine ray writes a folder of parts; {options.output!r} is a file's name")
+    return score_file(options, Path(options.input), Path(options.output))
 
 
 # --- images on the command line ----------------------------------------------------------------------------
@@ -98,12 +113,12 @@ def main(arguments: Sequence[str]) -> int:
 def score_images(options: Score) -> int:
     images = [read_image(path) for path in options.images]
     model = options.model.load()
-    levels = scoring_levels(options.noise_levels, model)
+    scoring = scoring_of(options, model)
     scores: list[float] = []
     errors: list[float | None] = []
     for start in range(0, len(images), options.batch_size):
         batch = images[start : start + options.batch_size]
-        batch_scores, batch_errors = score_batch(model, [options.prompt] * len(batch), batch, levels, options)
+        batch_scores, batch_errors = score_batch(model, [options.prompt] * len(batch), batch, scoring)
         scores += batch_scores
         errors += batch_errors
     if options.as_json:
@@ -114,7 +129,7 @@ def score_images(options: Score) -> int:
                     "image": str(path),
                     "score": score,
                     "standard_error": error,
-                    "noise_levels": levels if isinstance(levels, list) else [levels],
+                    "noise_levels": list(scoring.noise_levels),
                     "seed": options.seed,
                     "model": options.model.model,
                 }
@@ -136,56 +151,27 @@ def score_images(options: Score) -> int:
     return 0
 
 
-def score_batch(
-    model: "RewardModel", prompts: list[str], images: list[Any], levels: float | list[float], options: Score
-) -> tuple[list[float], list[float | None]]:
-    """Scores, and standard errors where more than one draw was asked for."""
-    output = model.score(
-        prompts,
-        images,
-        noise_levels=levels,
-        seed=options.seed,
-        num_draws=options.num_draws,
-        target_error=options.target_error,
-        max_draws=options.max_draws,
-    )
-    scores = [float(score) for score in output.scores]
-    if output.standard_errors is None:
-        return scores, [None] * len(scores)
-    return scores, [float(error) for error in output.standard_errors]
-
-
 # --- a file of rows ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row as read. `error` says why it cannot be scored; then `prompt` and `image` may be missing."""
-
-    index: int
-    prompt: str | None = None
-    image: str | bytes | None = None
-    error: str | None = None
 
 
 def score_file(options: Score, source: Path, target: Path) -> int:
     if not source.is_file():
-        raise UsageError(f"no input file {str(source)!r}")
+        raise UsageError(f"no input file {str(source)!r}; folders and URLs need a folder as --output")
     if target.suffix not in (".parquet", ".jsonl"):
-        raise UsageError(f"--output ends in .parquet or .jsonl; got {str(target)!r}")
+        raise UsageError(f"--output ends in .parquet or .jsonl, or is a folder; got {str(target)!r}")
     num_rows = count_rows(source)
     if num_rows == 0:
         raise UsageError(f"{str(source)!r} holds no rows")
     rejects = options.rejects or target.with_name(target.name + ".rejects.jsonl")
     parts = target.with_name(target.name + ".parts")
     model = options.model.load()
-    levels = scoring_levels(options.noise_levels, model)
+    scoring = scoring_of(options, model)
     settings = {
         "input_sha256": file_digest(source),
         "model": options.model.model,
         "pipeline": options.model.pipeline,
         "dtype": options.model.dtype,
-        "noise_levels": levels if isinstance(levels, list) else [levels],
+        "noise_levels": list(scoring.noise_levels),
         "num_draws": options.num_draws,
         "target_error": options.target_error,
         "max_draws": options.max_draws,
@@ -207,19 +193,70 @@ def score_file(options: Score, source: Path, target: Path) -> int:
             records: list[dict[str, Any]] = []
             for start in range(0, len(part), options.batch_size):
                 batch = part[start : start + options.batch_size]
-                records += score_rows(model, batch, levels, options, root=source.parent)
+                records += score_rows(model, batch, scoring, lambda name: source.parent / name)
                 progress.advance(task, len(batch))
             write_lines(parts / f"{done:06d}.jsonl", records)
             done += 1
     num_scored, num_rejected = merge_parts(parts, target, rejects)
     shutil.rmtree(parts)
-    summary = {
-        "rows": num_scored + num_rejected,
-        "scored": num_scored,
-        "rejected": num_rejected,
-        "output": str(target),
-        "rejects": str(rejects) if num_rejected else None,
-    }
+    show_summary(
+        options,
+        {
+            "rows": num_scored + num_rejected,
+            "scored": num_scored,
+            "rejected": num_rejected,
+            "output": str(target),
+            "rejects": str(rejects) if num_rejected else None,
+        },
+    )
+    return 0
+
+
+def score_to_folder(options: Score, source: str, target: str) -> int:
+    """Into a folder of parts, by this process or by Ray workers."""
+    from dina_lrm.scaling.bulk import BulkJob, score_dataset
+
+    if options.rejects is not None:
+        raise UsageError("--rejects goes with a file as --output; a folder has its own rejects.jsonl")
+    job = BulkJob(
+        input=source,
+        output=target,
+        model=options.model.model,
+        pipeline=options.model.pipeline,
+        device=options.model.device,
+        dtype=options.model.dtype,
+        noise_levels=options.noise_levels or None,
+        num_draws=options.num_draws,
+        target_error=options.target_error,
+        max_draws=options.max_draws,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        rows_per_part=options.rows_per_part,
+    )
+    with_ray = options.engine == "ray"
+    with progress_bar("rows") as progress:
+        task = progress.add_task("scoring", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            if progress.tasks[0].total is None and done:
+                log(f"continuing after {done} of {total} rows")
+            progress.update(task, completed=done, total=total)
+
+        summary = score_dataset(
+            job,
+            workers=options.workers if with_ray else 0,
+            model=None if with_ray else options.model.load(),
+            overwrite=options.overwrite,
+            on_progress=on_progress,
+        )
+    if summary.workers_replaced:
+        log(f"{summary.workers_replaced} workers died and were replaced")
+    show_summary(options, asdict(summary))
+    return 0
+
+
+def show_summary(options: Score, summary: dict[str, Any]) -> None:
+    """Of a run with --input, which has failed where nothing could be scored."""
     if options.as_json:
         print_json(summary)
     else:
@@ -228,69 +265,35 @@ def score_file(options: Score, source: Path, target: Path) -> int:
             [[str(summary[k]) for k in ("rows", "scored", "rejected", "output")]],
             text_columns=0,
         )
-    if num_rejected:
-        log(f"{num_rejected} rows could not be scored; the reasons are in {rejects}")
-    if num_scored == 0:
-        raise UsageError(f"no row of {str(source)!r} could be scored")
-    return 0
+    if summary["rejected"]:
+        log(f"{summary['rejected']} rows could not be scored; the reasons are in {summary['rejects']}")
+    if not summary["scored"]:
+        raise UsageError(f"no row of {options.input!r} could be scored")
 
 
-def score_rows(
-    model: "RewardModel", rows: list[Row], levels: float | list[float], options: Score, *, root: Path
-) -> list[dict[str, Any]]:
-    """One record a row, in order. A row that the model refuses is found by scoring one at a time."""
-    records: list[dict[str, Any]] = []
-    good: list[tuple[dict[str, Any], Any]] = []
-    for row in rows:
-        record: dict[str, Any] = {
-            "row": row.index,
-            "prompt": row.prompt,
-            "image": row.image if isinstance(row.image, str) else None,
-            "score": None,
-            "standard_error": None,
-            "error": row.error,
-        }
-        records.append(record)
-        if row.error is None:
-            try:
-                good.append((record, open_row_image(row, root)))
-            except ValueError as error:
-                record["error"] = str(error)
-
-    def fill(batch: list[tuple[dict[str, Any], Any]]) -> None:
-        prompts, images = [record["prompt"] for record, _ in batch], [image for _, image in batch]
-        scores, errors = score_batch(model, prompts, images, levels, options)
-        for (record, _), score, error in zip(batch, scores, errors, strict=True):
-            record["score"], record["standard_error"] = score, error
-
-    if good:
-        try:
-            fill(good)
-        except ValueError:
-            for item in good:
-                try:
-                    fill([item])
-                except ValueError as error:
-                    item[0]["error"] = str(error)
-    return records
+def scoring_of(options: Score, model: "RewardModel") -> Scoring:
+    return Scoring(
+        noise_levels=options.noise_levels or tuple(model.config.noise_levels),
+        num_draws=options.num_draws,
+        target_error=options.target_error,
+        max_draws=options.max_draws,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
 
 
-def open_row_image(row: Row, root: Path) -> Any:
-    if not row.prompt or not row.prompt.strip():
-        raise ValueError("the prompt is empty")
-    if isinstance(row.image, str):
-        return read_image(Path(row.image), root=root)
-    from dina_lrm.data.pairs import load_image
-
-    assert row.image is not None
-    return load_image(row.image)
+def is_folder(output: str) -> bool:
+    """A name without a suffix, with a slash at its end, or of a folder that is there."""
+    return output.endswith("/") or not Path(output).suffix or Path(output).is_dir()
 
 
 def count_rows(source: Path) -> int:
     if source.suffix == ".parquet":
         return open_parquet(source).metadata.num_rows
     if source.suffix != ".jsonl":
-        raise UsageError(f"--input ends in .jsonl or .parquet; got {str(source)!r}")
+        raise UsageError(
+            f"--input ends in .jsonl or .parquet; got {str(source)!r}; shards need a folder as --output"
+        )
     with source.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
 
@@ -329,36 +332,6 @@ def read_rows(source: Path) -> Iterator[Row]:
                 yield Row(index=index, error=f"not JSON: {error}")
             else:
                 yield parse_row(index, record)
-
-
-def parse_row(index: int, record: Any) -> Row:
-    """A row from its columns; `image` is a path, bytes, or the struct of both that Hugging Face datasets
-    write.
-
-    >>> parse_row(3, {"prompt": "a red circle", "image": {"bytes": None, "path": "a.png"}})
-    Row(index=3, prompt='a red circle', image='a.png', error=None)
-    >>> parse_row(4, {"prompt": "a red circle"}).error
-    'image is missing'
-    """
-    if not isinstance(record, dict):
-        return Row(
-            index=index, error=f"a row is an object with prompt and image; got {type(record).__name__}"
-        )
-    prompt, image = record.get("prompt"), record.get("image")
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    error = None
-    for name, value, kinds in (("prompt", prompt, str), ("image", image, (str, bytes))):
-        if value is None:
-            error = error or f"{name} is missing"
-        elif not isinstance(value, kinds):
-            error = error or f"{name} has type {type(value).__name__}"
-    return Row(
-        index=index,
-        prompt=prompt if isinstance(prompt, str) else None,
-        image=image if isinstance(image, str | bytes) else None,
-        error=error,
-    )
 
 
 # --- parts: what makes a run resumable ---------------------------------------------------------------------

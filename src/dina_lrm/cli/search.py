@@ -41,10 +41,13 @@ class Search:
     confidence: float = 0.5
     """halving: probability that the leader is preferred at which a candidate is dropped; 0.5 halves at every
     check."""
+    draft_steps: int | None = None
+    """halving: steps of the grid that candidates are compared on; by default 10, where there are twice as many
+    --steps."""
     first_check: int | None = None
-    """halving: steps before the first comparison; by default a quarter of them."""
-    every: int = 2
-    """halving: steps between comparisons."""
+    """halving: steps of that grid before the first comparison; by default a fifth of them, of a draft 3."""
+    every: int | None = None
+    """halving: steps between comparisons; by default a tenth of them."""
     strength: float = 0.05
     """guided: size of the moves, as a fraction of the noise that is left."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -93,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
                 model,
                 options.prompt,
                 confidence=options.confidence,
+                draft_steps=options.draft_steps,
                 first_check=options.first_check,
                 every=options.every,
                 **common,

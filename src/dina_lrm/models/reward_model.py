@@ -499,6 +499,18 @@ class RewardModel(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return self._need_encoders("prompts", "text_encoder").encode_prompts(prompts, self.device)
 
+    def prompt_notes(self, prompt: str) -> list[str]:
+        """What the text encoders will not see of a prompt; `encode_prompts` warns of the same."""
+        return self._need_encoders("prompts", "text_encoder").text.notes(prompt, self.device)
+
+    def picture_size(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
+        """Height and width in pixels at which a picture of a given size is encoded.
+
+        Raises:
+            InvalidInputError: the picture is too small; `name` says which.
+        """
+        return self._need_encoders("images", "vae").picture_size(height, width, name)
+
     def encode_images(self, images: Any, *, sample: bool = False, seed: Any = None) -> Latents:
         """Clean latents of pictures of one size, shifted and scaled: the VAE's mean, or a sample."""
         pictures = as_pictures(images)

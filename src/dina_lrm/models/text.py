@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,34 +134,45 @@ class PromptEncoder:
         self.prepare(pipeline)
         return pipeline
 
+    def notes(self, prompt: str, device: torch.device) -> list[str]:
+        """What the encoders will not see of a prompt: words cut off, words unknown to the tokenizer."""
+        check_prompts([prompt])
+        cut, unknown = self._not_seen(prompt, self._load(device))
+        return [*([cut] if cut else []), *([_unknown_note(unknown)] if unknown else [])]
+
+    def _not_seen(self, prompt: str, pipeline: Any) -> tuple[str | None, list[str]]:
+        """What is cut off, told in words, and the unknown words."""
+        unknown: dict[str, None] = {}
+        cut: dict[str, list[str]] = {}
+        for encoder in (*self.encoders, *self.optional_encoders):
+            name = tokenizer_of(encoder)
+            tokenizer = getattr(pipeline, name, None)
+            if tokenizer is None:
+                continue
+            limit = self.limit(pipeline, name)
+            lost = _cut_off(tokenizer, prompt, limit)
+            if lost:
+                cut.setdefault(lost, []).append(f"{encoder} ({limit} tokens)")
+            unknown |= dict.fromkeys(_unknown_words(tokenizer, prompt))
+        if not cut:
+            return None, list(unknown)
+        losses = "; ".join(f"{', '.join(names)} does not see {lost!r}" for lost, names in cut.items())
+        return f"prompt {prompt[:40]!r}... is longer than the encoders read: {losses}", list(unknown)
+
     def _warn(self, prompts: list[str], pipeline: Any) -> None:
         """Say what the encoders will not see, once per new prompt."""
-        unknown: dict[str, None] = {}
+        all_unknown: dict[str, None] = {}
         for prompt in prompts:
-            cut: dict[str, list[str]] = {}
-            for encoder in (*self.encoders, *self.optional_encoders):
-                name = tokenizer_of(encoder)
-                tokenizer = getattr(pipeline, name, None)
-                if tokenizer is None:
-                    continue
-                limit = self.limit(pipeline, name)
-                lost = _cut_off(tokenizer, prompt, limit)
-                if lost:
-                    cut.setdefault(lost, []).append(f"{encoder} ({limit} tokens)")
-                unknown |= dict.fromkeys(_unknown_words(tokenizer, prompt))
+            cut, unknown = self._not_seen(prompt, pipeline)
+            all_unknown |= dict.fromkeys(unknown)
             if cut:
-                losses = "; ".join(f"{', '.join(names)} does not see {lost!r}" for lost, names in cut.items())
-                warnings.warn(
-                    f"prompt {prompt[:40]!r}... is longer than the encoders read: {losses}",
-                    PromptWarning,
-                    stacklevel=4,
-                )
-        if unknown:
-            warnings.warn(
-                f"words unknown to the tokenizer, read as unknown: {', '.join(unknown)}",
-                PromptWarning,
-                stacklevel=4,
-            )
+                warnings.warn(cut, PromptWarning, stacklevel=4)
+        if all_unknown:
+            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=4)
+
+
+def _unknown_note(words: Iterable[str]) -> str:
+    return f"words unknown to the tokenizer, read as unknown: {', '.join(words)}"
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
