@@ -23,7 +23,7 @@ import tyro
 from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import paired_gain
 from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build import run_alignment
+from dina_lrm.build_alignment import run_alignment
 from dina_lrm.evaluation import figures
 
 ALGORITHMS = ("refl", "grpo", "dpo", "step-dpo")

@@ -20,9 +20,10 @@ import torch
 import tyro
 
 from dina_lrm import recipes
-from dina_lrm.alignment.config import MonitorConfig
+from dina_lrm.alignment.config import MonitorConfig, ReflConfig
 from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build import reward_model, run_alignment, shapes_pairs
+from dina_lrm.build import reward_model, shapes_pairs
+from dina_lrm.build_alignment import run_alignment
 from dina_lrm.models.config import LikelihoodConfig
 from dina_lrm.training.trainer import train
 
@@ -38,6 +39,8 @@ class Options:
     updates: int = 32
     learning_rate: float = 3e-4
     """A third of the recipe's: gold peaks and falls over several evaluations, not between two."""
+    num_steps: int = 4
+    """Of the sampler: the fewer, the more room above the base."""
     held_out: int = 200
     processes: int = 2
     note: str = ""
@@ -76,6 +79,7 @@ def run(options: Options, seed: int) -> str:
         model = reward_model(config.model, likelihood, seed=seed)
         train(config, model, shapes_pairs(model, num_prompts=options.prompts, seed=7000 + seed))
     base_run = alignment_recipe("refl", "shapes")
+    assert isinstance(base_run, ReflConfig)
     align = replace(
         base_run,
         output=str(folder / "align"),
@@ -84,6 +88,8 @@ def run(options: Options, seed: int) -> str:
         resume=True,
         num_steps=options.updates,
         optimizer=replace(base_run.optimizer, learning_rate=options.learning_rate),
+        sampler=replace(base_run.sampler, num_steps=options.num_steps),
+        gradient_steps=options.num_steps,
         reward=replace(base_run.reward, models=(str(folder / "reward"),)),
         monitor=MonitorConfig(every=2, num_prompts=options.held_out),
     )

@@ -31,7 +31,7 @@ from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rewards import LatentReward, Reward
 from dina_lrm.alignment.run import Run
 from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build import algorithm_of, alignment_prompts, gold_scores, latent_reward
+from dina_lrm.build_alignment import algorithm_of, alignment_prompts, gold_scores, latent_reward
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.evaluation.baselines import PixelNetwork
 from dina_lrm.evaluation.cost import counted_flops

@@ -4,7 +4,8 @@
 
 Every caption is searched for with the bundled generator and reward, and the winner is judged by gold. Passes
 count sampling and scoring (`SearchResult.evaluations`). Intervals resample captions. The question is at how
-many passes halving reaches the gold of best of n; it is read off the line through best of n's points.
+many passes halving reaches the gold of best of n; it is read off the line through best of n's points, and
+halving n is compared with best of n / 2 caption by caption, since that line is flat where n is large.
 Captions of a part are saved as they are done, so a stopped command goes on.
 """
 
@@ -23,7 +24,7 @@ import tyro
 from dina_lrm.alignment import search
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rollout import SamplerConfig
-from dina_lrm.build import latent_reward
+from dina_lrm.build_alignment import latent_reward
 from dina_lrm.evaluation import figures
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import load_pipeline
@@ -44,10 +45,6 @@ class Options:
     """Numbers of objects that captions have, in turn; empty: as the grammar draws them."""
     num_steps: int = 10
     guidance_scale: float = 1.0
-    first_check: int | None = None
-    """Halving: steps before candidates are first compared; as in `check_steps` unless given."""
-    every: int | None = None
-    """Halving: steps between comparisons."""
     processes: int = 2
     note: str = ""
     """Hardware and date."""
@@ -94,8 +91,6 @@ def run(options: Options, start: int) -> str:
                 model,
                 caption,
                 samples=samples,
-                first_check=options.first_check,
-                every=options.every,
                 seed=place,
                 sampler=sampler,
             )
@@ -140,6 +135,13 @@ def summarize(options: Options) -> None:
                 for chosen in draws
             ]
             row["share_of_best_of_n"] = [ratio, *(float(np.quantile(ratios, q)) for q in (0.025, 0.975))]
+        if name.startswith("halving"):  # halving n against best of n / 2, caption by caption
+            other = f"best of {int(name.split()[1]) // 2}"
+            row["against"] = {
+                "method": other,
+                "passes": costs[name] / costs[other],
+                "gold": list(_interval(golds[name] - golds[other], draws)),
+            }
         rows.append(row)
     folder = options.results or options.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +150,13 @@ def summarize(options: Options) -> None:
         "captions": len(records),
         "steps": options.num_steps,
         "guidance_scale": options.guidance_scale,
-        "checks": list(search.check_steps(options.num_steps, options.first_check, options.every)),
+        "draft_steps": search.draft_steps(options.num_steps),
         "note": options.note,
     }
-    (folder / "search.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (folder / "search.md").write_text(table(about, rows))
-    figures.save_png(curve(rows), folder / "search.png")
+    name = f"search_{options.num_steps}_steps"
+    (folder / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table(about, rows))
+    figures.save_png(curve(rows), folder / f"{name}.png")
     print(table(about, rows))
 
 
@@ -165,7 +168,7 @@ def _interval(values: np.ndarray, draws: np.ndarray) -> tuple[float, float, floa
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{about['captions']} captions, {about['steps']} steps, guidance {about['guidance_scale']:g}, "
-        f"halving after steps {', '.join(map(str, about['checks']))}; gold "
+        f"halving on a grid of {about['draft_steps']} steps; gold "
         f"is the judge's utility of the winner, 95 % intervals over captions. {about['note']}",
         "",
         "| method | passes of the denoiser | gold | passes, share of best of n at equal gold |",
@@ -177,6 +180,15 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         cells = [row["method"], f"{row['passes']:.0f}", f"{mean:.3f} ({low:.3f} to {high:.3f})"]
         cells.append("" if share is None else f"{share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Halving against best of half as many, gold caption by caption:", ""]
+    lines += ["| | passes, share | difference in gold |", "|---|--:|--:|"]
+    for row in rows:
+        if against := row.get("against"):
+            mean, low, high = against["gold"]
+            lines.append(
+                f"| {row['method']} against {against['method']} | {against['passes']:.2f} | "
+                f"{mean:+.4f} ({low:+.4f} to {high:+.4f}) |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,8 @@
     body                    latents, prompt_embeds, pooled_prompt_embeds, u, and seeds unless noise is fresh
     reply 200               {"protocol_version": "1", "raw_scores": [float, ...]}
 
-Both ends are here: `pack` and `raw_scores` for a client, `unpack` for a server, which trusts nothing it reads.
+Both ends are here: `pack` and `raw_scores` for a client, `unpack` for a server, which trusts nothing that it
+reads.
 """
 
 import json

@@ -29,7 +29,7 @@ from dina_lrm.alignment.config import (
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rewards import LatentReward, Reward, RewardError
 from dina_lrm.alignment.run import AlignmentError, Run, RunResult
-from dina_lrm.build import algorithm_of
+from dina_lrm.build_alignment import algorithm_of
 from dina_lrm.config import OptimizerConfig
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError

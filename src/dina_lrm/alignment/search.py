@@ -7,8 +7,8 @@
 `successive_halving` looks at the candidates while they are noisy: the clean latent that the denoiser predicts
 at a step, which costs nothing, is scored at one low noise level, and the reward's law of comparison with the
 variance v(sigma) of the state's own level gives the probability that the leading candidate is preferred to
-another. Where that is high enough the other is not sampled further. The reward of the noisy state itself ranks
-worse at every step (benchmarks/search.py).
+another. Where that is high enough the other is not sampled further. The reward of the noisy state itself
+ranks worse at every step.
 
 Inside a diffusers pipeline the same two are callbacks:
 
@@ -20,7 +20,7 @@ Own work; that latents are pruned by a reward at their noise level: LatSearch, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def successive_halving(
     *,
     samples: int = 16,
     confidence: float = 0.5,
-    draft_steps: int | None = None,
+    draft: int | None = None,
     first_check: int | None = None,
     every: int | None = None,
     seed: int = 0,
@@ -205,19 +205,19 @@ def successive_halving(
     Args:
         confidence: probability, in [0.5, 1], that the leader is preferred to a candidate at which it is
             dropped; 0.5 halves at every check.
-        draft_steps: of the grid that candidates are compared on, at most the sampler's steps, which mean no
-            draft; None: 10, where the sampler has twice as many.
+        draft: steps of the grid that candidates are compared on, at most the sampler's, which mean no draft;
+            None: 10, where the sampler has twice as many.
         first_check: steps of that grid before the first comparison; None: a fifth of them, of a draft 3.
         every: steps between comparisons; None: a tenth of them.
     """
     if not 0.5 <= confidence <= 1.0:
         raise InvalidInputError(f"confidence = {confidence}: must be in [0.5, 1]")
     config = deterministic(sampler or SamplerConfig())
-    draft = _draft(config, draft_steps)
-    if first_check is None and draft.num_steps < config.num_steps:
-        first_check = min(3, draft.num_steps)
+    coarse = draft_steps(config.num_steps, draft)
+    if first_check is None and coarse < config.num_steps:
+        first_check = min(3, coarse)
     own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
-    checks = check_steps(draft.num_steps, first_check, every)
+    checks = check_steps(coarse, first_check, every)
     shape = policy.latent_shape(config.height, config.width)
     noise = first_noise(shape, seeds).to(policy.device)
     kept, alive = list(range(samples)), []
@@ -226,7 +226,7 @@ def successive_halving(
         alive.append(len(state))
         return advance(policy, state, _rows(own, len(state), policy.device), grid, step, config)
 
-    grid, state, looks, step = policy.grid(draft.num_steps, shape), noise, 0, 0
+    grid, state, looks, step = policy.grid(coarse, shape), noise, 0, 0
     while step < checks.stop and len(kept) > 1:
         after, step = sampled(state, grid, step), step + 1
         if step in checks:
@@ -237,7 +237,7 @@ def successive_halving(
             after = after[stay]
             kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
         state = after
-    if draft.num_steps < config.num_steps:
+    if coarse < config.num_steps:
         grid, state, step = policy.grid(config.num_steps, shape), noise[kept], 0
     for last in range(step, config.num_steps):
         state = sampled(state, grid, last)
@@ -245,13 +245,12 @@ def successive_halving(
     return _finished(policy, model, state, theirs, prompt, seed, kept=kept, cost=cost, alive=alive)
 
 
-def _draft(config: SamplerConfig, steps: int | None) -> SamplerConfig:
-    """The sampler that candidates are compared with."""
-    if steps is None:
-        steps = DRAFT_STEPS if config.num_steps >= 2 * DRAFT_STEPS else config.num_steps
-    if not 1 <= steps <= config.num_steps:
-        raise InvalidInputError(f"draft_steps = {steps}: must be in [1, {config.num_steps}]")
-    return replace(config, num_steps=steps)
+def draft_steps(num_steps: int, wanted: int | None = None) -> int:
+    """Steps of the grid that candidates of a sampler with `num_steps` are compared on."""
+    steps = (DRAFT_STEPS if num_steps >= 2 * DRAFT_STEPS else num_steps) if wanted is None else wanted
+    if not 1 <= steps <= num_steps:
+        raise InvalidInputError(f"draft_steps = {steps}: must be in [1, {num_steps}]")
+    return steps
 
 
 def ascend(

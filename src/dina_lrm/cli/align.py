@@ -63,7 +63,7 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
     output = Path(config.output)
     if not config.resume and any((output / name).exists() for name in ("last", "align_config.json")):
         raise UsageError(f"{config.output!r} holds a run; go on with --resume, or choose another --output")
-    from dina_lrm.build import run_alignment
+    from dina_lrm.build_alignment import run_alignment
 
     log(f"watch it: {output / 'report.html'}")
     _, result = run_alignment(config, log=log)

@@ -41,9 +41,9 @@ class Search:
     confidence: float = 0.5
     """halving: probability that the leader is preferred at which a candidate is dropped; 0.5 halves at every
     check."""
-    draft_steps: int | None = None
-    """halving: steps of the grid that candidates are compared on; by default 10, where there are twice as many
-    --steps."""
+    draft: int | None = None
+    """halving: steps of the grid that candidates are compared on; by default 10, where --steps are twice as
+    many."""
     first_check: int | None = None
     """halving: steps of that grid before the first comparison; by default a fifth of them, of a draft 3."""
     every: int | None = None
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.alignment import search
     from dina_lrm.alignment.policy import Policy
     from dina_lrm.alignment.rollout import SamplerConfig
-    from dina_lrm.build import latent_reward, load_generator
+    from dina_lrm.build_alignment import latent_reward, load_generator
 
     location = options.model.pipeline
     if location is None:
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
                 model,
                 options.prompt,
                 confidence=options.confidence,
-                draft_steps=options.draft_steps,
+                draft=options.draft,
                 first_check=options.first_check,
                 every=options.every,
                 **common,

@@ -114,7 +114,6 @@ def main(arguments: Sequence[str]) -> int:
     log_as_json()
     log(f"loading {settings.model} on {settings.device}")
     app = create_app(settings)
-    log(f"http://{options.host}:{options.port}  (page /, API /docs, health /healthz)")
     return 0 if serve(app, host=options.host, port=options.port) else 1
 
 

@@ -40,7 +40,7 @@ def serve(app: FastAPI, *, host: str, port: int) -> bool:
         port: 0 for any that is free; the log says which.
 
     Returns:
-        Whether it had started: False where the port is taken or the warm-up failed.
+        Whether it had started: False where the port is taken or the warm-up failed; the log says why.
     """
     config = uvicorn.Config(
         app,
@@ -55,5 +55,10 @@ def serve(app: FastAPI, *, host: str, port: int) -> bool:
     server = uvicorn.Server(config)
     # uvicorn hands SIGTERM on when it has finished; without a handler that would be the exit code.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    server.run()
+    try:
+        listener = config.bind_socket()
+        with listener:
+            server.run(sockets=[listener])
+    except SystemExit:
+        return False
     return server.started

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dina_lrm.alignment_recipes import ALGORITHMS, CONFIGS, GENERATORS, alignment_recipe
-from dina_lrm.build import algorithm_of, alignment_prompts, read_prompts
+from dina_lrm.build_alignment import algorithm_of, alignment_prompts, read_prompts
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
 
