@@ -29,8 +29,8 @@ $(VENV)/.installed-base: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-base
-	@echo "installing the development tools into $(VENV)"
-	$(PIP) -e '.[dev]'
+	@echo "installing the development tools, the server and Ray into $(VENV)"
+	$(PIP) -e '.[dev,serve,scale]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-base
@@ -45,9 +45,11 @@ demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/de
 
 test: lint types layers unit  ## everything a change must pass: about ten minutes on two cores
 
-lint: $(VENV)/.installed-dev  ## ruff: style and formatting
+lint: $(VENV)/.installed-dev  ## ruff: style and formatting; the deployment files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/yamllint --strict deploy/compose.yaml
 
 format: $(VENV)/.installed-dev  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
@@ -65,7 +67,7 @@ unit: $(VENV)/.installed-dev  ## unit, parity, trajectory and end-to-end tests, 
 slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow --durations=20
 
-browser: $(VENV)/.installed-dev  ## the report in headless Chromium, which must be installed
+browser: $(VENV)/.installed-dev  ## report, server page and labelling in headless Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser -m browser
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken link is an error

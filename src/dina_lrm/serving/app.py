@@ -499,13 +499,18 @@ def _field_in(message: str) -> str | None:
 
 
 def _add_page(app: FastAPI, service: _Service) -> None:
-    import gradio
-
-    from dina_lrm.serving.page import build_page
+    from dina_lrm.serving.page import build_page, mount_page
 
     pipeline = None
-    if service.settings.generate and service.settings.model == "bundled":
+    if service.settings.model == "bundled":
         from dina_lrm.shapes.pipeline import load_pipeline
 
         pipeline = load_pipeline()
-    gradio.mount_gradio_app(app, build_page(service.model, run=service.run, pipeline=pipeline), path="/")
+    page = build_page(
+        service.model,
+        run=service.run,
+        pipeline=pipeline,
+        max_megapixels=service.settings.max_megapixels,
+        max_prompt_length=service.settings.max_prompt_length,
+    )
+    mount_page(app, page)

@@ -2,8 +2,8 @@
 
 A row waits until enough rows of its kind (equal shapes) are there for a full batch, or until it has waited
 `max_wait_ms` and the model is free. Rows of one kind keep their order, and the kind whose first row has
-waited longest goes first. At most `max_queue` rows wait; what comes on top is refused at once, a whole request
-at a time. A request whose client has left takes its waiting rows along.
+waited longest goes first. At most `max_queue` rows wait; what comes on top is refused at once, a whole
+request at a time. A request whose client has left takes its waiting rows along.
 """
 
 import asyncio

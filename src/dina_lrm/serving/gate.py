@@ -1,21 +1,19 @@
 """What every request passes: who may come in, how much may be sent, and what is written down about it."""
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dina_lrm.serving.entrance import Entrance
 from dina_lrm.serving.metrics import Metrics
 from dina_lrm.serving.schemas import RequestError
 
@@ -27,34 +25,22 @@ OPEN_PATHS = ("/healthz", "/readyz")
 """What an orchestrator asks for without a token."""
 _WATCHED = (*OPEN_PATHS, "/metrics")
 """Asked for every few seconds, and logged at level debug."""
-COOKIE = "dina_lrm_page"
 _GRACE_SECONDS = 5.0
 """How long a body that is too large is read and thrown away, so that its sender hears why."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-_LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Reward server</title>
-<style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:24rem;margin:15vh auto;padding:0 1rem;
-color-scheme:light dark}}input,button{{font:inherit;padding:.5rem;width:100%;box-sizing:border-box;
-margin:.25rem 0}}</style>
-<h1>Reward server</h1><form method="post" action="/login"><label>Access token
-<input type="password" name="token" required autofocus autocomplete="current-password"></label>
-<button>Open</button></form><p role="alert">{message}</p></html>"""
 
 
 class Gate:
     """ASGI middleware around the whole app, the page included.
 
     Args:
-        token: asked for as `Authorization: Bearer TOKEN`, or of a browser once, which then holds a cookie
-            made from it. Compared in constant time.
+        token: see `Entrance`.
         max_body: bytes of a request.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, max_body: int, metrics: Metrics) -> None:
         self.app = app
-        self.token = None if token is None else token.encode()
-        self.cookie = None if token is None else hmac.digest(token.encode(), b"page", hashlib.sha256).hex()
+        self.entrance = Entrance(token, cookie="dina_lrm_page", title="Reward server")
         self.max_body = max_body
         self.metrics = metrics
 
@@ -64,18 +50,6 @@ class Gate:
         if scope["type"] != "http":  # the server has no web socket
             return await send({"type": "websocket.close", "code": 1008})
         await _Passage(self, scope, receive, send).run()
-
-    def knows(self, headers: Headers) -> bool:
-        """Whether a request shows the token, or the cookie made from it."""
-        if self.token is None or self.cookie is None:
-            return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Header values arrive as Latin-1 text of the bytes that were sent.
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self.token):
-            return True
-        cookies = headers.get("cookie", "").split(";")
-        shown = [one.partition("=")[2] for one in cookies if one.strip().startswith(f"{COOKIE}=")]
-        return any(hmac.compare_digest(one.strip().encode("latin-1"), self.cookie.encode()) for one in shown)
 
 
 class _Passage:
@@ -123,30 +97,19 @@ class _Passage:
             return self._refuse(
                 413, f"body: {int(length)} bytes, at most {self.gate.max_body} are taken", "body", "too_large"
             )
-        if self.gate.token is None or path in OPEN_PATHS or self.gate.knows(self.headers):
+        entrance = self.gate.entrance
+        if path in OPEN_PATHS or entrance.knows(self.headers):
             return None
         if path == "/login" and method == "POST":
-            return await self._login()
+            answer = await entrance.login(Request(self.scope, self.receive))
+            if answer.status_code == 401:
+                self.gate.metrics.rejected.labels("no_token").inc()
+            return answer
         if method == "GET" and "text/html" in self.headers.get("accept", ""):
-            return HTMLResponse(_LOGIN.format(message=""), status_code=401)
+            return entrance.form()
         refusal = self._refuse(401, "authorization: a bearer token is needed", "authorization", "no_token")
         refusal.headers["www-authenticate"] = "Bearer"
         return refusal
-
-    async def _login(self) -> Response:
-        body = b""
-        async for part in Request(self.scope, self.receive).stream():
-            body += part
-            if len(body) > 4096:
-                break
-        given = parse_qs(body[:4096].decode(errors="replace")).get("token", [""])[0]
-        if not hmac.compare_digest(given.encode(), self.gate.token or b""):
-            self.gate.metrics.rejected.labels("no_token").inc()
-            return HTMLResponse(_LOGIN.format(message="This is not the token."), status_code=401)
-        answer = RedirectResponse("/", status_code=303)
-        secure = self.scope.get("scheme") == "https"
-        answer.set_cookie(COOKIE, self.gate.cookie or "", httponly=True, samesite="strict", secure=secure)
-        return answer
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -40,8 +40,6 @@ class ServerSettings:
     """Pages of other origins that may call the server from a browser."""
     page: bool = True
     """Offer the page at /."""
-    generate: bool = True
-    """Let the page generate pictures, where the reward is the bundled one."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_queue", "max_rows", "max_prompt_length"):

@@ -1,0 +1,70 @@
+"""Who may come in: a token, shown by programs in a header and by people once, in a form."""
+
+import hashlib
+import hmac
+from html import escape
+from importlib.resources import files
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers
+from starlette.requests import Request, cookie_parser
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+__all__ = ["Entrance"]
+
+MAX_FORM = 4096
+"""Bytes of the login form."""
+COOKIE_SECONDS = 30 * 24 * 3600
+
+
+class Entrance:
+    """A token, asked for as `Authorization: Bearer TOKEN`, or of a browser once, which then holds a cookie
+    made from it. Compared in constant time.
+
+    Args:
+        token: None lets everybody in.
+        name: of the cookie, and the heading of the form.
+    """
+
+    def __init__(self, token: str | None, *, cookie: str, title: str) -> None:
+        self._token = None if token is None else token.encode()
+        self._shown = b"" if token is None else hmac.digest(token.encode(), cookie.encode(), hashlib.sha256)
+        self._cookie, self._title = cookie, title
+
+    def knows(self, headers: Headers) -> bool:
+        """Whether a request shows the token, or the cookie made from it."""
+        if self._token is None:
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Header values arrive as Latin-1 text of the bytes that were sent.
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token):
+            return True
+        cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
+        return hmac.compare_digest(cookie.encode("latin-1", "replace"), self._shown.hex().encode())
+
+    def form(self, message: str = "") -> Response:
+        """The page that asks for the token."""
+        page = (files("dina_lrm.serving") / "login.html").read_text(encoding="utf-8")
+        page = page.replace("{title}", escape(self._title)).replace("{message}", escape(message))
+        return HTMLResponse(page, status_code=401)
+
+    async def login(self, request: Request) -> Response:
+        """The answer to the form: to "/" with the cookie, or the form again."""
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_FORM:
+                break
+        given = parse_qs(body[:MAX_FORM].decode(errors="replace")).get("token", [""])[0]
+        if self._token is None or not hmac.compare_digest(given.encode(), self._token):
+            return self.form("This is not the token.")
+        answer = RedirectResponse("/", status_code=303)
+        answer.set_cookie(
+            self._cookie,
+            self._shown.hex(),
+            max_age=COOKIE_SECONDS,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return answer
