@@ -30,7 +30,7 @@ $(VENV)/.installed-base: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed-base
 	@echo "installing the development tools, the server and Ray into $(VENV)"
-	$(PIP) -e '.[dev,serve,scale]'
+	$(PIP) -e '.[dev,serve,label,scale]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-base

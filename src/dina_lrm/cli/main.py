@@ -27,6 +27,7 @@ COMMANDS = {
     "align": "train a generator's LoRA on a reward: refl, grpo, dpo, step-dpo",
     "search": "the best of several samples, chosen while they are sampled",
     "serve": "the reward over HTTP: latents of trainers, pictures, and a page",
+    "label": "a page on which people choose between pictures, and their votes as rows",
     "demo": "generate, train, measure and rank offline; writes a report",
     "doctor": "versions, device, whether a score can be computed; what another generator would take",
 }

@@ -1,5 +1,6 @@
 """Who may come in: a token, shown by programs in a header and by people once, in a form."""
 
+import base64
 import hashlib
 import hmac
 from html import escape
@@ -45,8 +46,13 @@ class Entrance:
     def form(self, message: str = "") -> Response:
         """The page that asks for the token."""
         page = (files("dina_lrm.serving") / "login.html").read_text(encoding="utf-8")
+        style = page.partition("<style>")[2].partition("</style>")[0]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         page = page.replace("{title}", escape(self._title)).replace("{message}", escape(message))
-        return HTMLResponse(page, status_code=401)
+        policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'"
+        return HTMLResponse(
+            page, status_code=401, headers={"content-security-policy": f"{policy}; frame-ancestors 'none'"}
+        )
 
     async def login(self, request: Request) -> Response:
         """The answer to the form: to "/" with the cookie, or the form again."""

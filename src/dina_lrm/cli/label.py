@@ -1,0 +1,216 @@
+"""`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
+
+import contextlib
+import importlib
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
+from dina_lrm.cli.options import JsonFlag, ModelOptions
+from dina_lrm.errors import MissingComponentError
+
+if TYPE_CHECKING:
+    from dina_lrm.serving.labelling.export import Exported
+    from dina_lrm.serving.labelling.items import Items
+
+TOKEN_VARIABLE = "DINA_LRM_TOKEN"
+SHOWN = 8
+"""Rejected rows that are listed one by one."""
+GRACE_SECONDS = 5
+"""How long requests that were accepted may take after a signal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Collect preferences: a page that shows a prompt with two pictures and keeps what people choose.
+
+    dina-lrm label export VOTES --output ROWS writes the votes as preference rows.
+    """
+
+    items: Annotated[Path, tyro.conf.arg(name="input", metavar="ITEMS")]
+    """Rows (.jsonl, .json, .parquet) with prompt and images, image_a and image_b, or chosen and rejected; or
+    a folder of NAME.txt with pictures NAME.*.png beside it."""
+    output: Annotated[Path, tyro.conf.arg(metavar="VOTES")]
+    """The SQLite file of votes; one that is there goes on where it stopped."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: ModelOptions(model="none")
+    )
+    choose: Literal["uncertain", "random"] | None = None
+    """Which pairs come first, among those with equally few votes: the ones that the reward is least sure of,
+    or any. By default uncertain where --model names a reward, random where it is none."""
+    raters_per_pair: int = 2
+    """Votes that each pair should get."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other devices in, and then a token is wise."""
+    port: int = 8080
+    """0 takes any that is free."""
+    seed: int = 0
+    """Of the order of pairs and of the sides."""
+    token: str | None = None
+    """Asked for on the page; better given in the environment as DINA_LRM_TOKEN, which others cannot see. None
+    lets everybody in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source."""
+
+    votes: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="VOTES")]
+    """The SQLite file."""
+    output: Annotated[Path, tyro.conf.arg(metavar="ROWS")]
+    """.jsonl or .parquet."""
+    items: Annotated[Path | None, tyro.conf.arg(name="input", metavar="ITEMS")] = None
+    """Where the items lie, if they were moved since."""
+    as_json: JsonFlag = False
+    """Print one JSON object instead of a table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == "export":
+        return export(tyro.cli(Export, prog="dina-lrm label export", args=arguments[1:]))
+    options = tyro.cli(Label, prog="dina-lrm label", args=arguments)
+    choose = options.choose or ("random" if options.model.model == "none" else "uncertain")
+    if choose == "uncertain" and options.model.model == "none":
+        raise UsageError(
+            "--choose uncertain needs a reward: name one with --model, such as bundled or a folder"
+        )
+    if options.raters_per_pair < 1:
+        raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port is in [0, 65535]; got {options.port}")
+    _need("fastapi", "uvicorn", "nltk")
+    from dina_lrm.serving.labelling.items import read_items
+
+    token = options.token or os.environ.get(TOKEN_VARIABLE) or None
+    items = read_items(options.items)
+    report_rejects(items, options.output)
+    log(f"pairs: {len(items.pairs)}, pictures: {len(items.pictures)}; votes go to {options.output}")
+    if token is None and not _is_loopback(options.host):
+        log(f"warning: everybody who reaches {options.host} can see and vote; set {TOKEN_VARIABLE}")
+    return serve(options, items, uncertain=choose == "uncertain", token=token)
+
+
+def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None) -> int:
+    """Serve until SIGINT or SIGTERM; what kept the reward from saying anything is raised."""
+    import uvicorn
+
+    from dina_lrm.serving.labelling.app import Labelling, create_app
+    from dina_lrm.serving.labelling.estimates import Estimates
+    from dina_lrm.serving.labelling.store import VoteStore
+
+    failures: list[Exception] = []
+
+    def give_up(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    store = VoteStore(options.output)
+    estimates = None
+    if uncertain:
+        estimates = Estimates(items, store, options.model.load, seed=options.seed, on_failure=give_up)
+    labelling = Labelling(
+        items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
+    )
+    hosts = ("localhost", "127.0.0.1", "::1", options.host) if _is_loopback(options.host) else None
+    config = uvicorn.Config(
+        create_app(labelling, token=token, hosts=hosts),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    with _listening(options.host, options.port) as listener:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        log(f"http://{host}:{listener.getsockname()[1]}  (label /, results /results); stop with Ctrl-C")
+        # uvicorn hands a signal on when it has finished; the end of labelling is no failure.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            if estimates is not None:
+                estimates.start()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.run(sockets=[listener])
+        finally:
+            if estimates is not None:
+                estimates.stop()
+            store.close()
+    if failures:
+        raise failures[0]
+    log(f"next: dina-lrm label export {options.output} --output rows.jsonl")
+    return 0
+
+
+def export(options: Export) -> int:
+    """Write the rows, and print where every vote went."""
+    from dina_lrm.serving.labelling.export import export_votes
+
+    exported = export_votes(options.votes, options.output, options.items)
+    if options.as_json:
+        from dataclasses import asdict
+
+        print_json({"output": str(options.output), **asdict(exported)})
+        return 0
+    print_table(["", "count"], lines(exported), title=f"{options.votes} in {options.output}")
+    log(f"next: dina-lrm train RECIPE --data.train {options.output}")
+    return 0
+
+
+def lines(exported: "Exported") -> list[tuple[str, str]]:
+    """The table."""
+    return [
+        ("rows written", f"{exported.rows:,}"),
+        ("  as many votes for either picture", f"{exported.even:,}"),
+        ("pairs without a vote", f"{exported.pairs - exported.rows:,}"),
+        ("raters", f"{exported.raters:,}"),
+        ("votes for a picture", f"{exported.preferences:,}"),
+        ("ties, half a vote for either", f"{exported.ties:,}"),
+        ("skips, in no row", f"{exported.skips:,}"),
+    ]
+
+
+def report_rejects(items: "Items", votes: Path) -> None:
+    """Rows that give no pair: the first ones here, all of them in a file beside the votes."""
+    from dina_lrm.data.pairs import write_rejects
+
+    if not items.rejects:
+        return
+    file = votes.with_suffix(".rejects.jsonl")
+    write_rejects(items.rejects, file)
+    log(f"rows that give no pair: {len(items.rejects)}, listed in {file}")
+    for reject in items.rejects[:SHOWN]:
+        log(f"  {reject.file}, row {reject.row}: {reject.reason}")
+
+
+def _need(*names: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingComponentError(f"{name} is not installed: pip install 'dina-lrm[label]'") from error
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at --host {host} --port {port}: {error.strerror or error}"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

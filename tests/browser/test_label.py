@@ -1,0 +1,376 @@
+"""The labelling page in a real browser: two raters, a server that is killed, a phone, a keyboard, a token."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from dina_lrm.cli.main import main
+from dina_lrm.serving.labelling.items import Items, read_items
+from dina_lrm.serving.labelling.store import VoteStore
+from dina_lrm.shapes.render import render
+from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
+
+pytestmark = pytest.mark.browser
+
+NUM_PAIRS = 50
+KILLED_AFTER = 20
+"""Votes of each rater before the server is killed."""
+PHONE = {"is_mobile": True, "has_touch": True}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        instance = playwright.chromium.launch(
+            executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def screenshots(tmp_path):
+    folder = Path(os.environ.get("DINA_LRM_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Server:
+    """`dina-lrm label` in its own process, on one port however often it is started."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options = folder, options
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.votes = folder / "votes.sqlite"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "dina_lrm",
+            "label",
+            "--input",
+            "items.jsonl",
+            "--output",
+            "votes.sqlite",
+        ]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(self.port), *self.options],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(600):
+            try:
+                httpx.get(self.address)
+                return
+            except httpx.TransportError:
+                assert self.process.poll() is None
+                time.sleep(0.1)
+        pytest.fail("the server does not start")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Fifty captions, each with a picture of it and one that differs in one respect."""
+    folder = tmp_path_factory.mktemp("label")
+    rng = np.random.default_rng(0)
+    with (folder / "items.jsonl").open("w") as file:
+        for number in range(NUM_PAIRS):
+            spec = sample_caption(rng)
+            names = [f"{number}-right.png", f"{number}-wrong.png"]
+            for name, scene in zip(names, (spec, change_attribute(rng, spec)), strict=True):
+                render(sample_scene(rng, scene)).save(folder / name)
+            file.write(json.dumps({"prompt": spec.caption, "images": names}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def server(folder, request):
+    server = Server(folder, *getattr(request, "param", ()))
+    yield server
+    server.kill()
+    for file in folder.glob("votes.*"):
+        file.unlink()
+
+
+class Rater:
+    """A person at the page, in a browser of their own."""
+
+    def __init__(self, browser: Any, server: Server, items: Items, name: str, **context: Any) -> None:
+        self.page = browser.new_context(**context).new_page()
+        self.items, self.name = items, name
+        self.acknowledged: list[str] = []
+        self.errors: list[str] = []
+        self.addresses: list[str] = []
+        self.page.on("request", lambda request: self.addresses.append(request.url))
+        self.page.on("requestfinished", self._note)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(server.address)
+
+    def _note(self, request: Any) -> None:
+        if request.url.endswith("/api/votes") and request.response().status == 200:
+            self.acknowledged.append(json.loads(request.post_data)["id"])
+
+    def enter(self) -> None:
+        self.page.get_by_label("Your name").fill(self.name)
+        self.page.keyboard.press("Enter")
+        self.ready()
+
+    def ready(self) -> None:
+        """Wait until there is something to choose, or nothing left."""
+        self.page.locator("#finished:not([hidden]), #work:not([hidden]) #left:enabled").first.wait_for()
+
+    def counted_from(self, before: int) -> None:
+        """Wait until another number of answers is shown."""
+        self.page.locator(f'#mine:not([value="{before}"])').wait_for()
+
+    @property
+    def finished(self) -> bool:
+        return self.page.locator("#finished").is_visible()
+
+    @property
+    def done(self) -> int:
+        return int(self.page.locator("#mine").evaluate("progress => progress.value"))
+
+    def right_side(self) -> str:
+        """Where the picture stands that shows what the caption says."""
+        number = self.page.locator("#left-picture").get_attribute("src").split("/")[-1].split("?")[0]
+        return "left" if "right" in Path(str(self.items.pictures[int(number)])).name else "right"
+
+    def press(self, key: str, *, wait: bool = True) -> None:
+        before = self.done
+        self.page.keyboard.press(key)
+        if wait:
+            self.counted_from(before)
+            self.ready()
+
+
+def arrow(side: str) -> str:
+    return f"Arrow{side.capitalize()}"
+
+
+@pytest.mark.parametrize("server", [("--model", "bundled", "--seed", "3")], indirect=True)
+def test_two_raters_and_a_killed_server(browser, server, folder, screenshots):
+    """Ada always finds the right picture, with the keyboard. Bob, on a phone, takes every fifth
+    pair for a tie. The server dies with choices on their way."""
+    items = read_items(folder / "items.jsonl")
+    server.start()
+    ada = Rater(browser, server, items, "Ada", viewport={"width": 1280, "height": 900})
+    bob = Rater(browser, server, items, "Bob", viewport={"width": 360, "height": 740}, **PHONE)
+    ada.page.screenshot(path=screenshots / "label-name.png")
+    ada.enter()
+    bob.enter()
+
+    def answer_bob() -> None:
+        choice = "tie" if bob.done % 5 == 4 else bob.right_side()
+        before = bob.done
+        target = f"#{choice}" if bob.done % 2 or choice == "tie" else f"#{choice}-figure"
+        bob.page.locator(target).click()
+        bob.counted_from(before)
+        bob.ready()
+
+    for number in range(KILLED_AFTER):
+        ada.press(arrow(ada.right_side()))
+        answer_bob()
+        if number == 4:
+            ada.page.screenshot(path=screenshots / "label-desktop.png")
+            bob.page.screenshot(path=screenshots / "label-phone.png")
+    assert len(ada.acknowledged) == len(bob.acknowledged) == KILLED_AFTER
+
+    server.kill()
+    ada.press(arrow(ada.right_side()), wait=False)
+    ada.page.locator("#offline").wait_for()
+    assert "kept on this device" in ada.page.locator("#offline").inner_text()
+    assert ada.page.locator("#left").is_disabled()
+    ada.page.screenshot(path=screenshots / "label-server-gone.png")
+    bob.page.locator("#tie").click()
+    bob.page.locator("#offline").wait_for()
+    bob.page.screenshot(path=screenshots / "label-server-gone-phone.png")
+    kept = VoteStore(server.votes)
+    found = {vote.id for vote in kept.votes()}
+    kept.close()
+    assert found == {*ada.acknowledged, *bob.acknowledged}  # what was told to be kept is kept
+
+    server.start()
+    for rater in (ada, bob):
+        rater.page.locator("#offline").wait_for(state="hidden")
+        rater.ready()
+        assert rater.done == KILLED_AFTER + 1  # the choice that was under way arrived by itself
+    while not (ada.finished and bob.finished):
+        if not ada.finished:
+            ada.press(arrow(ada.right_side()))
+        if not bob.finished:
+            answer_bob()
+    assert ada.done == bob.done == NUM_PAIRS
+    bob.page.screenshot(path=screenshots / "label-finished.png")
+
+    store = VoteStore(server.votes)
+    votes = store.votes()
+    store.close()
+    assert {vote.id for vote in votes} == {*ada.acknowledged, *bob.acknowledged}
+    assert len({(vote.rater, vote.pair) for vote in votes}) == len(votes) == 2 * NUM_PAIRS
+    for vote in votes:
+        right = "a" if "right" in Path(str(items.pictures[items.pairs[vote.pair].a])).name else "b"
+        assert vote.preferred == ("tie" if vote.choice == "tie" else right)
+    sides = [vote.left_side for vote in votes]
+    assert 30 <= sides.count("a") <= 70  # a fair coin leaves it once in 20,000
+
+    ada.page.goto(f"{server.address}/results")
+    ada.page.get_by_role("rowheader", name="Ada").wait_for()
+    ada.page.screenshot(path=screenshots / "label-results.png", full_page=True)
+    bob.page.goto(f"{server.address}/results")
+    bob.page.get_by_role("rowheader", name="Bob").wait_for()
+    bob.page.screenshot(path=screenshots / "label-results-phone.png", full_page=True)
+    table = bob.page.locator(".wide")
+    assert table.evaluate("table => table.scrollWidth <= table.clientWidth")  # nothing is cut off
+    ties = sum(vote.choice == "tie" for vote in votes)
+    equal = ada.page.get_by_role("row", name="Equal answers").inner_text()
+    assert f"{100 * (NUM_PAIRS - ties) / NUM_PAIRS:.1f}" in equal
+    for rater in (ada, bob):
+        assert rater.errors == []
+        assert [url for url in rater.addresses if not url.startswith((server.address, "data:"))] == []
+        width = rater.page.viewport_size["width"]
+        assert rater.page.evaluate("document.documentElement.scrollWidth") <= width
+        rater.page.context.close()
+
+    server.kill()
+    rows, run = folder / "votes.rows.jsonl", folder / "votes.run"
+    assert main(["label", "export", str(server.votes), "--output", str(rows)]) == 0
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(written) == NUM_PAIRS
+    assert all("right" in row["chosen"] for row in written if row["votes_chosen"] > row["votes_rejected"])
+    train = ["train", "shapes-quick", "--data.train", str(rows), "--data.validation", str(rows)]
+    train += ["--output", str(run), "--num-steps", "6", "--batch-size", "8", "--validation.every", "6"]
+    train += ["--model.num-blocks", "2", "--model.image-taps", "2", "--model.text-taps", "1"]
+    assert main([*train, "--model.lora-rank", "2", "--cpu", "--json"]) == 0
+    assert (run / "reward_head.safetensors").is_file()
+    shutil.rmtree(run)
+
+
+def test_every_key_and_undo(browser, server, folder, screenshots):
+    server.start()
+    items = read_items(folder / "items.jsonl")
+    rater = Rater(browser, server, items, "Eve", color_scheme="dark", viewport={"width": 1000, "height": 800})
+    rater.enter()
+    keys = {
+        "ArrowLeft": "left",
+        "ArrowRight": "right",
+        "ArrowDown": "tie",
+        "t": "tie",
+        "s": "skip",
+        "S": "skip",
+    }
+    for key in keys:
+        rater.press(key)
+    for key in ("z", "Backspace"):
+        rater.press(key)
+    rater.page.keyboard.down("ArrowLeft")
+    for _ in range(5):  # a key that is held down repeats
+        rater.page.keyboard.down("ArrowLeft")
+    rater.page.keyboard.up("ArrowLeft")
+    rater.counted_from(4)
+    rater.ready()
+    store = VoteStore(server.votes)
+    assert [vote.choice for vote in store.votes()] == ["left", "right", "tie", "tie", "left"]
+    store.close()
+
+    rater.page.keyboard.press("Tab")  # from the top of the page to the first button
+    focused = "document.activeElement.id"
+    order = []
+    while (name := rater.page.evaluate(focused)) not in order:
+        order.append(name)
+        outline = "parseFloat(getComputedStyle(document.activeElement).outlineWidth)"
+        assert rater.page.evaluate(outline) >= 2, name
+        rater.page.keyboard.press("Tab")
+    assert {"left", "tie", "right", "undo", "skip", "leave"} <= set(order)
+    rater.page.locator("#right").focus()
+    rater.page.screenshot(path=screenshots / "label-dark-focus.png")
+    rater.press("Enter")
+    assert rater.done == 6
+    assert rater.page.evaluate("[...document.images].every(image => image.alt && image.naturalWidth > 0)")
+    rater.page.reload()
+    rater.ready()
+    assert rater.done == 6  # the name and the place are remembered
+    assert rater.errors == []
+    rater.page.context.close()
+
+
+def test_a_choice_outlives_the_page(browser, server, folder):
+    """The window is closed while the server is gone; the next one on this device delivers."""
+    server.start()
+    items = read_items(folder / "items.jsonl")
+    rater = Rater(browser, server, items, "Joe")
+    rater.enter()
+    server.kill()
+    rater.press("ArrowRight", wait=False)
+    rater.page.locator("#offline").wait_for()
+    context = rater.page.context
+    rater.page.close()
+    server.start()
+    page = context.new_page()
+    page.goto(server.address)
+    page.locator('#mine[value="1"]').wait_for()
+    store = VoteStore(server.votes)
+    assert [(vote.rater, vote.choice) for vote in store.votes()] == [("Joe", "right")]
+    store.close()
+    context.close()
+
+
+def test_an_answer_that_is_lost_on_its_way(browser, server, folder):
+    """The server has kept the vote, and the browser does not know: sent again, it still counts once."""
+    server.start()
+    rater = Rater(browser, server, read_items(folder / "items.jsonl"), "Lou")
+    rater.enter()
+
+    def lose(route: Any) -> None:
+        assert route.fetch().status == 200
+        route.abort()
+
+    rater.page.route("**/api/votes", lose, times=1)
+    rater.press("ArrowLeft")
+    store = VoteStore(server.votes)
+    assert [(vote.choice, vote.id) for vote in store.votes()] == [("left", *rater.acknowledged)]
+    store.close()
+    assert rater.done == 1
+    rater.page.context.close()
+
+
+@pytest.mark.parametrize("server", [("--token", "open sesame")], indirect=True)
+def test_the_token_is_asked_for(browser, server, folder, screenshots):
+    server.start()
+    items = read_items(folder / "items.jsonl")
+    rater = Rater(browser, server, items, "Kim", viewport={"width": 360, "height": 640}, **PHONE)
+    field = rater.page.get_by_label("Access token")
+    field.fill("open barley")
+    rater.page.keyboard.press("Enter")
+    rater.page.get_by_text("This is not the token.").wait_for()
+    rater.page.screenshot(path=screenshots / "label-token.png")
+    field.fill("open sesame")
+    rater.page.keyboard.press("Enter")
+    rater.enter()
+    rater.press("ArrowLeft")
+    assert rater.done == 1
+    rater.page.context.close()

@@ -1,0 +1,423 @@
+"""Every route: what a page gets, what is refused, and that two raters do not disturb each other."""
+
+import io
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.serving.labelling.app import Labelling, create_app
+from dina_lrm.serving.labelling.items import Items, read_items
+from dina_lrm.serving.labelling.store import VoteStore
+from tests.unit.serving_labelling.conftest import make_items, write_picture, write_rows
+
+HERE = "http://127.0.0.1:8080"
+
+
+class Page:
+    """A rater's browser without the browser."""
+
+    def __init__(self, client: TestClient, rater: str) -> None:
+        self.client, self.rater = client, rater
+        self.number = 0
+        self.task = self.load()
+
+    def load(self) -> dict[str, Any]:
+        self.task = self.client.get("/api/next", params={"rater": self.rater}).json()
+        return self.task
+
+    def request(self, answer: str, **changed: Any) -> dict[str, Any]:
+        self.number += 1
+        pair = self.task["pair"]
+        return {
+            "items": self.task["items"],
+            "id": f"{zlib.crc32(self.rater.encode()):016x}{self.number:016x}",
+            "rater": self.rater,
+            "pair": pair["index"],
+            "left": pair["left"],
+            "choice": answer,
+            "seconds": 1.5,
+        } | changed
+
+    def send(self, request: dict[str, Any]) -> Any:
+        return self.client.post("/api/votes", json=request)
+
+    def choose(self, choice: str) -> dict[str, Any]:
+        reply = self.send(self.request(choice))
+        assert reply.status_code == 200, reply.text
+        self.task = reply.json()
+        return self.task
+
+    def undo(self) -> dict[str, Any]:
+        body = {"items": self.task["items"], "rater": self.rater, "vote": self.task["last_vote"]}
+        reply = self.client.post("/api/undo", json=body)
+        assert reply.status_code == 200, reply.text
+        self.task = reply.json()
+        return self.task
+
+
+@pytest.fixture
+def labelling(items: Items, store: VoteStore) -> Labelling:
+    return Labelling(items, store, raters_per_pair=2)
+
+
+@pytest.fixture
+def client(labelling: Labelling) -> Iterator[TestClient]:
+    with TestClient(create_app(labelling, hosts=["127.0.0.1"]), base_url=HERE) as client:
+        yield client
+
+
+def test_a_rater_sees_every_pair_once(client: TestClient, store: VoteStore) -> None:
+    page = Page(client, "ada")
+    seen = []
+    while page.task["pair"] is not None:
+        assert page.task["done"] + page.task["left"] == 6
+        assert page.task["done"] == len(seen)
+        seen.append(page.task["pair"]["index"])
+        page.choose("left")
+    assert sorted(seen) == list(range(6))
+    assert page.task["votes"] == 6
+    assert page.task["wanted"] == 12
+    assert [vote.pair for vote in store.votes()] == seen
+
+
+def test_what_stood_on_the_left_is_what_is_recorded(
+    client: TestClient, store: VoteStore, items: Items
+) -> None:
+    page, shown = Page(client, "ada"), []
+    while page.task["pair"] is not None:
+        shown.append(page.task["pair"])
+        page.choose("left")
+    sides = set()
+    for pair, vote in zip(shown, store.votes(), strict=True):
+        preferred = getattr(items.pairs[vote.pair], str(vote.preferred))
+        assert preferred == pair["left"]
+        assert {pair["left"], pair["right"]} == {items.pairs[vote.pair].a, items.pairs[vote.pair].b}
+        sides.add(vote.left_side)
+    assert sides == {"a", "b"}
+
+
+def test_the_next_pair_is_announced(client: TestClient) -> None:
+    page = Page(client, "ada")
+    while page.task["preload"]:
+        announced = page.task["preload"]
+        page.choose("tie")
+        assert [page.task["pair"]["left"], page.task["pair"]["right"]] == announced
+    assert page.task["left"] == 1
+
+
+def test_reloading_shows_the_same_pair(client: TestClient) -> None:
+    page = Page(client, "ada")
+    before = page.task["pair"]
+    Page(client, "bob").choose("left")
+    assert page.load()["pair"] == before
+
+
+def test_a_vote_that_is_sent_twice(client: TestClient, store: VoteStore) -> None:
+    page = Page(client, "ada")
+    request = page.request("right")
+    first, second = page.send(request), page.send(request)
+    assert (first.status_code, second.status_code) == (200, 200)
+    assert first.json() == second.json()
+    assert len(store.votes()) == 1
+
+
+def test_undo_goes_back_step_by_step(client: TestClient, store: VoteStore) -> None:
+    page = Page(client, "ada")
+    shown = [page.task["pair"], page.choose("left")["pair"]]
+    page.choose("skip")
+    assert page.undo()["pair"] == shown[1]
+    assert page.undo()["pair"] == shown[0]
+    assert page.task["last_vote"] is None
+    assert store.votes() == []
+    page.choose("right")
+    assert [(vote.pair, vote.choice) for vote in store.votes()] == [(shown[0]["index"], "right")]
+
+
+def test_a_pair_with_enough_votes_is_closed(items: Items, store: VoteStore) -> None:
+    labelling = Labelling(items, store, raters_per_pair=1)
+    with TestClient(create_app(labelling), base_url=HERE) as client:
+        ada, bob = Page(client, "ada"), Page(client, "bob")
+        assert ada.task["pair"]["index"] != bob.task["pair"]["index"]  # one need not wait for the other
+        seen = set()
+        while ada.task["pair"] is not None:
+            seen.add(ada.task["pair"]["index"])
+            ada.choose("left")
+        assert len(seen) == 6
+        assert bob.load()["pair"] is None
+
+
+def test_skipped_pairs_stay_open_for_others(items: Items, store: VoteStore) -> None:
+    labelling = Labelling(items, store, raters_per_pair=1)
+    with TestClient(create_app(labelling), base_url=HERE) as client:
+        ada = Page(client, "ada")
+        while ada.task["pair"] is not None:
+            ada.choose("skip")
+        assert ada.task["votes"] == 0
+        assert Page(client, "bob").task["left"] == 6
+
+
+def test_many_raters_at_once(tmp_path: Path) -> None:
+    items = read_items(make_items(tmp_path, 12))
+    store = VoteStore(tmp_path / "votes.sqlite")
+    labelling = Labelling(items, store, raters_per_pair=2)
+
+    def work(name: str) -> int:
+        page, given = Page(client, name), 0
+        while page.task["pair"] is not None:
+            page.choose(("left", "right", "tie")[given % 3])
+            given += 1
+        return given
+
+    with TestClient(create_app(labelling), base_url=HERE) as client, ThreadPoolExecutor(6) as pool:
+        given = sum(pool.map(work, [f"rater {number}" for number in range(6)]))
+    votes = store.votes()
+    store.close()
+    assert len(votes) == given
+    assert len({(vote.rater, vote.pair) for vote in votes}) == given
+    counts = np.bincount([vote.pair for vote in votes], minlength=12)
+    assert counts.min() >= 2
+    assert counts.max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "message"),
+    [
+        ({"choice": "both"}, 422, "choice"),
+        ({"pair": 6}, 422, r"pair = 6: must be in [0, 5]"),
+        ({"pair": -1}, 422, "pair = -1"),
+        ({"left": 999}, 422, "left = 999"),
+        ({"rater": " "}, 422, "1 to 64 printable"),
+        ({"id": "7"}, 422, "id"),
+        ({"seconds": -1.0}, 422, "seconds"),
+        ({"items": "0" * 32}, 409, "other items"),
+        ({"more": 1}, 422, "more"),
+    ],
+)
+def test_wrong_votes_are_told_what_is_wrong(
+    client: TestClient, store: VoteStore, changed: dict[str, Any], status: int, message: str
+) -> None:
+    page = Page(client, "ada")
+    reply = page.send(page.request("left", **changed))
+    assert reply.status_code == status
+    assert message in reply.json()["error"]
+    assert store.votes() == []
+
+
+def test_a_second_window_is_told(client: TestClient, store: VoteStore) -> None:
+    first, second = Page(client, "ada"), Page(client, "ada")
+    request = second.request("right")
+    first.choose("left")
+    reply = second.send(request | {"id": "f" * 32})
+    assert reply.status_code == 409
+    assert "already" in reply.json()["error"]
+    assert [vote.choice for vote in store.votes()] == ["left"]
+
+
+def test_a_full_disk_is_told_and_nothing_is_acknowledged(client: TestClient, store: VoteStore) -> None:
+    pages = store._database.execute("PRAGMA page_count").fetchone()[0]
+    store._database.execute(f"PRAGMA max_page_count = {pages}")
+    page = Page(client, "ada")
+    for _ in range(400):  # until the pages that are there are full
+        request = page.request("left")
+        reply = page.send(request)
+        if reply.status_code != 200:
+            break
+        page.task = reply.json()
+        page.undo()
+    assert reply.status_code == 503
+    assert "disk is full" in reply.json()["error"]
+    assert store.votes() == []
+    store._database.execute(f"PRAGMA max_page_count = {pages + 10}")
+    assert page.send(request).status_code == 200  # the same vote, sent again
+    assert [vote.id for vote in store.votes()] == [request["id"]]
+
+
+def test_undo_of_a_vote_that_is_none(client: TestClient) -> None:
+    task = Page(client, "ada").task
+    reply = client.post("/api/undo", json={"items": task["items"], "rater": "ada", "vote": "0"})
+    assert reply.status_code == 409
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_the_files_pixels(client: TestClient, items: Items) -> None:
+    for number, path in enumerate(items.pictures):
+        reply = client.get(f"/pictures/{number}")
+        assert reply.headers["content-type"] == "image/png"
+        with Image.open(io.BytesIO(reply.content)) as sent, Image.open(str(path)) as stored:
+            np.testing.assert_array_equal(np.asarray(sent), np.asarray(stored))
+
+
+def test_pictures_are_not_sent_again(client: TestClient) -> None:
+    etag = client.get("/pictures/0").headers["etag"]
+    assert client.get("/pictures/0", headers={"if-none-match": etag}).status_code == 304
+    assert client.get("/pictures/1", headers={"if-none-match": etag}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "place", ["12", "-1", "items.jsonl", "../items.jsonl", "%2e%2e%2fitems.jsonl", "0.png"]
+)
+def test_pictures_go_by_number_alone(client: TestClient, place: str) -> None:
+    reply = client.get(f"/pictures/{place}")
+    assert reply.status_code in (404, 422)
+    assert "prompt" not in reply.text
+
+
+def test_what_is_hidden_in_a_picture_is_not_passed_on(tmp_path: Path) -> None:
+    names = [write_picture(tmp_path / f"{name}.jpg", ord(name)) for name in "ab"]
+    for name in names:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"<script>alert(1)</script>")
+    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": names}]))
+    store = VoteStore(tmp_path / "votes.sqlite")
+    sent = Labelling(items, store).picture(0)
+    store.close()
+    assert sent.startswith(b"\x89PNG")
+    assert b"script" not in sent
+
+
+def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
+    names = [write_picture(tmp_path / f"{name}.png", ord(name), size=(3000, 30)) for name in "ab"]
+    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": names}]))
+    store = VoteStore(tmp_path / "votes.sqlite")
+    with Image.open(io.BytesIO(Labelling(items, store).picture(0))) as sent:
+        assert sent.size == (2048, 20)
+    store.close()
+
+
+def test_a_pair_that_cannot_be_shown_is_left_out_and_told(client: TestClient, items: Items) -> None:
+    bad = items.pictures[items.pairs[2].a]
+    assert isinstance(bad, Path)
+    bad.write_bytes(b"no picture")
+    page, seen = Page(client, "ada"), []
+    while page.task["pair"] is not None:
+        seen.append(page.task["pair"]["index"])
+        page.choose("left")
+    assert sorted(seen) == [0, 1, 3, 4, 5]
+    assert page.task["wanted"] == 10
+    (told,) = client.get("/api/results").json()["unreadable"]
+    assert told["pair"] == 2
+    assert bad.name in told["reason"]
+
+
+# --- results -----------------------------------------------------------------------------------------------
+
+
+def test_results(client: TestClient) -> None:
+    ada, bob = Page(client, "ada"), Page(client, "bob")
+    for choice in ("left", "tie", "skip"):
+        ada.choose(choice)
+    bob.choose("right")
+    found = client.get("/api/results").json()
+    assert (found["votes"], found["skips"], found["pairs"]) == (3, 1, 6)
+    assert found["ties"]["value"] == pytest.approx(1 / 3)
+    assert found["left"]["value"] == 0.5
+    assert [rater["rater"] for rater in found["raters"]] == ["ada", "bob"]
+    assert found["reward"] is None
+
+
+# --- who may come in ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://elsewhere.example"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ],
+)
+def test_requests_from_other_sites_are_refused(
+    client: TestClient, store: VoteStore, headers: dict[str, str]
+) -> None:
+    page = Page(client, "ada")
+    reply = client.post("/api/votes", json=page.request("left"), headers=headers)
+    assert reply.status_code == 403
+    assert store.votes() == []
+
+
+@pytest.mark.parametrize("headers", [{"origin": HERE}, {"sec-fetch-site": "same-origin"}, {}])
+def test_our_own_page_and_programs_are_let_in(client: TestClient, headers: dict[str, str]) -> None:
+    page = Page(client, "ada")
+    assert client.post("/api/votes", json=page.request("left"), headers=headers).status_code == 200
+
+
+def test_a_name_of_another_site_for_this_address_is_refused(client: TestClient) -> None:
+    for host in ("elsewhere.example", "elsewhere.example:8080", "127.0.0.1.elsewhere.example", "[", ""):
+        assert client.get("/", headers={"host": host}).status_code == 403
+    assert client.get("/").status_code == 200
+
+
+def test_large_bodies_are_refused(client: TestClient) -> None:
+    reply = client.post("/api/votes", content=b" " * 20_000, headers={"content-type": "application/json"})
+    assert reply.status_code == 413
+
+
+def test_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
+    for path in ("/", "/results", "/page.css", "/label.js", "/results.js"):
+        reply = client.get(path)
+        assert reply.status_code == 200
+        assert "http://" not in reply.text
+        assert "https://" not in reply.text
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+    for path in ("/docs", "/openapi.json", "/page/label.html", "/nothing"):
+        assert client.get(path).status_code == 404
+
+
+@pytest.fixture
+def guarded(labelling: Labelling) -> Iterator[TestClient]:
+    app = create_app(labelling, token="a secret ü")
+    with TestClient(app, base_url=HERE, follow_redirects=False) as client:
+        yield client
+
+
+def test_nothing_without_the_token(guarded: TestClient, store: VoteStore) -> None:
+    for path in ("/", "/results", "/label.js", "/pictures/0", "/api/next?rater=ada", "/api/results"):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"cookie": "dina_lrm_label=wrong"}):
+            assert guarded.get(path, headers=headers).status_code == 401, path
+    assert guarded.post("/api/votes", json={}).status_code == 401
+    page = guarded.get("/", headers={"accept": "text/html"})
+    assert page.status_code == 401
+    assert 'name="token"' in page.text
+        assert guarded.get("/page.css").status_code == 401  # the form has its style with it
+
+
+def test_the_token_opens_as_a_header(guarded: TestClient) -> None:
+    headers = {"authorization": "Bearer a secret ü".encode()}
+    assert guarded.get("/api/next?rater=ada", headers=headers).status_code == 200  # type: ignore[arg-type]
+
+
+def test_the_token_opens_in_a_form(guarded: TestClient) -> None:
+    wrong = guarded.post("/login", data={"token": "a secret"})
+    assert wrong.status_code == 401
+    assert "This is not the token." in wrong.text
+    assert "set-cookie" not in wrong.headers
+    right = guarded.post("/login", data={"token": "a secret ü"}, headers={"origin": HERE})
+    assert right.status_code == 303
+    assert "HttpOnly" in right.headers["set-cookie"]
+    assert "samesite=strict" in right.headers["set-cookie"].lower()
+    assert "secret" not in right.headers["set-cookie"]
+    assert guarded.get("/api/next?rater=ada").status_code == 200
+
+
+def test_the_form_is_refused_from_another_site(guarded: TestClient) -> None:
+    reply = guarded.post(
+        "/login", data={"token": "a secret ü"}, headers={"origin": "http://elsewhere.example"}
+    )
+    assert reply.status_code == 403
+
+
+def test_settings_out_of_range(items: Items, store: VoteStore) -> None:
+    with pytest.raises(InvalidInputError, match="raters_per_pair = 0"):
+        Labelling(items, store, raters_per_pair=0)
