@@ -20,6 +20,7 @@ from dina_lrm.errors import (
 )
 
 if TYPE_CHECKING:
+    from dina_lrm.client import AsyncClient, Client
     from dina_lrm.models.backbone import BackboneFeatures, Conditioning
     from dina_lrm.models.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
     from dina_lrm.models.reward_model import RewardModel
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Client": "dina_lrm.client",
+    "AsyncClient": "dina_lrm.client",
     "RewardModel": "dina_lrm.models.reward_model",
     "RankedImage": "dina_lrm.models.scoring",
     "ScoreOutput": "dina_lrm.models.scoring",
@@ -43,9 +46,11 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "AsyncClient",
     "BackboneFeatures",
     "Calibration",
     "CheckpointError",
+    "Client",
     "Conditioning",
     "DinaError",
     "HeadConfig",

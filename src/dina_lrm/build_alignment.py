@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from dina_lrm.alignment.gold import Evaluation, Gold, paired_gain
 from dina_lrm.alignment.grpo import Grpo
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.refl import Refl
-from dina_lrm.alignment.rewards import LatentReward, RewardSum
+from dina_lrm.alignment.rewards import LatentReward, Reward, RewardSum, ServerReward
 from dina_lrm.alignment.run import Run, RunResult, Update
 from dina_lrm.alignment.step_level import StepDpo
+from dina_lrm.client import Client, is_address
 from dina_lrm.data.latents import LatentPairs, mix_seeds
 from dina_lrm.data.pairs import load_image
 from dina_lrm.data.shards import LatentShards, PairSet
@@ -126,8 +128,13 @@ def latent_reward(
     """A reward for the pictures of a live pipeline; shares its transformer where it is its own backbone's.
 
     Raises:
-        InvalidInputError: the reward reads latents of another VAE.
+        InvalidInputError: the reward reads latents of another VAE, or is a server.
     """
+    if is_address(location):
+        raise InvalidInputError(
+            f"{location} is a server, which has no gradient and scores no noisy states: name bundled, a run "
+            f"folder or a hub id"
+        )
     source = PipelineSource(pipeline)
     weight = next(iter(source.network.parameters()))
     own = read_checkpoint(location).fingerprint
@@ -147,6 +154,21 @@ def latent_reward(
             f"policy makes {ours}"
         )
     return LatentReward(model, tuple(noise_levels))
+
+
+def server_reward(client: Client, policy: Policy, config: AlignConfig, prompt: str) -> ServerReward:
+    """A server's reward for the latents of `policy`, asked for one score, so that what cannot be scored ends
+    the run before its first sample.
+
+    Raises:
+        InvalidInputError: the server refuses latents or embeddings of this policy, or the token.
+        ScoringError: it cannot be reached, or fails.
+    """
+    levels = config.reward.noise_levels
+    reward = ServerReward(client, policy.encode, *levels)
+    shape = policy.latent_shape(config.sampler.height, config.sampler.width)
+    reward(torch.zeros(1, *shape), [prompt], [0])
+    return reward
 
 
 def gold_scores(names: Sequence[str], device: str) -> dict[str, Gold]:
@@ -199,9 +221,8 @@ def run_alignment(
     Args:
         pipeline: a live one instead of `config.policy.pipeline`.
     """
-    algorithm = algorithm_of(
-        config
-    )  # before anything is loaded: settings that cannot work are refused at once
+    # Before anything is loaded: settings that cannot work are refused at once.
+    algorithm, weights = algorithm_of(config), config.reward.resolved_weights()
     prompts, held_out = alignment_prompts(config)
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     if pipeline is None:
@@ -215,22 +236,27 @@ def run_alignment(
         gradient_checkpointing=config.policy.gradient_checkpointing,
         seed=mix_seeds(config.seed, 4),
     )
-    terms = tuple(
-        latent_reward(one, pipeline, noise_levels=config.reward.noise_levels, share=config.reward.share)
-        for one in config.reward.models
-    )
-    reward = RewardSum(terms, config.reward.weights or (1.0,) * len(terms))
-    run = Run(
-        config,
-        policy,
-        reward,
-        prompts,
-        held_out,
-        golds=gold_scores(config.monitor.gold, device),
-        on_evaluation=write_alignment_page,
-        log=log,
-    )
-    return policy, run.train(algorithm)
+    with ExitStack() as clients:
+
+        def term(location: str) -> Reward:
+            if is_address(location):
+                log(f"the reward is asked of {location}")
+                return server_reward(clients.enter_context(Client(location)), policy, config, held_out[0])
+            settings = config.reward
+            return latent_reward(location, pipeline, noise_levels=settings.noise_levels, share=settings.share)
+
+        reward = RewardSum(tuple(map(term, config.reward.models)), weights)
+        run = Run(
+            config,
+            policy,
+            reward,
+            prompts,
+            held_out,
+            golds=gold_scores(config.monitor.gold, device),
+            on_evaluation=write_alignment_page,
+            log=log,
+        )
+        return policy, run.train(algorithm)
 
 
 TITLES: dict[type[AlignConfig], str] = {

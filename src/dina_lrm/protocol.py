@@ -84,9 +84,14 @@ def pack(latents: Tensor, conditioning: Conditioning, u: Tensor, seeds: Sequence
     embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
     if pooled is None:
         raise InvalidInputError("pooled_prompt_embeds are missing: a server takes them beside prompt_embeds")
+    mask = conditioning.attention_mask
+    if mask is not None and not bool(mask.bool().all()):
+        raise InvalidInputError("attention_mask hides tokens: the protocol has no mask")
     tensors = {"latents": latents, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "u": u.float()}
     _check(tensors)
     if seeds is not None:
+        if outside := [seed for seed in seeds if not -(2**63) <= seed < 2**63]:
+            raise InvalidInputError(f"seeds: {outside[0]} is outside [-2^63, 2^63)")
         tensors["seeds"] = torch.tensor(seeds, dtype=torch.int64)
     _check_rows(tensors)
     return safetensors.torch.save({name: one.detach().cpu().contiguous() for name, one in tensors.items()})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dina_lrm.alignment.rollout import SamplerConfig
+from dina_lrm.client import is_address
 from dina_lrm.config import OptimizerConfig
 from dina_lrm.errors import InvalidInputError
 
@@ -47,14 +48,32 @@ class RewardConfig:
     """What is maximised: a weighted sum of latent rewards."""
 
     models: tuple[str, ...] = ("bundled",)
-    """Each "bundled", a run folder, or a hub id."""
+    """Each "bundled", a run folder, a hub id, or the http(s) address of a reward server. A server has no
+    gradient and scores no noisy states: for grpo without `dense`, dpo, and step-dpo with preference =
+    "trajectory". Its token is read from the environment variable DINA_LRM_TOKEN."""
     weights: tuple[float, ...] = ()
     """One for each of `models`; empty: 1 each. Advantages of grpo and orders of dpo do not change when all
     weights are multiplied; the gradient of refl does."""
     noise_levels: tuple[float, ...] = ()
-    """Several are one token-level ensemble; empty: each reward's own default."""
+    """Several are one token-level ensemble, which servers do not have; empty: each reward's own default, and
+    0.4 of a server."""
     share: bool = True
     """Rewards whose backbone is the policy's own use its weights in memory (`RewardModel.attach`)."""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Those of `models` that are addresses."""
+        return tuple(filter(is_address, self.models))
+
+    def resolved_weights(self) -> tuple[float, ...]:
+        """A weight for each of `models`.
+
+        Raises:
+            InvalidInputError: another number of them.
+        """
+        if self.weights and len(self.weights) != len(self.models):
+            raise InvalidInputError(f"reward.weights = {self.weights} for {len(self.models)} reward.models")
+        return self.weights or (1.0,) * len(self.models)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,14 +144,23 @@ class AlignConfig:
                 raise InvalidInputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if self.monitor.every < 1 or self.monitor.num_prompts < 2 or self.monitor.window < 2:
             raise InvalidInputError("monitor: every must be at least 1, num_prompts and window at least 2")
-        if self.reward.weights and len(self.reward.weights) != len(self.reward.models):
-            raise InvalidInputError(
-                f"reward.weights = {self.reward.weights} for {len(self.reward.models)} reward.models"
-            )
         if not self.reward.models:
             raise InvalidInputError("reward.models is empty: name at least one reward")
+        if self.reward.servers and len(self.reward.noise_levels) > 1:
+            raise InvalidInputError(
+                f"reward.noise_levels = {self.reward.noise_levels}: {self.reward.servers[0]} is a server, "
+                f"which scores at one level"
+            )
         if self.policy.lora_rank < 1:
             raise InvalidInputError(f"policy.lora_rank = {self.policy.lora_rank}: must be at least 1")
+
+    def _refuse_servers(self, reason: str) -> None:
+        """For what only a reward in memory can do."""
+        if self.reward.servers:
+            raise InvalidInputError(
+                f"reward.models: {self.reward.servers[0]} is a server, and {reason}: name bundled, a run "
+                f"folder or a hub id"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +179,10 @@ class ReflConfig(AlignConfig):
     """Weight of the squared distance between the predictions of policy and reference."""
     pretraining_weight: float = 0.0
     """Weight of the flow-matching (denoising) loss on latents of the reference, against drift."""
+
+    def __post_init__(self) -> None:
+        super(ReflConfig, self).__post_init__()
+        self._refuse_servers("refl needs the reward's gradient")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +212,8 @@ class GrpoConfig(AlignConfig):
 
     def __post_init__(self) -> None:
         super(GrpoConfig, self).__post_init__()
+        if self.dense:
+            self._refuse_servers("dense needs scores of noisy states")
         if self.group_size < 2:
             raise InvalidInputError(
                 f"group_size = {self.group_size}: a group of one picture has no advantage, give at least 2"
@@ -222,6 +256,8 @@ class StepDpoConfig(AlignConfig):
 
     def __post_init__(self) -> None:
         super(StepDpoConfig, self).__post_init__()
+        if self.preference == "step":
+            self._refuse_servers('preference = "step" needs scores of noisy states')
         if self.branches < 2:
             raise InvalidInputError(f"branches = {self.branches}: must be at least 2")
         if not self.sampler.stochastic:

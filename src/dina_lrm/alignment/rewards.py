@@ -1,4 +1,4 @@
-"""What a policy is told about its pictures: latent rewards, and sums of several."""
+"""What a policy is told about its pictures: latent rewards, here or of a server, and sums of several."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dina_lrm.client import Client
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["LatentReward", "Reward", "RewardError", "RewardSum", "checked"]
+__all__ = ["LatentReward", "Reward", "RewardError", "RewardSum", "ServerReward", "checked"]
 
 Reward = Callable[[Latents, Sequence[str], Sequence[int]], Score]
 """Scores (batch,) of clean latents for prompts, with the seeds of whatever is random in it; differentiable
@@ -46,6 +47,34 @@ class LatentReward:
         for prompt in dict.fromkeys(prompts):
             self.model.encode_prompts([prompt])
         return self.model.encode_prompts(prompts)
+
+
+@dataclass(frozen=True)
+class ServerReward:
+    """A server's scores of clean latents; the noise of sample i follows from seed i.
+
+    The server is sent the policy's own embeddings of the prompts. Scores have no gradient, and noisy states
+    have no score.
+
+    Args:
+        encode: `Policy.encode`.
+        noise_level: one, in [0, 1]; the protocol has no ensembles.
+    """
+
+    client: Client
+    encode: Callable[[Sequence[str]], Conditioning]
+    noise_level: float = 0.4
+
+    def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
+        """See `Reward`.
+
+        Raises:
+            InvalidInputError: a gradient is wanted, or the server refuses.
+            ScoringError: no score after all attempts.
+        """
+        if torch.is_grad_enabled() and latents.requires_grad:
+            raise InvalidInputError(f"{self.client.url} is a server, whose scores have no gradient")
+        return self.client.score_latents(latents.float(), self.encode(prompts), self.noise_level, list(seeds))
 
 
 @dataclass(frozen=True)

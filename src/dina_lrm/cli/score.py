@@ -88,6 +88,8 @@ def main(arguments: Sequence[str]) -> int:
             f"--target-error is above 0 and --max-draws at least 2; got {options.target_error:g} "
             f"and {options.max_draws}"
         )
+    if options.workers is not None and (options.engine != "ray" or options.workers < 1):
+        raise UsageError(f"--workers is at least 1 and goes with --engine ray; got {options.workers}")
     if options.input is None:
         if options.output is not None:
             raise UsageError("--output goes with --input; images on the command line are printed")
@@ -236,10 +238,16 @@ def score_to_folder(options: Score, source: str, target: str) -> int:
     with_ray = options.engine == "ray"
     with progress_bar("rows") as progress:
         task = progress.add_task("scoring", total=None)
+        told: int | None = None
 
         def on_progress(done: int, total: int) -> None:
-            if progress.tasks[0].total is None and done:
+            nonlocal told
+            if told is None and done:
                 log(f"continuing after {done} of {total} rows")
+            if told is None or 20 * (done - told) >= total:
+                if told is not None and progress.disable:
+                    log(f"  {done:,} of {total:,} rows")
+                told = done
             progress.update(task, completed=done, total=total)
 
         summary = score_dataset(

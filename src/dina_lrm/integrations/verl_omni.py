@@ -20,6 +20,9 @@ from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import NoiseLevels
 
+SERVED_CHANNELS = 16
+"""Of a latent for a server, by which it is told from a picture."""
+
 
 def compute_score(
     data_source: str,
@@ -37,7 +40,7 @@ def compute_score(
     score_scale: float = 1.0,
     score_bias: float = 0.0,
     timeout_seconds: float = 120.0,
-    max_retries: int = 2,
+    max_retries: int = 5,
     **_: Any,
 ) -> dict[str, float]:
     """Score one sample; a latent wherever there is one, since it costs no decoding and no text encoder.
@@ -94,7 +97,7 @@ def _score_remotely(
     timeout_seconds: float,
     max_retries: int,
 ) -> float:
-    latents = _latents(solution_image, info, latent_http.LATENT_CHANNELS)
+    latents = _latents(solution_image, info, SERVED_CHANNELS)
     if latents is None:
         raise InvalidInputError(
             f"solution_image is {_layout(solution_image)}, and extra_info has no latents_clean: a server "

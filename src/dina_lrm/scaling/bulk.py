@@ -19,8 +19,8 @@ import posixpath
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
-from dina_lrm.errors import InvalidInputError
+from dina_lrm.errors import InvalidInputError, PromptWarning
 from dina_lrm.files import write_whole
-from dina_lrm.scaling.cluster import connected
+from dina_lrm.scaling.cluster import check_device, connected, share, whole_path
 from dina_lrm.scaling.rows import Scoring, score_rows
 from dina_lrm.scaling.sources import Part, Plan, filesystem, make_plan, open_file, read_part
 
@@ -48,7 +47,6 @@ FORMAT = "dina-lrm scores"
 FORMAT_VERSION = 1
 RETRIES_PER_PART = 3
 """How often a part may bring its worker down before the run gives up."""
-WORKERS_WITHOUT_GPU = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +130,8 @@ def score_dataset(
 
     if workers is not None and workers < 0:
         raise InvalidInputError(f"workers = {workers}: must be at least 1, or 0 for this process")
+    if workers != 0:
+        check_device(job.device)
     plan = make_plan(job.input, job.rows_per_part)
     checkpoint = read_checkpoint(job.model)
     scoring = Scoring(
@@ -155,15 +155,16 @@ def score_dataset(
             run = _alone(_Scorer(job, scoring, plan, model), missing)
         else:
             run = _with_ray(job, scoring, plan, missing, workers)
-        for worker, result in run:
-            done += result.rows
-            on_progress(done, plan.rows)
-            replaced += processes.get(worker, result.process) != result.process
-            processes[worker] = result.process
-            for note in result.notes:
-                if note not in told:
-                    told.add(note)
-                    _warn(note)
+        with closing(run):
+            for worker, result in run:
+                done += result.rows
+                on_progress(done, plan.rows)
+                replaced += processes.get(worker, result.process) != result.process
+                processes[worker] = result.process
+                for note in result.notes:
+                    if note not in told:
+                        told.add(note)
+                        warnings.warn(note, PromptWarning, stacklevel=2)
         scored, rejected = _check_and_list_rejects(folder, plan)
         summary = BulkSummary(
             rows=plan.rows,
@@ -177,12 +178,6 @@ def score_dataset(
         )
         folder.write("summary.json", _json({"rows": plan.rows, "scored": scored, "rejected": rejected}))
     return summary
-
-
-def _warn(note: str) -> None:
-    from dina_lrm.errors import PromptWarning
-
-    warnings.warn(note, PromptWarning, stacklevel=3)
 
 
 # --- workers -----------------------------------------------------------------------------------------------
@@ -218,8 +213,6 @@ class _Scorer:
 
     def score(self, part: Part) -> _PartDone:
         """Read a part, score it, and write its file."""
-        from dina_lrm.errors import PromptWarning
-
         open_picture = partial(open_file, fs=self.fs, folder=posixpath.dirname(part.path))
         tables: list[pyarrow.Table] = []
         records: list[dict[str, Any]] = []
@@ -248,22 +241,28 @@ def _parquet(columns: pyarrow.Table, records: Sequence[dict[str, Any]]) -> bytes
     return sink.getvalue().to_pybytes()
 
 
-def _alone(scorer: _Scorer, parts: Sequence[Part]) -> Iterator[tuple[int, _PartDone]]:
+def _alone(scorer: _Scorer, parts: Sequence[Part]) -> Generator[tuple[int, _PartDone], None, None]:
     for part in parts:
         yield 0, scorer.score(part)
 
 
 def _with_ray(
     job: BulkJob, scoring: Scoring, plan: Plan, parts: Sequence[Part], workers: int | None
-) -> Iterator[tuple[int, _PartDone]]:
+) -> Generator[tuple[int, _PartDone], None, None]:
     """Which worker has done a part, part by part. A worker has one part at a time.
 
     Ray starts a worker that has died again, on another machine if need be, and gives it its part again.
     """
     if not parts:
         return
+    job = replace(
+        job,
+        output=whole_path(job.output),
+        model=whole_path(job.model),
+        pipeline=None if job.pipeline is None else whole_path(job.pipeline),
+    )
     with connected() as ray:
-        count, on_gpu = _share(ray.cluster_resources(), job.device, workers)
+        count, on_gpu = share(ray.cluster_resources(), job.device, workers)
         actor = ray.remote(_Scorer).options(
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
@@ -287,7 +286,9 @@ def _with_ray(
             try:
                 result = ray.get(finished[0])
             except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+                if isinstance(error.cause, ValueError | OSError):  # says all that there is to say
+                    raise error.cause from None
+                raise
             except ray.exceptions.RayActorError as error:
                 raise ChildProcessError(
                     f"rows {part.first_row} to {part.first_row + part.rows - 1} of {job.input!r} have "
@@ -295,19 +296,6 @@ def _with_ray(
                 ) from error
             free.append(worker)
             yield worker[0], result
-
-
-def _share(resources: Mapping[str, float], device: str, workers: int | None) -> tuple[int, bool]:
-    """How many workers, and whether on GPUs: a worker has one GPU, or one CPU core."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidInputError(f"device = {device!r}: Ray hands out the GPUs, so it is auto, cpu or cuda")
-    cpus, gpus = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
-    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    room, unit = (gpus, "GPUs") if on_gpu else (cpus, "CPU cores")
-    count = workers or (gpus if on_gpu else min(WORKERS_WITHOUT_GPU, cpus))
-    if not 1 <= count <= room:
-        raise InvalidInputError(f"workers = {count}: each needs one of {room} {unit}")
-    return count, on_gpu
 
 
 # --- the output --------------------------------------------------------------------------------------------
@@ -434,7 +422,7 @@ def _check_and_list_rejects(folder: _Folder, plan: Plan) -> tuple[int, int]:
             raise InvalidInputError(f"{where!r} is damaged: delete it, and repeat the run") from error
         if table["row"].to_pylist() != list(range(part.first_row, part.first_row + part.rows)):
             raise InvalidInputError(f"{where!r} has other rows than it should: delete it, and repeat the run")
-        for reject in table.filter(pyarrow.compute.is_valid(table["error"])).to_pylist():
+        for reject in table.filter(table["error"].is_valid()).to_pylist():
             rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")
     if rejects:
         folder.write("rejects.jsonl", "".join(rejects).encode())

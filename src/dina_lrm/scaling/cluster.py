@@ -2,16 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["connected"]
+__all__ = ["check_device", "connected", "share", "whole_path"]
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a cluster of our own: pictures and scores do not travel through it, only parts' names and requests."""
+PROCESSES_WITHOUT_GPU = 2
 
 
 @contextmanager
@@ -49,3 +50,43 @@ def connected(address: str | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_device(device: str) -> None:
+    """Ray says which GPU a process has.
+
+    Raises:
+        InvalidInputError: a device with a number, or of another kind.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidInputError(f"device = {device!r}: Ray hands out the GPUs, so it is auto, cpu or cuda")
+
+
+def share(resources: Mapping[str, float], device: str, processes: int | None) -> tuple[int, bool]:
+    """How many processes with a model, and whether on GPUs: each has one GPU, or one CPU core.
+
+    Args:
+        resources: of the cluster, as `ray.cluster_resources()` gives them.
+        device: "cpu", "cuda", or "auto": GPUs where there are any.
+        processes: None: one a GPU, or two.
+
+    Raises:
+        InvalidInputError: there is no room for so many.
+
+    >>> share({"CPU": 16.0, "GPU": 8.0}, "auto", None)
+    (8, True)
+    >>> share({"CPU": 16.0}, "auto", 4)
+    (4, False)
+    """
+    cpus, gpus = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
+    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    room, unit = (gpus, "GPUs") if on_gpu else (cpus, "CPU cores")
+    count = processes or (gpus if on_gpu else min(PROCESSES_WITHOUT_GPU, cpus))
+    if not 1 <= count <= room:
+        raise InvalidInputError(f"{count} processes for {room} {unit}: each needs one")
+    return count, on_gpu
+
+
+def whole_path(name: str) -> str:
+    """What `name` is called where the working directory is another; only names of files here change."""
+    return os.path.abspath(name) if os.path.exists(name) else name

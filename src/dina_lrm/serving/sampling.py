@@ -1,8 +1,8 @@
 """Sampling a picture step by step, so that others get the model in between.
 
-A diffusers pipeline samples in one call and keeps the state of its scheduler in itself. Here each step is a
-piece of work of its own, with a scheduler of its own, and the pipeline's parts are only read: several visitors
-can sample at once. Step for step it computes what `StableDiffusion3Pipeline.__call__` does.
+A diffusers pipeline samples in one call and keeps the state of its scheduler in itself. Here each step is
+a piece of work of its own, with a scheduler of its own, and the pipeline's parts are only read: several
+visitors can sample at once. Step for step it computes what `StableDiffusion3Pipeline.__call__` does.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,8 +48,8 @@ class SamplerState:
     noisy: Latents
     """(1, channel, height, width) at `sigma`."""
     clean: Latents
-    """(1, channel, height, width): the clean latent that the denoiser predicts, guidance included. In the last
-    step it is the sample."""
+    """(1, channel, height, width): the clean latent that the denoiser predicts, guidance included; in the
+    last step, the sample."""
 
 
 def sample_stepwise(
@@ -120,5 +120,7 @@ def _encoded(pipeline: Any, prompt: str, guided: bool) -> tuple[Tensor, Tensor]:
 
 
 def _check_whole(name: str, value: float | None, low: int, high: int) -> None:
-    if value is None or value != int(value) or not low <= value <= high:
+    if value is None:
+        raise InvalidInputError(f"{name}: none is given, a whole number in [{low}, {high}] is needed")
+    if value != int(value) or not low <= value <= high:
         raise InvalidInputError(f"{name} = {value}: must be a whole number in [{low}, {high}]")

@@ -1,12 +1,14 @@
 """The bundled reward, and pictures and latents that it can score."""
 
+import types
 from collections.abc import Iterator
 
+import httpx_retries.retry
 import pytest
 import torch
 from torch import Tensor
 
-from dina_lrm import Conditioning, RewardModel
+from dina_lrm import Client, Conditioning, RewardModel
 from dina_lrm.integrations import latent_http
 from tests.unit.integrations.server import Server, serving
 
@@ -52,7 +54,24 @@ def server(bundled: RewardModel) -> Iterator[Server]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the client would have waited between attempts."""
+    """Seconds that a client would have waited between attempts."""
     found: list[float] = []
-    monkeypatch.setattr(latent_http.time, "sleep", found.append)
+    monkeypatch.setattr(httpx_retries.retry, "time", types.SimpleNamespace(sleep=found.append))
     return found
+
+
+@pytest.fixture(autouse=True)
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Client]]:
+    """Those that this process has made, which are closed after the test."""
+    made: list[Client] = []
+
+    def make(*arguments: object, **settings: object) -> Client:
+        made.append(Client(*arguments, **settings))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr(latent_http, "Client", make)
+    latent_http._client.cache_clear()
+    yield made
+    latent_http._client.cache_clear()
+    for one in made:
+        one.close()

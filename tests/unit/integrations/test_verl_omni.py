@@ -178,7 +178,7 @@ def test_what_a_server_is_not_asked(
         (latents[0], {}, {}, "no prompt_embeds"),
         (latents[0], {"prompt_embeds": info["prompt_embeds"]}, {}, "pooled_prompt_embeds are missing"),
         (latents[0], info, {"noise_level": [0.2, 0.5]}, r"\[0.2, 0.5\]: a server takes one number"),
-        (latents[0], info, {"noise_level": 1.2}, r"u = 1.2 is outside \[0, 1\]"),
+        (latents[0], info, {"noise_level": 1.2}, r"noise_level = 1.2 is outside \[0, 1\]"),
     ]
     for image, extra_info, settings, message in cases:
         with pytest.raises(InvalidInputError, match=message):
@@ -195,4 +195,4 @@ def test_failures_of_a_server_are_raised(
     server.replies = [None] * 2
     with pytest.raises(ScoringError, match="no score in 2 attempts"):
         call(latents[0], "", info, server_url=server.url, max_retries=1)
-    assert waits == [0.5]
+    assert len(waits) == 1

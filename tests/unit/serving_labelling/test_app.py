@@ -390,7 +390,7 @@ def test_nothing_without_the_token(guarded: TestClient, store: VoteStore) -> Non
     page = guarded.get("/", headers={"accept": "text/html"})
     assert page.status_code == 401
     assert 'name="token"' in page.text
-        assert guarded.get("/page.css").status_code == 401  # the form has its style with it
+    assert guarded.get("/page.css").status_code == 401  # the form has its style with it
 
 
 def test_the_token_opens_as_a_header(guarded: TestClient) -> None:

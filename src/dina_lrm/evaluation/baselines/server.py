@@ -7,20 +7,17 @@ the published question.
 
 import base64
 import io
-import json
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any
 
+import httpx
 import torch
 from PIL import Image
 
+from dina_lrm.client import retrying_transport
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.evaluation.baselines.scorer import checked_pairs, picture
@@ -106,8 +103,8 @@ class ServerScorer:
         question: see `Question`.
         api_key: sent as a bearer token.
         concurrency: requests under way at once.
-        num_retries: after 429, 5xx, a broken connection or a timeout.
-        backoff_seconds: before the first retry; doubled each time.
+        num_retries: after what may pass, as `dina_lrm.client` has it.
+        backoff_seconds: longest wait before the first retry; doubled each time.
         timeout_seconds: of one request.
         max_tokens: of a reply.
 
@@ -153,18 +150,21 @@ class ServerScorer:
             MissingComponentError: no answer, retries included.
         """
         pairs = checked_pairs(prompts, images)
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            jobs = []
-            for index, (prompt, image) in enumerate(pairs):
-                if isinstance(image, Image.Image):  # may be given twice, and must not be read by two threads
-                    image = picture(image, index)
-                jobs.append(pool.submit(self._score_pair, prompt, image, index))
-            return torch.tensor([job.result() for job in jobs], dtype=torch.float32)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        transport = retrying_transport(self.url, self.num_retries, backoff_seconds=self.backoff_seconds)
+        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        with httpx.Client(transport=transport, headers=headers, timeout=self.timeout_seconds) as client:
+            pool = ThreadPoolExecutor(self.concurrency)
+            try:
+                jobs = []
+                for index, (prompt, image) in enumerate(pairs):
+                    if isinstance(image, Image.Image):  # may be given twice: not to be read by two threads
+                        image = picture(image, index)
+                    jobs.append(pool.submit(self._score_pair, client, prompt, image, index))
+                return torch.tensor([job.result() for job in jobs], dtype=torch.float32)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _score_pair(self, prompt: str, image: Any, index: int) -> float:
+    def _score_pair(self, client: httpx.Client, prompt: str, image: Any, index: int) -> float:
         content = [
             {"type": "image_url", "image_url": {"url": _data_url(picture(image, index))}},
             {"type": "text", "text": self.question.template.replace("{prompt}", prompt)},
@@ -176,40 +176,32 @@ class ServerScorer:
             "seed": 0,
             "max_tokens": self.max_tokens,
         }
-        return self.question.read(self._reply(self._post(json.dumps(request).encode())))
+        return self.question.read(self._reply(self._post(client, request)))
 
-    def _reply(self, body: bytes) -> str:
+    def _reply(self, response: httpx.Response) -> str:
         try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
+            content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
             content = None
         if not isinstance(content, str):
-            text = body.decode(errors="replace")
-            raise InvalidInputError(f"{self.url} sent no chat completion but {_quoted(text)}")
+            raise InvalidInputError(f"{self.url} sent no chat completion but {_quoted(response.text)}")
         return content
 
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
-        problem = ""
-        for attempt in range(self.num_retries + 1):
-            if attempt > 0:
-                time.sleep(self.backoff_seconds * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:  # an OSError, too: first
-                with error:
-                    problem = f"HTTP {error.code} {_quoted(error.read().decode(errors='replace'))}"
-                if error.code != 429 and error.code < 500:
-                    raise InvalidInputError(f"{self.url} refused the request: {problem}") from error
-            except (OSError, HTTPException) as error:
-                problem = str(error) or type(error).__name__
-        raise MissingComponentError(
-            f"no answer from {self.url} in {self.num_retries + 1} attempts, last: {problem}"
-        )
+    def _post(self, client: httpx.Client, request: dict[str, Any]) -> httpx.Response:
+        attempts = f"{self.num_retries + 1} attempts"
+        try:
+            response = client.post(self.url, json=request)
+        except httpx.RequestError as error:
+            problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise MissingComponentError(
+                f"no answer from {self.url} in {attempts}, last: {problem}"
+            ) from error
+        if response.status_code == 200:
+            return response
+        problem = f"HTTP {response.status_code} {_quoted(response.text)}"
+        if response.extensions["retry"].is_retryable_status_code(response.status_code):
+            raise MissingComponentError(f"no answer from {self.url} in {attempts}, last: {problem}")
+        raise InvalidInputError(f"{self.url} refused the request: {problem}")
 
 
 def _data_url(image: Image.Image) -> str:
