@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from dina_lrm import RewardModel
 from dina_lrm.alignment import search
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rollout import SamplerConfig
+from dina_lrm.core.flow import clean_and_noise
 from dina_lrm.errors import InvalidInputError
 from tests.families import load_pipeline, make_family_reward
 from tests.tiny import MAX_TOKENS
@@ -66,6 +68,39 @@ def test_halving_keeps_the_better_half_and_counts_passes(policy: Policy, model: 
     torch.testing.assert_close(found.latents, whole.latents[place], rtol=1e-3, atol=1e-3)
 
 
+def test_a_draft_on_a_coarse_grid_chooses_who_is_sampled(policy: Policy, model: RewardModel) -> None:
+    found = search.successive_halving(
+        policy, model, PROMPT, samples=8, draft=4, first_check=2, sampler=SAMPLER
+    )
+    # Two coarse steps with all, one each with 4 and 2, and six fine ones with the survivor of the last check.
+    assert found.alive == (8, 8, 4, 2, 2, 2, 2, 2, 2, 2)
+    share = model.backbone.num_blocks / 4
+    assert found.evaluations == sum(found.alive) + (8 + 4) * share + 2 * share
+    whole = search.best_of_n(policy, model, PROMPT, samples=8, sampler=SAMPLER)
+    place = [whole.indices.index(one) for one in found.indices]
+    torch.testing.assert_close(found.latents, whole.latents[place], rtol=1e-3, atol=1e-3)
+    assert search.draft_steps(28) == 10
+    assert search.draft_steps(12) == 12
+    with pytest.raises(InvalidInputError, match=r"draft_steps = 7: must be in \[1, 6\]"):
+        search.successive_halving(policy, model, PROMPT, draft=7, sampler=SAMPLER)
+
+
+def test_predicted_clean_latents_are_what_the_network_says(policy: Policy, model: RewardModel) -> None:
+    """What is scored at a check is the denoiser's own prediction of the clean latent, at one low level."""
+    own, theirs, seeds = search._prepared(policy, model, PROMPT, 3, 0)
+    shape = policy.latent_shape(32, 32)
+    grid = policy.grid(6, shape)
+    state = search.first_noise(shape, seeds)
+    rows = search._rows(own, 3, state.device)
+    with torch.no_grad():
+        after = search.advance(policy, state, rows, grid, 0, SAMPLER)
+        predicted = policy.predict(state, rows, grid.timesteps[0].expand(3))
+        clean = clean_and_noise(state, predicted, grid.sigmas[0].expand(3)).clean
+        expected = model.score_latents(clean, theirs, search.LOOK_LEVEL, seed=0)
+        found = search.look(model, state, after, theirs, (1.0, float(grid.sigmas[1])), 0, batch_size=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_who_is_dropped_follows_the_rewards_own_law(model: RewardModel) -> None:
     """v(0.5) = 2 * 0.25 + 0.05 = 0.55: a lead of x is certain with Phi(x / sqrt(1.1)); 0.9 needs 1.344."""
     scores = torch.tensor([0.0, -1.3, -1.4, -2.0])
@@ -108,6 +143,50 @@ def test_the_pruner_does_in_a_pipeline_what_halving_does(policy: Policy, model: 
     assert sorted(ours.indices) == prune.kept
     order = [prune.kept.index(one) for one in ours.indices]
     torch.testing.assert_close(latents[order], ours.latents, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_the_pruner_reads_the_prediction_off_a_pipelines_states(
+    family_folders: Folders, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Also where the scheduler's states are inflated by their noise, as those of the Euler kind are."""
+    pipeline = load_pipeline(family_folders("sdxl"))
+    options = {"clip_sample": False} if kind == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
+    pipeline.scheduler = scheduler
+    model = make_family_reward(pipeline).requires_grad_(False).eval()
+    predicted: list[torch.Tensor] = []
+    step = scheduler.step
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        result = step(*args, **{**options, "return_dict": True})
+        predicted.append(result.pred_original_sample)
+        return (result.prev_sample,)
+
+    monkeypatch.setattr(scheduler, "step", recorded)
+    found: list[torch.Tensor] = []
+    score = model.score_latents
+    monkeypatch.setattr(
+        model,
+        "score_latents",
+        lambda clean, *args, **options: found.append(clean) or score(clean, *args, **options),
+    )
+    prune = search.Pruner(model, PROMPT, steps=6, first_check=2, every=2)
+    pipeline(
+        prompt=PROMPT,
+        num_images_per_prompt=4,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        output_type="latent",
+        callback_on_step_end=prune,
+        callback_on_step_end_tensor_inputs=prune.tensor_inputs(pipeline),
+    )
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], predicted[1], rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(found[1], predicted[3], rtol=5e-3, atol=5e-3)
 
 
 def test_the_guide_moves_a_pipelines_states(policy: Policy, model: RewardModel) -> None:

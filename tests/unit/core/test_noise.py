@@ -275,3 +275,19 @@ class TestSeededNoise:
 
     def test_video(self):
         assert seeded_noise((4, 5, 8, 8), [0, 1]).shape == (1, 2, 4, 5, 8, 8)
+
+
+@pytest.mark.parametrize("law", ["rectified_flow", "variance_preserving"])
+def test_the_clean_latent_is_read_off_two_states(law: str) -> None:
+    """Two mixtures of one clean latent and one noise give the clean latent back; each row has its levels."""
+    if law == "rectified_flow":
+        schedule = NoiseSchedule.rectified_flow()
+    else:
+        schedule = NoiseSchedule.variance_preserving(torch.linspace(0.999, 0.005, 1000))
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    before = schedule.match(torch.tensor([0.95, 0.6, 0.3])).sigma
+    after = schedule.match(torch.tensor([0.8, 0.55, 0.1])).sigma
+    states = [schedule.add_noise(clean, noise, sigma) for sigma in (before, after)]
+    found = schedule.clean_between(states[0], states[1], before, after)
+    torch.testing.assert_close(found, clean, rtol=1e-6, atol=1e-6)
