@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from dina_lrm import __version__
 from dina_lrm.cli.console import UsageError, quiet_libraries, report_error, stderr
-from dina_lrm.errors import DinaError
+from dina_lrm.errors import DinaError, ScoringError
 
 COMMANDS = {
     "score": "score images against a prompt, or a whole file of rows",
@@ -68,6 +68,9 @@ def explain(error: Exception) -> int:
     """Say what went wrong and return the exit code; only a fault of ours shows where in the code it is."""
     if os.environ.get("DINA_LRM_TRACEBACK") == "1":
         traceback.print_exception(error)
+    if isinstance(error, ScoringError):  # a server, or a number that is none: not the user's mistake
+        report_error(str(error))
+        return EXIT_FAILURE
     # Our functions refuse bad values with ValueError (InvalidInputError and CheckpointError are ones).
     if isinstance(error, UsageError | DinaError | ValueError):
         report_error(str(error))

@@ -65,6 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError("the prompt is empty")
     if options.keep < 1 or options.samples < 1:
         raise UsageError(f"--keep {options.keep}, --samples {options.samples}: must be at least 1")
+    if options.model.model.startswith(("http://", "https://")):
+        raise UsageError("a search looks at predicted latents step by step: --model is a folder or a hub id")
     import torch
 
     from dina_lrm.alignment import search

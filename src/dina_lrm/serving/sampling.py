@@ -7,7 +7,7 @@ visitors can sample at once. Step for step it computes what `StableDiffusion3Pip
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ MAX_SEED = 2**32 - 1
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Run(Protocol):
     """How a piece of work gets the model: `run(job)` is `job()`, computed where and when it is allowed.
 

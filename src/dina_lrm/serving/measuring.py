@@ -1,0 +1,147 @@
+"""Scores of uploaded pictures for the page: the model is asked in short pieces, one picture and one set of
+noise levels at a time."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from dina_lrm.core.ensemble import mean_and_standard_error
+from dina_lrm.core.noise import seeded_noise
+from dina_lrm.errors import InvalidInputError, PromptWarning
+from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.serving.engine import open_picture
+from dina_lrm.serving.sampling import Run, SamplerState
+from dina_lrm.serving.schemas import check_prompt
+from dina_lrm.serving.views import Measured
+
+__all__ = ["LEVELS", "NUM_DRAWS", "EncodedPrompt", "Measurer", "measured", "pil_picture"]
+
+LEVELS = (0.05, 0.16, 0.28, 0.39, 0.5, 0.61, 0.73, 0.84, 0.95)
+"""Single noise levels that are looked at, evenly spaced."""
+NUM_DRAWS = 8
+SEED = 0
+"""Of the noise: the page says the same of the same picture."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What a prompt came to."""
+
+    text: str
+    conditioning: Conditioning
+    notes: list[str]
+    """What the text encoders did not see of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurer:
+    """A reward, and what it takes from visitors.
+
+    Every method may raise ScoringError (there is too much other work) and InvalidInputError (it names what is
+    wrong with what was given).
+    """
+
+    model: RewardModel
+    run: Run
+    max_megapixels: float
+    max_prompt_length: int
+
+    @property
+    def model_levels(self) -> tuple[float, ...]:
+        """Noise levels of the model's usual ensemble."""
+        return tuple(self.model.config.noise_levels)
+
+    def ask(self, job: Callable[[], T]) -> T:
+        """One piece of work with the model, without gradients."""
+
+        def without_gradients() -> T:
+            with torch.no_grad():  # holds for one thread, so it has to be said in the model's
+                return job()
+
+        return self.run(without_gradients)
+
+    def prompt(self, text: Any) -> EncodedPrompt:
+        given = str(text or "").strip()
+        check_prompt(given, "Prompt", self.max_prompt_length)
+
+        def encode() -> EncodedPrompt:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PromptWarning)  # the notes say it on the page
+                conditioning = self.model.encode_prompts(given)
+            return EncodedPrompt(given, conditioning, self.model.prompt_notes(given))
+
+        return self.ask(encode)
+
+    def open(self, path: str | None, name: str) -> Float[Tensor, "3 height width"]:
+        """An uploaded file as a picture.
+
+        Args:
+            name: what the visitor knows it by.
+        """
+        if path is None:
+            raise InvalidInputError(f"{name}: none is given")
+        try:
+            return open_picture(Path(path).read_bytes(), self.max_megapixels, name)
+        except InvalidInputError as error:
+            if isinstance(error.__cause__, Image.DecompressionBombError):
+                raise InvalidInputError(
+                    f"{name}: far more than the {self.max_megapixels:g} million pixels that are taken"
+                ) from error
+            raise
+
+    def latents(self, picture: Float[Tensor, "3 height width"], name: str) -> Tensor:
+        """Clean latents (1, channel, height, width) of a picture."""
+        height, width = picture.shape[-2:]
+        self.model.picture_size(height, width, name)
+        return self.ask(lambda: self.model.encode_images([picture]))
+
+    def decoded(self, latents: Tensor) -> Image.Image:
+        """The picture of clean latents (1, channel, height, width)."""
+        return pil_picture(self.ask(lambda: self.model.decode_latents(latents))[0])
+
+    def draws(
+        self, latents: Tensor, prompt: EncodedPrompt, levels: Sequence[float], num_draws: int = NUM_DRAWS
+    ) -> Float[Tensor, " draw"]:
+        """Scores of clean latents (1, channel, height, width), all levels together, under `num_draws` draws
+        of noise; the noise is that of `RewardModel.score` with seed 0, and depends on the shape alone."""
+        noise = seeded_noise(latents.shape[1:], [SEED], num_draws=num_draws)[:, 0]
+        several = latents.expand(num_draws, *latents.shape[1:])
+        scores = self.ask(
+            lambda: self.model.score_latents(several, prompt.conditioning, list(levels), noise=noise)
+        )
+        scores = scores.double().cpu()
+        if not torch.isfinite(scores).all():
+            raise InvalidInputError("the score of this picture is not finite")
+        return scores
+
+    def state(self, state: SamplerState, prompt: EncodedPrompt) -> float:
+        """Score of a noisy state of a sampler, at its own noise level."""
+        return self.ask(
+            lambda: self.model.score_state(state.noisy, prompt.conditioning, state.timestep).item()
+        )
+
+
+def measured(draws: Float[Tensor, " draw"]) -> Measured:
+    """The mean of draws and how well it is known."""
+    mean, error = mean_and_standard_error(draws[:, None])
+    assert error is not None
+    return Measured(mean.item(), error.item(), len(draws))
+
+
+def pil_picture(picture: Float[Tensor, "3 height width"], max_side: int | None = None) -> Image.Image:
+    """A picture in [0, 1] for PIL, shrunk to `max_side` pixels where it is larger."""
+    pixels: Any = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+    image = Image.fromarray(pixels)
+    if max_side is not None:
+        image.thumbnail((max_side, max_side))
+    return image

@@ -1,0 +1,116 @@
+"""The page's scores are the library's, asked for in the model's thread only; wrong uploads are told apart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dina_lrm import RewardModel
+from dina_lrm.errors import InvalidInputError, ScoringError
+from dina_lrm.serving.measuring import LEVELS, NUM_DRAWS, Measurer, measured
+from tests.unit.serving_page.conftest import PROMPT, ModelThread
+
+
+@pytest.mark.parametrize("levels", [(0.2, 0.5, 0.7), (LEVELS[0],), (LEVELS[-1],)])
+@pytest.mark.parametrize("name", ["fits", "wide"])
+def test_scores_are_the_librarys(
+    measurer: Measurer, reward: RewardModel, files: dict[str, Path], name: str, levels: tuple[float, ...]
+) -> None:
+    expected = reward.score(PROMPT, files[name], list(levels), seed=0, num_draws=NUM_DRAWS)
+    latents = measurer.latents(measurer.open(str(files[name]), name), name)
+    found = measured(measurer.draws(latents, measurer.prompt(PROMPT), levels))
+    assert found.value == pytest.approx(expected.scores.item(), rel=1e-5)
+    assert expected.standard_errors is not None
+    assert found.standard_error == pytest.approx(expected.standard_errors.item(), rel=1e-3)
+    assert found.num_draws == NUM_DRAWS
+
+
+def test_levels_are_the_models_own(measurer: Measurer, reward: RewardModel) -> None:
+    assert measurer.model_levels == tuple(reward.config.noise_levels)
+    assert len(LEVELS) == 9
+    assert (LEVELS[0], LEVELS[-1]) == (0.05, 0.95)
+
+
+def test_the_model_is_used_in_its_thread_only(
+    measurer: Measurer, reward: RewardModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def watch(name: str) -> None:
+        method = getattr(reward, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            assert ModelThread.here(), name
+            assert not torch.is_grad_enabled(), name
+            used.append(name)
+            return method(*args, **options)
+
+        monkeypatch.setattr(reward, name, watched)
+
+    for name in ("encode_prompts", "encode_images", "score_latents", "decode_latents", "prompt_notes"):
+        watch(name)
+    latents = measurer.latents(measurer.open(str(files["fits"]), "fits"), "fits")
+    measurer.draws(latents, measurer.prompt(PROMPT), (0.4,))
+    measurer.decoded(latents)
+    assert sorted(used) == [
+        "decode_latents",
+        "encode_images",
+        "encode_prompts",
+        "prompt_notes",
+        "score_latents",
+    ]
+
+
+def test_a_picture_survives_the_way_there_and_back(measurer: Measurer, files: dict[str, Path]) -> None:
+    """The autoencoder's picture is near the one that went in: 5 of 255 steps on average."""
+    picture = measurer.open(str(files["fits"]), "fits")
+    decoded = measurer.decoded(measurer.latents(picture, "fits"))
+    assert decoded.size == (64, 64)
+    pixels = torch.tensor(list(decoded.convert("RGB").tobytes())).reshape(64, 64, 3)
+    assert (pixels / 255 - picture.permute(1, 2, 0)).abs().mean() < 5 / 255
+
+
+def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
+    assert measurer.prompt(PROMPT).notes == []
+    (note,) = measurer.prompt("a red zebra on a gray background").notes
+    assert "zebra" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("text", "fits.png: not a readable picture"),
+        ("large", r"fits.png: 400 x 400 pixels, at most 0.1 million are taken"),
+        ("bomb", r"fits.png: far more than the 0.1 million pixels that are taken"),
+        ("narrow", "fits.png of 2 x 64 pixels is too small"),
+    ],
+)
+def test_wrong_pictures_are_named(measurer: Measurer, files: dict[str, Path], name: str, told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told):
+        measurer.latents(measurer.open(str(files[name]), "fits.png"), "fits.png")
+    assert isinstance(measurer.run, ModelThread)
+    assert measurer.run.jobs == 0
+
+
+def test_no_picture_is_told(measurer: Measurer) -> None:
+    with pytest.raises(InvalidInputError, match="Picture A: none is given"):
+        measurer.open(None, "Picture A")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("", "Prompt: empty"), ("  ", "Prompt: empty"), (None, "Prompt: empty"), ("a" * 201, "at most 200")],
+)
+def test_wrong_prompts_are_told(measurer: Measurer, text: Any, told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told):
+        measurer.prompt(text)
+
+
+def test_a_busy_server_is_told(reward: RewardModel) -> None:
+    def busy(job: Any) -> Any:
+        raise ScoringError("the server is busy")
+
+    measurer = Measurer(model=reward, run=busy, max_megapixels=1.0, max_prompt_length=200)
+    with pytest.raises(ScoringError, match="busy"):
+        measurer.prompt(PROMPT)
