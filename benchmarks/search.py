@@ -5,7 +5,7 @@
 Every caption is searched for with the bundled generator and reward, and the winner is judged by gold. Passes
 count sampling and scoring (`SearchResult.evaluations`). Intervals resample captions. The question is at how
 many passes halving reaches the gold of best of n; it is read off the line through best of n's points, and
-halving n is compared with best of n / 2 caption by caption, since that line is flat where n is large.
+halving n is compared with best of n and n / 2 caption by caption: the line is flat where n is large.
 Captions of a part are saved as they are done, so a stopped command goes on.
 """
 
@@ -135,13 +135,17 @@ def summarize(options: Options) -> None:
                 for chosen in draws
             ]
             row["share_of_best_of_n"] = [ratio, *(float(np.quantile(ratios, q)) for q in (0.025, 0.975))]
-        if name.startswith("halving"):  # halving n against best of n / 2, caption by caption
-            other = f"best of {int(name.split()[1]) // 2}"
-            row["against"] = {
-                "method": other,
-                "passes": costs[name] / costs[other],
-                "gold": list(_interval(golds[name] - golds[other], draws)),
-            }
+        if name.startswith("halving"):  # against best of as many, and of half as many, caption by caption
+            count = int(name.split()[1])
+            others = [f"best of {one}" for one in (count, count // 2) if f"best of {one}" in costs]
+            row["against"] = [
+                {
+                    "method": other,
+                    "passes": costs[name] / costs[other],
+                    "gold": list(_interval(golds[name] - golds[other], draws)),
+                }
+                for other in others
+            ]
         rows.append(row)
     folder = options.results or options.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +184,9 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         cells = [row["method"], f"{row['passes']:.0f}", f"{mean:.3f} ({low:.3f} to {high:.3f})"]
         cells.append("" if share is None else f"{share[0]:.2f} ({share[1]:.2f} to {share[2]:.2f})")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Halving against best of half as many, gold caption by caption:", ""]
-    lines += ["| | passes, share | difference in gold |", "|---|--:|--:|"]
+    lines += ["", "Caption by caption:", "", "| | passes, share | difference in gold |", "|---|--:|--:|"]
     for row in rows:
-        if against := row.get("against"):
+        for against in row.get("against", ()):
             mean, low, high = against["gold"]
             lines.append(
                 f"| {row['method']} against {against['method']} | {against['passes']:.2f} | "

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.integrations.latent_http import score_latents
+from dina_lrm.client import Client
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -104,18 +104,11 @@ def test_a_killed_replica_is_replaced_and_no_score_is_wrong(server):
         rows = slice(start, start + ROWS)
         part = Conditioning(conditioning.prompt_embeds[rows], conditioning.pooled_prompt_embeds[rows])
         seeds = list(range(30))[rows]
-        scores = score_latents(
-            f"{server.url}/v1/score",
-            latents[rows],
-            part,
-            sigma[rows],
-            seeds,
-            max_retries=8,
-        )
+        scores = client.score_latents(latents[rows], part, sigma[rows], seeds).tolist()
         return max(abs(a - b) for a, b in zip(scores, expected[rows], strict=True))
 
     starts = [start for _ in range(6) for start in range(0, 30, ROWS)]
-    with ThreadPoolExecutor(4) as clients:
+    with Client(server.url, max_retries=8) as client, ThreadPoolExecutor(4) as clients:
         assert max(clients.map(ask, starts)) < 1e-4
         # Every row was scored once, by one replica or the other.
         counts = {server.rows_scored() for _ in range(40)}

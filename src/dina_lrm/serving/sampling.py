@@ -54,7 +54,7 @@ class SamplerState:
 
 
 def sample_stepwise(
-    pipeline: Any, prompt: str, *, seed: int, num_steps: int, guidance_scale: float, run: Run
+    pipeline: Any, prompt: str, *, seed: int, num_steps: int, guidance_scale: float | int, run: Run
 ) -> Iterator[SamplerState]:
     """The states of one sampling, as they come.
 
@@ -120,7 +120,7 @@ def _encoded(pipeline: Any, prompt: str, guided: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([empty, embeds]), torch.cat([empty_pooled, pooled])) if guided else (embeds, pooled)
 
 
-def _check_whole(name: str, value: float | None, low: int, high: int) -> None:
+def _check_whole(name: str, value: float | int | None, low: int, high: int) -> None:
     if value is None:
         raise InvalidInputError(f"{name}: none is given, a whole number in [{low}, {high}] is needed")
     if value != int(value) or not low <= value <= high:
