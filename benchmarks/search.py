@@ -208,6 +208,7 @@ def curve(rows: Sequence[dict[str, Any]]) -> Any:
             [row["passes"] for row in own],
             values[:, 0],
             spread,
+            linestyle="none" if key == "guided" else "-",
             color=figures.SERIES[number],
             marker=figures.MARKERS[number],
             markersize=5,
@@ -215,6 +216,9 @@ def curve(rows: Sequence[dict[str, Any]]) -> Any:
             label=label,
         )
     axes.set_xscale("log")
+    axes.set_xticks(sorted(row["passes"] for row in rows if "best" in row["method"]))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
     axes.set_xlabel("passes of the denoiser, scoring included")
     axes.set_ylabel("gold score of the winner")
     axes.legend(loc="best")

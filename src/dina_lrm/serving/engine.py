@@ -204,6 +204,10 @@ def open_picture(data: bytes, max_megapixels: float, name: str) -> Tensor:
             return as_picture(image, name)
     except InvalidInputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InvalidInputError(
+            f"{name}: far more than the {max_megapixels:g} million pixels that are taken"
+        ) from error
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, struct.error, ...
         raise InvalidInputError(
             f"{name}: not a readable picture ({', '.join(FORMATS)}); {len(data)} bytes"

@@ -90,14 +90,7 @@ class Measurer:
         """
         if path is None:
             raise InvalidInputError(f"{name}: none is given")
-        try:
-            return open_picture(Path(path).read_bytes(), self.max_megapixels, name)
-        except InvalidInputError as error:
-            if isinstance(error.__cause__, Image.DecompressionBombError):
-                raise InvalidInputError(
-                    f"{name}: far more than the {self.max_megapixels:g} million pixels that are taken"
-                ) from error
-            raise
+        return open_picture(Path(path).read_bytes(), self.max_megapixels, name)
 
     def latents(self, picture: Float[Tensor, "3 height width"], name: str) -> Tensor:
         """Clean latents (1, channel, height, width) of a picture."""
