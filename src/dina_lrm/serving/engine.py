@@ -117,7 +117,8 @@ class Engine:
             InvalidInputError: the picture is too small for the VAE; it says `name`.
             MissingComponentError: the model's pipeline has no VAE.
         """
-        size = self.model.picture_size(*picture.shape[-2:], name)
+        height, width = picture.shape[-2:]
+        size = self.model.picture_size(height, width, name)
         return PictureRow(picture, prompt, noise_levels, seed, num_draws, size)
 
     @torch.no_grad()
