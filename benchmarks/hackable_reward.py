@@ -2,7 +2,7 @@
 
     python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results
 
-A new reward is trained on 192 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
+A new reward is trained on 384 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
 every second update. Asked is when the rule of `alignment.gold` first speaks, and how much of its best gain
 gold has lost by then; it should be less than 10 %. The run goes on to show what would have come.
 """
@@ -33,15 +33,16 @@ class Options:
     output: Path
     results: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    prompts: int = 32
+    prompts: int = 64
     """Of the training pairs, six each."""
     train_steps: int = 100
-    updates: int = 32
+    updates: int = 36
     learning_rate: float = 3e-4
     """A third of the recipe's: gold peaks and falls over several evaluations, not between two."""
-    num_steps: int = 4
+    num_steps: int = 3
     """Of the sampler: the fewer, the more room above the base."""
-    held_out: int = 200
+    held_out: int = 800
+    """Captions: a tenth of the gain has to be larger than the error of a paired difference over them."""
     processes: int = 2
     note: str = ""
 

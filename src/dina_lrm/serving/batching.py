@@ -138,9 +138,9 @@ class MicroBatcher(Generic[RowT, ResultT]):
         self._changed.set()
         try:
             return list(await asyncio.gather(*(one.result for one in own)))
-        finally:
-            for one in own:  # of a request that was cancelled, or that one row has failed
-                one.result.cancel()
+        finally:  # where the request was cancelled, or one of its rows has failed, others still wait
+            if any([one.result.cancel() for one in own]):
+                self._forget_cancelled()
 
     async def run(self, job: Callable[[], T]) -> T:
         """Something else that needs the model, between two batches.
@@ -182,7 +182,6 @@ class MicroBatcher(Generic[RowT, ResultT]):
 
     def _next_batch(self) -> list[_Waiting[RowT, ResultT]]:
         """Rows of the kind that has waited longest, if it has a full batch or has waited long enough."""
-        self._forget_cancelled()
         now = time.monotonic()
         ready = [
             kind

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,26 @@ def client(reward: RewardModel, server_settings: ServerSettings) -> Iterator[Tes
         yield client
 
 
-@pytest.fixture(scope="session")
-def address(reward: RewardModel, server_settings: ServerSettings) -> Iterator[str]:
-    """Of a server on a real socket, in a thread."""
-    config = uvicorn.Config(create_app(server_settings, reward), port=0, log_config=None)
-    server = uvicorn.Server(config)
+@contextmanager
+def listening(settings: ServerSettings, reward: RewardModel) -> Iterator[int]:
+    """A server on a real socket, in a thread; its port."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, reward), port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def address(reward: RewardModel, server_settings: ServerSettings) -> Iterator[str]:
+    with listening(server_settings, reward) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@
 import base64
 import json
 import pickle
+import socket
+import time
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from dina_lrm import Conditioning, RewardModel, protocol
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.settings import ServerSettings
-from tests.unit.serving.conftest import HEADERS, PROMPTS, form, png
+from tests.unit.serving.conftest import HEADERS, PROMPTS, form, listening, png
 
 Tensors = dict[str, Tensor]
 
@@ -380,6 +383,31 @@ def test_past_capacity_it_sheds(reward: RewardModel, tensors: Tensors) -> None:
         assert 'dina_lrm_rejected_total{reason="full"} 1.0' in client.get("/metrics").text
         one = {name: value[:1] for name, value in tensors.items()}
         assert post(client, one).status_code == 200
+
+
+def test_what_a_client_that_leaves_was_waiting_for_is_dropped(reward: RewardModel, tensors: Tensors) -> None:
+    settings = ServerSettings(page=False, max_batch_size=64, max_wait_ms=60_000.0)
+    with listening(settings, reward) as port:
+
+        def metrics() -> str:
+            return httpx.get(f"http://127.0.0.1:{port}/metrics").text
+
+        def until(line: str) -> None:
+            for _ in range(500):
+                if line in metrics():
+                    return
+                time.sleep(0.01)
+            raise AssertionError(f"{line} is not in {metrics()}")
+
+        body = save(tensors)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = f"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            head += "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
+            connection.sendall(head.encode() + b"\r\n" + body)
+            until("dina_lrm_queued_rows 2.0")
+        until('dina_lrm_rejected_total{reason="gone"} 1.0')
+        until("dina_lrm_queued_rows 0.0")
+        assert "dina_lrm_scores_total 0.0" in metrics()
 
 
 @pytest.mark.parametrize(
