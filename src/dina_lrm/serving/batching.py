@@ -139,7 +139,9 @@ class MicroBatcher(Generic[RowT, ResultT]):
         try:
             return list(await asyncio.gather(*(one.result for one in own)))
         finally:  # where the request was cancelled, or one of its rows has failed, others still wait
-            if any([one.result.cancel() for one in own]):
+            for one in own:
+                one.result.cancel()
+            if any(one.result.cancelled() for one in own):
                 self._forget_cancelled()
 
     async def run(self, job: Callable[[], T]) -> T:
