@@ -46,6 +46,8 @@ def test_scores_at_every_level(model: RewardModel, io: dict[str, Tensor], merged
 
 
 def test_scores_in_float64(case: Path, io: dict[str, Tensor]) -> None:
+    """The sinusoid of the timestep stays float32, here and in the reference, and float32 `exp` differs between
+    CPUs: 2e-7 off on an AMD EPYC, 2e-6 on an Intel Xeon with AVX-512."""
     model = RewardModel.from_pretrained(case / "reward", pipeline=case, dtype=torch.float64)
     for level, expected in zip(io["u"].tolist(), io["reward_fp64"], strict=True):
         with torch.no_grad():
@@ -53,7 +55,7 @@ def test_scores_in_float64(case: Path, io: dict[str, Tensor]) -> None:
                 io["latents"].double(), conditioning_of(io, torch.float64), level, noise=io["noise"].double()
             )
         assert scores.dtype == torch.float64
-        torch.testing.assert_close(scores, expected[:, 0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(scores, expected[:, 0], atol=5e-6, rtol=0)
 
 
 def test_a_batch_of_mixed_levels(model: RewardModel, io: dict[str, Tensor]) -> None:
