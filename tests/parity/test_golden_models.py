@@ -46,8 +46,8 @@ def test_scores_at_every_level(model: RewardModel, io: dict[str, Tensor], merged
 
 
 def test_scores_in_float64(case: Path, io: dict[str, Tensor]) -> None:
-    """The sinusoid of the timestep stays float32, here and in the reference, and float32 `exp` differs between
-    CPUs: 2e-7 off on an AMD EPYC, 2e-6 on an Intel Xeon with AVX-512."""
+    """The sinusoid of the timestep stays float32, here and in the reference, and float32 `exp` differs
+    between CPUs: 2e-7 off on an AMD EPYC, 2e-6 on an Intel Xeon with AVX-512."""
     model = RewardModel.from_pretrained(case / "reward", pipeline=case, dtype=torch.float64)
     for level, expected in zip(io["u"].tolist(), io["reward_fp64"], strict=True):
         with torch.no_grad():
