@@ -4,7 +4,6 @@ import asyncio
 import csv
 import os
 import re
-import shutil
 import threading
 import time
 import warnings
@@ -93,20 +92,6 @@ def address(reward, model_thread, tmp_path_factory):
         yield f"http://127.0.0.1:{servers[0].servers[0].sockets[0].getsockname()[1]}/"
         servers[0].force_exit = servers[0].should_exit = True
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(
-            executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
-        yield instance
-        instance.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The report in a real browser: no overflow on a phone, nothing fetched, both schemes are readable."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,6 @@ from dina_lrm.evaluation.report import write_html
 from tests.unit.cli.demo_results import make_demo_results
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(
-            executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
-        yield instance
-        instance.close()
 
 
 @pytest.fixture(scope="module")

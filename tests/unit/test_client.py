@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email import message_from_bytes
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 import dina_lrm
 from dina_lrm import AsyncClient, Client, Conditioning, InvalidInputError, PromptWarning, RewardModel, client
 from dina_lrm.errors import ScoringError
+from tests.local_server import answering
 
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
 Reply = tuple[int, dict[str, str], bytes]
@@ -122,17 +123,9 @@ def fake() -> Iterator[Fake]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.daemon_threads = True
-    server = Fake(f"http://127.0.0.1:{listening.server_port}")
-    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    server = Fake("")
+    with answering(Handler) as server.url:
         yield server
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,15 @@
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import safetensors.torch
 
 from dina_lrm import Conditioning, RewardModel
+from tests.local_server import answering
 
 Reply = tuple[int, dict[str, str], bytes]
 """Status, headers, body."""
@@ -57,13 +57,7 @@ def serving(model: RewardModel) -> Iterator[Server]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server = Server(f"http://127.0.0.1:{listening.server_port}/v1/score", model)
-    thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    server = Server("", model)
+    with answering(Handler) as address:
+        server.url = f"{address}/v1/score"
         yield server
-    finally:
-        listening.shutdown()
-        thread.join()
-        listening.server_close()
