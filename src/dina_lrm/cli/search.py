@@ -66,7 +66,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.keep < 1 or options.samples < 1:
         raise UsageError(f"--keep {options.keep}, --samples {options.samples}: must be at least 1")
     if options.model.model.startswith(("http://", "https://")):
-        raise UsageError("a search looks at predicted latents step by step: --model is a folder or a hub id")
+        raise UsageError(
+            f"--model {options.model.model}: a search looks at predicted latents step by step, so the reward "
+            f"has to be here: a folder, or a hub id"
+        )
     import torch
 
     from dina_lrm.alignment import search
