@@ -1,8 +1,6 @@
 """`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
 
 import contextlib
-import importlib
-import ipaddress
 import os
 import signal
 import socket
@@ -14,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table
-from dina_lrm.cli.options import JsonFlag, ModelOptions
-from dina_lrm.errors import MissingComponentError
+from dina_lrm.cli.options import TOKEN_VARIABLE, JsonFlag, ModelOptions, is_loopback, need_packages
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
     from dina_lrm.serving.labelling.items import Items
 
-TOKEN_VARIABLE = "DINA_LRM_TOKEN"
 SHOWN = 8
 """Rejected rows that are listed one by one."""
 GRACE_SECONDS = 5
@@ -86,14 +82,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    _need("fastapi", "uvicorn", "nltk")
+    need_packages("label", "fastapi", "uvicorn", "nltk")
     from dina_lrm.serving.labelling.items import read_items
 
     token = options.token or os.environ.get(TOKEN_VARIABLE) or None
     items = read_items(options.items)
     report_rejects(items, options.output)
     log(f"pairs: {len(items.pairs)}, pictures: {len(items.pictures)}; votes go to {options.output}")
-    if token is None and not _is_loopback(options.host):
+    if token is None and not is_loopback(options.host):
         log(f"warning: everybody who reaches {options.host} can see and vote; set {TOKEN_VARIABLE}")
     return serve(options, items, uncertain=choose == "uncertain", token=token)
 
@@ -119,7 +115,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     labelling = Labelling(
         items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
     )
-    hosts = ("localhost", "127.0.0.1", "::1", options.host) if _is_loopback(options.host) else None
+    hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
     config = uvicorn.Config(
         create_app(labelling, token=token, hosts=hosts),
         log_config=None,
@@ -189,14 +185,6 @@ def report_rejects(items: "Items", votes: Path) -> None:
         log(f"  {reject.file}, row {reject.row}: {reject.reason}")
 
 
-def _need(*names: str) -> None:
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingComponentError(f"{name} is not installed: pip install 'dina-lrm[label]'") from error
-
-
 def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -205,12 +193,3 @@ def _listening(host: str, port: int) -> socket.socket:
         raise UsageError(
             f"cannot listen at --host {host} --port {port}: {error.strerror or error}"
         ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,11 +1,15 @@
 """Options that several commands have in common."""
 
+import importlib
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from dina_lrm.errors import MissingComponentError
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +99,31 @@ def find_device(name: str) -> "torch.device":
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("no device 'mps' on this machine")
     return device
+
+
+TOKEN_VARIABLE = "DINA_LRM_TOKEN"
+"""Environment variable with the token of a server, where none is typed."""
+
+
+def need_packages(extra: str, *names: str) -> None:
+    """MissingComponentError unless the packages of an extra can be imported."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingComponentError(
+                f"{name} is not installed: pip install 'dina-lrm[{extra}]'"
+            ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def scoring_levels(requested: tuple[float, ...], model: "RewardModel") -> float | list[float]:

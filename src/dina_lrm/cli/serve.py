@@ -1,6 +1,5 @@
 """`dina-lrm serve`: the reward over HTTP, for trainers, programs and people."""
 
-import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dina_lrm.cli.console import UsageError, log
-from dina_lrm.cli.options import find_device
-from dina_lrm.errors import MissingComponentError
-
-TOKEN_VARIABLE = "DINA_LRM_TOKEN"
+from dina_lrm.cli.options import TOKEN_VARIABLE, find_device, is_loopback, need_packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--replicas is at least 1; got {options.replicas}")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    try:
-        import fastapi_offline  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import pythonjsonlogger  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingComponentError(
-            f"{error.name} is not installed: pip install 'dina-lrm[serve]'"
-        ) from error
+    need_packages("serve", "fastapi_offline", "prometheus_client", "pythonjsonlogger", "uvicorn")
     from dina_lrm.serving.settings import ServerSettings
 
     token = options.token or os.environ.get(TOKEN_VARIABLE) or None
@@ -95,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         cors_origins=options.cors_origins,
         page=options.page,
     )
-    if token is None and not _is_loopback(options.host):
+    if token is None and not is_loopback(options.host):
         log(f"warning: everybody who reaches {options.host} can use this server; set {TOKEN_VARIABLE}")
     if options.replicas > 1 or options.ray_address is not None:
         from dina_lrm.scaling.replicas import serve_replicas
@@ -115,12 +103,3 @@ def main(arguments: Sequence[str]) -> int:
     log(f"loading {settings.model} on {settings.device}")
     app = create_app(settings)
     return 0 if serve(app, host=options.host, port=options.port) else 1
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
