@@ -135,9 +135,11 @@ class Engine:
         values = scores.tolist()
         spreads = [None] * len(rows) if errors is None else errors.tolist()
         times = encoded - started, time.perf_counter() - encoded
+        prompts = [row.prompt if isinstance(row, PictureRow) else "" for row in rows]
+        notes = {prompt: tuple(self.model.prompt_notes(prompt)) for prompt in set(prompts) if prompt}
         finite = torch.isfinite(scores).tolist()
         return [
-            RowScore(values[index], spreads[index], *times, notes=self._notes(rows[index]))
+            RowScore(values[index], spreads[index], *times, notes=notes.get(prompts[index], ()))
             if finite[index]
             else InvalidInputError(
                 "latents: their score is not finite, so they are far outside the usual range"
@@ -162,9 +164,6 @@ class Engine:
         )
         latents = torch.stack([row.latent for row in own])
         return latents, conditioning, torch.tensor([[row.noise_level for row in own]]), 1
-
-    def _notes(self, row: Row) -> tuple[str, ...]:
-        return tuple(self.model.prompt_notes(row.prompt)) if isinstance(row, PictureRow) else ()
 
     def warm_up(self) -> None:
         """Score one small latent, and load the text encoders where there are any."""
