@@ -6,7 +6,6 @@ Both work on the stream of `data.sources`, in memory that grows with the number 
 
 import hashlib
 import io
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from PIL import Image
 
 from dina_lrm.data.pairs import ImageSource, Reject, load_image
 from dina_lrm.data.sources import Comparison
+from dina_lrm.data.split import fold_prompt
 from dina_lrm.errors import InvalidInputError
 
 __all__ = ["Audit", "Inspection", "Overlap", "audit", "inspect"]
@@ -224,7 +224,7 @@ def audit(
         for key in own.files.keys() & theirs.files.keys()
     ]
     near = list(_near(own.pictures, theirs.pictures))
-    tainted_prompts = {_folded(overlap.tested) for overlap in overlaps}
+    tainted_prompts = {fold_prompt(overlap.tested) for overlap in overlaps}
     tainted_images = {overlap.tested for overlap in (*same_files, *near)}
     strict = [item for item in comparisons if not item.tie and item.chosen_was_first is not None]
     return Audit(
@@ -235,7 +235,7 @@ def audit(
         shared_pictures=len({overlap.tested for overlap in near}) if look_at_images else None,
         pairs=len(comparisons),
         tainted_pairs=sum(
-            _folded(item.pair.prompt) in tainted_prompts
+            fold_prompt(item.pair.prompt) in tainted_prompts
             or bool({_name(item.pair.chosen), _name(item.pair.rejected)} & tainted_images)
             for item in comparisons
         ),
@@ -255,7 +255,7 @@ def _fingerprints(
     found = _Fingerprints({}, {}, {}, 0)
     seen: set[int] = set()
     for item in comparisons:
-        found.prompts.setdefault(_folded(item.pair.prompt), item.pair.prompt)
+        found.prompts.setdefault(fold_prompt(item.pair.prompt), item.pair.prompt)
         if not look_at_images:
             continue
         for image in (item.pair.chosen, item.pair.rejected):
@@ -304,15 +304,6 @@ def _counter(on_image: Callable[[int], None] | None) -> Callable[[], None]:
             on_image(count)
 
     return done
-
-
-def _folded(prompt: str) -> str:
-    """Without case, punctuation and repeated spaces.
-
-    >>> _folded("A red  Circle, on gray.")
-    'a red circle on gray'
-    """
-    return " ".join(re.sub(r"[^\w\s]", " ", prompt.casefold()).split())
 
 
 def _name(image: ImageSource) -> str:
