@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"dina_lrm.cli.{command}").main(rest)
     except SystemExit as leaving:  # tyro leaves this way: 0 after --help, 2 after a bad flag
         return leaving.code if isinstance(leaving.code, int) else EXIT_USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # a command that answers SIGTERM too says which signal it was
         stderr().print("interrupted")
-        return EXIT_INTERRUPTED
+        return 128 + stop.args[0] if stop.args else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as in `dina-lrm score ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
