@@ -121,8 +121,8 @@ class Reject:
 def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
     """List rejects as jsonl: row, reason, line, prompt, file. The file appears whole or not at all."""
     # Half of a character, as a file's name may hold, becomes the escape that JSON has for it.
-    options = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with written_aside(Path(path)) as partial, partial.open("w", **options) as file:
+    escape = "backslashreplace"
+    with written_aside(Path(path)) as partial, partial.open("w", encoding="utf-8", errors=escape) as file:
         for reject in rejects:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 
