@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 REPORT ?= runs/demo
 
-.PHONY: help install demo test lint format types layers unit slow browser docs examples clean
+.PHONY: help install demo test lint format types layers unit slow browser docs examples versions lowest highest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -76,5 +76,21 @@ docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken l
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+# What a release needs: the parts that lean on other libraries, with the lowest and the newest versions that pyproject.toml
+# allows, each in an environment of its own. Their own deprecation warnings are theirs, and jaxtyping's hook is of one version.
+VERSION_TESTS := tests/parity tests/unit/models tests/unit/cli tests/unit/test_client.py
+versions: lowest highest  ## the tests of scoring and the command line with the lowest and newest dependencies: 12 GB of disk
+
+lowest highest: $(VENV)/.installed-dev
+	$(BIN)/uv venv -q --clear .venv-$@ -p $(BIN)/python
+	$(BIN)/uv pip compile -q --resolution $(if $(filter lowest,$@),lowest-direct,highest) pyproject.toml \
+		--extra serve --extra label -o .venv-$@/versions.txt
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python -r .venv-$@/versions.txt
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python -c constraints.txt pytest beartype
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python --no-deps -e .
+	grep -v '^ ' .venv-$@/versions.txt
+	.venv-$@/bin/python -m pytest -q $(VERSION_TESTS) -m "not slow and not gpu and not browser" \
+		-o addopts="--import-mode=importlib --strict-markers" -o filterwarnings=default
+
 clean:  ## remove what the targets above wrote, the environment included
-	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-highest runs site .pytest_cache .ruff_cache .import_linter_cache
