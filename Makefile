@@ -70,8 +70,9 @@ slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 browser: $(VENV)/.installed-dev  ## report, server page and labelling in headless Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Not --quiet: it hides the warnings that --strict counts, dead links among them.
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
