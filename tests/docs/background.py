@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = (
-    "torch", "diffusers", "transformers", "peft", "accelerate", "pandas", "pyarrow.parquet", "uvicorn", "fastapi",
-    "diffusers.models", "transformers.models.clip", "transformers.models.t5", "dina_lrm.cli.main",
-    "dina_lrm.models.reward_model", "dina_lrm.serving.app", "dina_lrm.serving.server", "dina_lrm.data.prepare",
-)  # fmt: skip
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "pandas", "pyarrow.parquet", "uvicorn"),
+    *("fastapi", "diffusers.models", "transformers.models.clip", "transformers.models.t5"),
+    *("dina_lrm.cli.main", "dina_lrm.models.reward_model", "dina_lrm.data.prepare"),
+    *("dina_lrm.serving.app", "dina_lrm.serving.server"),
+)
 CONTEXT = multiprocessing.get_context("forkserver")
 START_SECONDS, STOP_SECONDS = 180, 60
 

@@ -2,10 +2,10 @@
 
     python -m pytest -o addopts= -p tests.docs.pages README.md docs
 
-Names flow from block to block, and every page has a folder of its own. A block has a language: python and shell
-are run, json, yaml and toml are parsed, text is not code. What only stands in for something that a reader has,
-such as weights on the hub, is set up in invisible blocks of the page's source by `tests.docs.stand_ins`, and
-listed at the end of the run.
+Names flow from block to block, and every page has a folder of its own. A block has a language: python and
+shell are run, json, yaml and toml are parsed, text is not code. What only stands in for something that a
+reader has, such as weights on the hub, is set up in invisible blocks of the page's source by
+`tests.docs.stand_ins`, and listed at the end of the run.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Any
 HUB = Path(tempfile.mkdtemp(prefix="hub-"))
 os.environ.update(HF_HOME=str(HUB), HF_HUB_CACHE=str(HUB / "hub"), HF_HUB_OFFLINE="1", WANDB_MODE="offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
 
 import pytest  # noqa: E402
 import yaml  # noqa: E402
@@ -32,7 +33,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer  # noqa: E402
 
 from tests.docs import page  # noqa: E402
 from tests.docs.background import start_fork_server  # noqa: E402
-from tests.docs.shell import run_shell  # noqa: E402
+from tests.docs.shell import COMMAND_SECONDS, run_shell  # noqa: E402
 
 TOLERANCE = 0.02
 """Scores that a page prints were computed on some machine; relative, and for numbers below 1 absolute."""
@@ -70,10 +71,8 @@ def _difference(shown: Any, printed: Any, path: str = "") -> str | None:
         parts = [_difference(shown[key], printed[key], f"{path}.{key}") for key in shown]
         return next(filter(None, parts), None)
     if isinstance(shown, list) and isinstance(printed, list) and len(shown) == len(printed):
-        parts = [
-            _difference(*pair, f"{path}[{index}]")
-            for index, pair in enumerate(zip(shown, printed, strict=True))
-        ]
+        pairs = enumerate(zip(shown, printed, strict=True))
+        parts = [_difference(*pair, f"{path}[{index}]") for index, pair in pairs]
         return next(filter(None, parts), None)
     numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (shown, printed))
     if shown == printed or (numbers and abs(shown - printed) <= TOLERANCE * max(1, abs(printed))):
@@ -128,7 +127,7 @@ pytest_collect_file = Sybil(
         SkipParser(),
         _Unknown(),
     ],
-    path="../..",
+    path=str(page.ROOT),
     patterns=["README.md", "docs/*.md", "docs/guides/*.md"],
     setup=page.setup,
     teardown=page.teardown,
@@ -155,6 +154,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("pages")
     for name, took in seconds.items():
         terminalreporter.write_line(f"{took:6.1f} s  {name}")
+    terminalreporter.section("slowest commands")
+    for took, where, command in sorted(COMMAND_SECONDS, reverse=True)[:15]:
+        terminalreporter.write_line(f"{took:6.1f} s  {where}: {command}")
     terminalreporter.section("blocks that are not run")
     for report in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"{report.location[0]}:{report.location[1]}: {report.longrepr[2]}")

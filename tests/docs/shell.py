@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
 import subprocess
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from tests.docs.page import ROOT, Page, current, declare, environment
 BASH_SECONDS = 120
 DEFAULT_PORTS = {"serve": 8000, "label": 8080}
 HEALTH = {"serve": "/healthz", "label": "/"}
+COMMAND_SECONDS: list[tuple[float, str, str]] = []
+"""How long each command took, where it stands, and the command."""
 _ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*")
 _PROGRAMS = (["dina-lrm"], ["python", "-m", "dina_lrm"])
 
@@ -28,10 +32,12 @@ def run_shell(example: Example) -> str | None:
     page.output = ""
     for offset, command in commands(str(example.parsed)):
         where = (example.path, example.line + example.parsed.line_offset + offset)
+        started = time.perf_counter()
         try:
             problem = run_command(page, page.here(command), where)
         except AssertionError as error:
             problem = str(error)
+        COMMAND_SECONDS.append((time.perf_counter() - started, f"{Path(where[0]).name}:{where[1]}", command))
         if problem is not None:
             return f"{Path(where[0]).name}:{where[1]}: {command}\n{problem}"
     return None
@@ -59,10 +65,9 @@ def commands(block: str) -> Iterator[tuple[int, str]]:
 
 def run_command(page: Page, command: str, where: tuple[str, int]) -> str | None:
     words = shlex.split(os.path.expandvars(command), comments=True)
-    given = dict(
-        word.split("=", 1) for word in words if _ASSIGNMENT.fullmatch(word) and words.index(word) == 0
-    )
-    words = words[len(given) :]
+    assigned = list(itertools.takewhile(_ASSIGNMENT.fullmatch, words))
+    given = dict(word.split("=", 1) for word in assigned)
+    words = words[len(assigned) :]
     if words[0] == "export":
         return export(page, command)
     if words[:2] == ["accelerate", "launch"]:

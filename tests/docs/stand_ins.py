@@ -20,7 +20,7 @@ from tests.docs.page import current, declare
 COMMIT = "0" * 40
 
 
-# --- pictures and rows ----------------------------------------------------------------------------------------
+# --- pictures and rows -------------------------------------------------------------------------------------
 
 
 def picture(file: str, caption: str, *, blur: float = 0.0, seed: int = 0) -> None:
@@ -56,6 +56,32 @@ def items(file: str, count: int = 6) -> None:
     declare(f"the reader's {file}", f"{count} prompts with three drawings each")
 
 
+def raters(votes: int = 8) -> None:
+    """Two people who vote on the page of this page's labelling server, for the picture that came first."""
+    import uuid
+
+    import httpx
+
+    address = current().here("127.0.0.1:8080")
+    with httpx.Client(base_url=f"http://{address}", trust_env=False) as client:
+        for rater in ("Ada", "Grace"):
+            task = client.get("/api/next", params={"rater": rater}).raise_for_status().json()
+            for _ in range(votes):
+                pair = task["pair"]
+                vote = {
+                    "items": task["items"],
+                    "id": uuid.uuid4().hex,
+                    "rater": rater,
+                    "pair": pair["index"],
+                    "left": pair["left"],
+                    "choice": "left" if pair["left"] < pair["right"] else "right",
+                    "seconds": 1.0,
+                }
+                answer = client.post("/api/votes", json=vote, headers={"origin": f"http://{address}"})
+                task = answer.raise_for_status().json()
+    declare("people who vote", f"two raters, {votes} votes each, sent as the labelling page sends them")
+
+
 def prompts(file: str, count: int) -> None:
     """A file of prompts, one a line."""
     from dina_lrm.shapes.scenes import sample_caption
@@ -84,7 +110,7 @@ def _drawings(folder: Path, count: int) -> Iterator[tuple[str, list[Path]]]:
         yield spec.caption, files
 
 
-# --- public data sets, in the layout in which they are published ------------------------------------------------
+# --- public data sets, in the layout in which they are published -------------------------------------------
 
 
 def data_set(name: str, root: str, count: int = 6) -> None:
@@ -157,7 +183,7 @@ _SPLITS = {"hpdv3": ("test", "train"), "hpdv2": ("test", "train"), "imagereward"
 }
 
 
-# --- weights ------------------------------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------------------
 
 
 def hub_pipeline(name: str, family: str, num_layers: int | None = None) -> None:
@@ -228,7 +254,7 @@ def _hub_folder(name: str, make: Callable[..., None], *settings: Any) -> Path:
     return snapshot
 
 
-# --- time -----------------------------------------------------------------------------------------------------------
+# --- time --------------------------------------------------------------------------------------------------
 
 
 def short_training(num_steps: int = 2) -> None:
@@ -271,6 +297,7 @@ def short_alignment() -> None:
             monitor=replace(config.monitor, num_prompts=2, every=1, grid_size=1),
             num_steps=1,
             batch_size=2,
+            precision="float32",  # bfloat16 is slow on most CPUs
             **groups,
             **steps,
         )
@@ -289,7 +316,16 @@ def short_measuring() -> None:
     declare("test pairs of 700 captions", "of 6 captions")
 
 
-# --- other people's programs ----------------------------------------------------------------------------------------
+def short_demo() -> None:
+    """`dina-lrm demo` with results that are made up; tests/end_to_end/test_demo.py runs it."""
+    from dina_lrm.cli import demo
+    from tests.unit.cli.demo_results import make_demo_results
+
+    current().patch.setattr(demo, "run_demo", lambda options: make_demo_results())
+    declare("the demo's five minutes", "made up results, from which the report is written")
+
+
+# --- other people's programs -------------------------------------------------------------------------------
 
 
 def module(name: str, **contents: Any) -> types.ModuleType:
@@ -310,3 +346,59 @@ def address(there: str, here: str) -> None:
     """A server on another machine: one that runs here."""
     current().addresses[there] = current().here(here)
     declare(there, f"the server at {here}")
+
+
+def hpsv2(name: str) -> None:
+    """HPSv2 on the hub."""
+
+    def make(folder: Path) -> None:
+        hpsv2_file(str(folder / "HPS_v2.1_compressed.pt"))
+
+    _hub_folder(name, make)
+
+
+def hpsv2_file(file: str) -> None:
+    """HPSv2's published file."""
+    import torch
+
+    from tests.unit.evaluation.test_baselines import tiny_clip, to_open_clip
+
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": to_open_clip(tiny_clip())}, file)
+    declare(f"HPSv2's weights, {Path(file).name}", "those of a tiny random CLIP under the published names")
+
+
+def hpsv3(folder: str) -> None:
+    """HPSv3's published files."""
+    from tests.unit.evaluation.test_baselines import save_tiny_hpsv3
+
+    save_tiny_hpsv3(Path(folder))
+    declare(f"HPSv3's weights in {folder}", "those of a tiny random Qwen2-VL under the published names")
+
+
+def language_model(there: str, reply: str) -> None:
+    """An OpenAI-compatible server that always writes the same."""
+    from contextlib import ExitStack
+    from http.server import BaseHTTPRequestHandler
+
+    from tests.local_server import answering
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    running = ExitStack()
+    address = running.enter_context(answering(Handler))
+    page = current()
+    page.closing.append(running.close)
+    page.addresses[there] = address.removeprefix("http://")
+    declare(f"a language model served at {there}", f"a server that always answers {reply!r}")
