@@ -1,6 +1,7 @@
 """The page whose blocks are being run: its folder, its servers, and what stands in for what."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -64,7 +65,7 @@ class Page:
     def here(self, text: str) -> str:
         """The text with the addresses at which the page's servers listen here."""
         for there, address in self.addresses.items():
-            text = text.replace(there, address)
+            text = re.sub(rf"(?<![\w.]){re.escape(there)}(?!\d)", address, text)
         return text
 
     def serve(self, address: str, server: Background) -> None:

@@ -155,8 +155,11 @@ def _hpdv3(prompt: str, files: list[Path], root: Path, split: str) -> dict[str, 
 
 
 def _hpdv2(prompt: str, files: list[Path], root: Path, split: str) -> dict[str, Any]:
-    names = [f"../{file.relative_to(root)}" for file in files]
+    names = [file.name for file in files]
     if split == "train":
+        for file in files[:2]:
+            (root / "train").mkdir(exist_ok=True)
+            shutil.copy(file, root / "train")
         return {"prompt": prompt, "file_path": names[:2], "human_preference": [1, 0]}
     return {"prompt": prompt, "image_path": names, "rank": [1, 3, 2]}
 
@@ -177,7 +180,7 @@ _ROWS: dict[str, Callable[[str, list[Path], Path, str], dict[str, Any]]] = {
     "imagereward": _imagereward,
     "pickapic": _pickapic,
 }
-_PICTURES = {"hpdv3": "images", "hpdv2": "images", "imagereward": "rm_images", "pickapic": "drawn"}
+_PICTURES = {"hpdv3": "images", "hpdv2": "test", "imagereward": "rm_images", "pickapic": "drawn"}
 _SPLITS = {"hpdv3": ("test", "train"), "hpdv2": ("test", "train"), "imagereward": ("test",)} | {
     "pickapic": ("test_unique",)
 }
