@@ -134,6 +134,11 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Gradio leaves sockets and event loops to the garbage collector.
+    config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def pytest_sessionstart() -> None:
     import warnings
 

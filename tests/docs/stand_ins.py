@@ -238,7 +238,12 @@ def clip_scorer(name: str) -> None:
 
 def _make_pipeline(folder: Path, family: str, num_layers: int | None) -> None:
     from tests.families import make_family
+    from tests.tiny import make_tiny_pipeline
 
+    if family == "sd3":  # for the sizes of pictures that people have
+        layers = {} if num_layers is None else {"num_layers": num_layers}
+        make_tiny_pipeline(folder, pos_embed_max_size=192, **layers)
+        return
     make_family(family, folder, num_layers=num_layers)
 
 
