@@ -6,6 +6,8 @@ which browsers draw themselves, so that formulas need no script and no network.
 A page links to a file of the repository by its relative path, `../src/...`, which works where the repository
 is browsed. The site has no such files, so each one that is linked becomes a page of it. A link to a file that
 does not exist is left as it is, and mkdocs reports it.
+
+Comments in which a page sets up what its blocks need in a test (tests/docs) are for readers of the source.
 """
 
 import html
@@ -20,6 +22,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', flags=re.DOTALL)
 _LINK = re.compile(r"\]\((?P<path>[^)#\s:]+)(?=[)#])")
+_COMMENT = re.compile(r"^<!-- (?:invisible-code-block|skip): .*?-->\n+", flags=re.DOTALL | re.MULTILINE)
 _LANGUAGES = {".py": "python", ".md": "markdown", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
 
 
@@ -58,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"]({posixpath.relpath(_page_of(name), posixpath.dirname(here) or '.')}"
 
-    return _LINK.sub(to_page, markdown)
+    return _LINK.sub(to_page, _COMMENT.sub("", markdown))
 
 
 def _repository_file(page: str, link: str) -> str | None:

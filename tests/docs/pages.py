@@ -3,9 +3,9 @@
     python -m pytest -o addopts= -p tests.docs.pages README.md docs
 
 Names flow from block to block, and every page has a folder of its own. A block has a language: python and
-shell are run, json, yaml and toml are parsed, text is not code. What only stands in for something that a
-reader has, such as weights on the hub, is set up in invisible blocks of the page's source by
-`tests.docs.stand_ins`, and listed at the end of the run.
+shell are run, console shows what a command prints, json, yaml and toml are parsed, text is not code. What
+only stands in for something that a reader has, such as weights on the hub, is set up in invisible blocks of
+the page's source by `tests.docs.stand_ins`, and listed at the end of the run.
 """
 
 import json
@@ -33,7 +33,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer  # noqa: E402
 
 from tests.docs import page  # noqa: E402
 from tests.docs.background import start_fork_server  # noqa: E402
-from tests.docs.shell import COMMAND_SECONDS, run_shell  # noqa: E402
+from tests.docs.shell import COMMAND_SECONDS, run_console, run_shell  # noqa: E402
 
 TOLERANCE = 0.02
 """Scores that a page prints were computed on some machine; relative, and for numbers below 1 absolute."""
@@ -95,6 +95,7 @@ def _text(example: Example) -> None:
 EVALUATORS: dict[str, Callable[[Example], str | None]] = {
     "python": _Python(),
     "shell": run_shell,
+    "console": run_console,
     "json": _json,
     "yaml": _yaml,
     "toml": _toml,

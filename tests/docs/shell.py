@@ -43,6 +43,38 @@ def run_shell(example: Example) -> str | None:
     return None
 
 
+def run_console(example: Example) -> str | None:
+    """`$ command` and what it prints: every line that is shown has to be there, ... stands for any text."""
+    page = current()
+    first = example.line + example.parsed.line_offset
+    for number, shown in _console(str(example.parsed)):
+        arguments = shlex.split(shown[0], comments=True)[1:]
+        code, out, err = _in_process(page, arguments, {})
+        printed = " ".join(f"{out}\n{err}".split())
+        for line in shown[1:]:
+            pattern = ".*".join(re.escape(" ".join(part.split())) for part in line.split("..."))
+            if not re.search(pattern, printed):
+                where = f"{Path(example.path).name}:{first + number}"
+                return f"{where}: {shown[0]}\nended with {code} and did not print {line!r}:\n{out}{err}"
+        if any(line.startswith("error:") for line in shown[1:]) != (code != 0):
+            return f"{Path(example.path).name}:{first + number}: {shown[0]}\nended with {code}:\n{out}{err}"
+    return None
+
+
+def _console(block: str) -> Iterator[tuple[int, list[str]]]:
+    """Each command with the lines that it prints."""
+    shown: list[str] = []
+    first = 0
+    for number, line in enumerate(block.splitlines()):
+        if line.startswith("$ "):
+            if shown:
+                yield first, shown
+            first, shown = number, [line.removeprefix("$ ")]
+        elif line.strip():
+            shown.append(line.strip())
+    yield first, shown
+
+
 def commands(block: str) -> Iterator[tuple[int, str]]:
     """Each command with its line, continuation lines joined."""
     waiting, first = "", 0
@@ -87,6 +119,12 @@ def dina_lrm(page: Page, arguments: list[str], given: dict[str, str], where: tup
     if arguments[0] in DEFAULT_PORTS and arguments[1:2] != ["export"] and "--help" not in arguments:
         serve(page, arguments, given, where)
         return None
+    code, out, err = _in_process(page, arguments, given)
+    page.output += out
+    return None if code == 0 else f"ended with {code}:\n{out}{err}"
+
+
+def _in_process(page: Page, arguments: list[str], given: dict[str, str]) -> tuple[int, str, str]:
     from dina_lrm.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -94,8 +132,7 @@ def dina_lrm(page: Page, arguments: list[str], given: dict[str, str], where: tup
         for name, value in given.items():
             patch.setenv(name, value)
         code = main(arguments)
-    page.output += out.getvalue()
-    return None if code == 0 else f"ended with {code}:\n{out.getvalue()}{err.getvalue()}"
+    return code, out.getvalue(), err.getvalue()
 
 
 def serve(page: Page, arguments: list[str], given: dict[str, str], where: tuple[str, int]) -> None:

@@ -294,7 +294,7 @@ def short_alignment() -> None:
 
     def recipe(algorithm: str, generator: str) -> Any:
         config = full(algorithm, generator)
-        sampler = replace(config.sampler, num_steps=2, window=None)
+        sampler = replace(config.sampler, num_steps=2, window=(0, 1) if algorithm == "grpo" else None)
         if config.policy.pipeline != "bundled":
             sampler = replace(sampler, height=32, width=32)
         groups = {"group_size": 2} if algorithm == "grpo" else {}

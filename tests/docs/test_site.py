@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = f"""
 site_name: test
