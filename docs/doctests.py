@@ -13,6 +13,8 @@ class Doctests(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = _EXAMPLE.sub(
-                lambda match: f"{match['indent']}```pycon\n{match[0]}\n{match['indent']}```", obj.docstring.value
-            )
+            obj.docstring.value = _EXAMPLE.sub(_fenced, obj.docstring.value)
+
+
+def _fenced(match: re.Match[str]) -> str:
+    return f"{match['indent']}```pycon\n{match[0]}\n{match['indent']}```"

@@ -45,9 +45,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for name in sorted(linked):
         source = (ROOT / name).read_text(encoding="utf-8")
         language = _LANGUAGES.get(Path(name).suffix, "text")
-        page = (
-            f"---\nsearch: {{exclude: true}}\n---\n# `{name}`\n\n``````{language}\n{source.rstrip()}\n``````\n"
-        )
+        code = f"``````{language}\n{source.rstrip()}\n``````"
+        page = f"---\nsearch: {{exclude: true}}\n---\n# `{name}`\n\n{code}\n"
         files.append(File.generated(config, _page_of(name), content=page))
     return files
 

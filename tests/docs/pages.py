@@ -11,29 +11,23 @@ the page's source by `tests.docs.stand_ins`, and listed at the end of the run.
 import json
 import os
 import re
+import shutil
 import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-# Before any library reads them: the hub is a folder, and there is no network.
-HUB = Path(tempfile.mkdtemp(prefix="hub-"))
-os.environ.update(HF_HOME=str(HUB), HF_HUB_CACHE=str(HUB / "hub"), HF_HUB_OFFLINE="1", WANDB_MODE="offline")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
+import pytest
+import yaml
+from sybil import Document, Example, Region, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
-import pytest  # noqa: E402
-import yaml  # noqa: E402
-from sybil import Document, Example, Region, Sybil  # noqa: E402
-from sybil.evaluators.python import PythonEvaluator  # noqa: E402
-from sybil.parsers.markdown import CodeBlockParser, SkipParser  # noqa: E402
-from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer  # noqa: E402
-
-from tests.docs import page  # noqa: E402
-from tests.docs.background import start_fork_server  # noqa: E402
-from tests.docs.shell import COMMAND_SECONDS, run_console, run_shell  # noqa: E402
+from tests.docs import page
+from tests.docs.background import start_fork_server
+from tests.docs.shell import COMMAND_SECONDS, run_console, run_shell
 
 TOLERANCE = 0.02
 """Scores that a page prints were computed on some machine; relative, and for numbers below 1 absolute."""
@@ -122,7 +116,7 @@ class _Unknown:
         return f"a block of language {str(example.parsed)!r}; there are {', '.join(EVALUATORS)}"
 
 
-pytest_collect_file = Sybil(
+PAGES = Sybil(
     parsers=[
         *(CodeBlockParser(language, evaluator) for language, evaluator in EVALUATORS.items()),
         SkipParser(),
@@ -132,10 +126,17 @@ pytest_collect_file = Sybil(
     patterns=["README.md", "docs/*.md", "docs/guides/*.md"],
     setup=page.setup,
     teardown=page.teardown,
-).pytest()
+)
+pytest_collect_file = PAGES.pytest()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Before any library reads them: the hub is a folder, and there is no network.
+    hub = tempfile.mkdtemp(prefix="hub-")
+    config.add_cleanup(lambda: shutil.rmtree(hub, ignore_errors=True))
+    os.environ.update(HF_HOME=hub, HF_HUB_CACHE=f"{hub}/hub", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
     # Gradio leaves sockets and event loops to the garbage collector.
     config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
 

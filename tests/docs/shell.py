@@ -31,7 +31,7 @@ def run_shell(example: Example) -> str | None:
     page = current()
     page.output = ""
     for offset, command in commands(str(example.parsed)):
-        where = (example.path, example.line + example.parsed.line_offset + offset)
+        where = (example.path, example.line + example.parsed.line_offset + 1 + offset)
         started = time.perf_counter()
         try:
             problem = run_command(page, page.here(command), where)
@@ -46,7 +46,7 @@ def run_shell(example: Example) -> str | None:
 def run_console(example: Example) -> str | None:
     """`$ command` and what it prints: every line that is shown has to be there, ... stands for any text."""
     page = current()
-    first = example.line + example.parsed.line_offset
+    first = example.line + example.parsed.line_offset + 1
     for number, shown in _console(str(example.parsed)):
         arguments = shlex.split(shown[0], comments=True)[1:]
         code, out, err = _in_process(page, arguments, {})
