@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 REPORT ?= runs/demo
 
-.PHONY: help install demo test lint format types layers unit slow browser docs examples versions lowest highest clean
+.PHONY: help install demo test lint format types layers unit slow browser docs docs-blocks examples versions lowest highest clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 # One stamp file for each set of extras: an installation is repeated only when a pin or a dependency changed.
 $(VENV)/bin/python:
@@ -70,8 +70,14 @@ slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 browser: $(VENV)/.installed-dev  ## report, server page and labelling in headless Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Not --quiet: it hides the warnings that --strict counts, dead links among them.
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The options of pyproject.toml are those of the tests: shapes are not checked here, as they are not for a reader.
+docs-blocks: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## run every block of README.md and of the pages under docs/
+	$(BIN)/python -m pytest tests/docs
+	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages README.md docs
 
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -157,7 +157,7 @@ def prepare(
         devices: of the processes, one each; a CPU process works on one thread, so that bytes do not depend on
             how many there are.
         on_progress: called with "pairs" or "prompts", how many are done, and how many of these were found
-        done.
+            done.
 
     Raises:
         InvalidInputError: the folder belongs to other settings; a file of the source or a picture has changed
