@@ -43,6 +43,8 @@ class Page:
     """By the address on the page."""
     output: str = ""
     """What the commands of the latest shell block printed on stdout."""
+    block: str = ""
+    """The latest block of json, yaml or toml."""
     closing: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod

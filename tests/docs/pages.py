@@ -44,7 +44,7 @@ class _Python(PythonEvaluator):
 
 def _json(example: Example) -> str | None:
     """JSON, or a JSON object a line; after a command that printed JSON, what it printed."""
-    shown = _documents(str(example.parsed))
+    shown = _documents(_text(example))
     output, page.current().output = page.current().output, ""
     try:
         printed = _documents(output)
@@ -75,15 +75,17 @@ def _difference(shown: Any, printed: Any, path: str = "") -> str | None:
 
 
 def _yaml(example: Example) -> None:
-    yaml.safe_load(str(example.parsed))
+    yaml.safe_load(_text(example))
 
 
 def _toml(example: Example) -> None:
-    tomllib.loads(str(example.parsed))
+    tomllib.loads(_text(example))
 
 
-def _text(example: Example) -> None:
-    """Not code."""
+def _text(example: Example) -> str:
+    """The block, kept for a page that puts it into a file."""
+    page.current().block = str(example.parsed)
+    return page.current().block
 
 
 EVALUATORS: dict[str, Callable[[Example], str | None]] = {
@@ -93,7 +95,7 @@ EVALUATORS: dict[str, Callable[[Example], str | None]] = {
     "json": _json,
     "yaml": _yaml,
     "toml": _toml,
-    "text": _text,
+    "text": lambda example: None,
 }
 
 

@@ -82,6 +82,21 @@ def raters(votes: int = 8) -> None:
     declare("people who vote", f"two raters, {votes} votes each, sent as the labelling page sends them")
 
 
+def prepared(folder: str, pipeline: str) -> None:
+    """A folder of `dina-lrm prepare`."""
+    from dina_lrm.cli.main import main
+
+    rows(f"{folder}-rows/rows.jsonl", 24)
+    source = f"{current().folder}/{folder}-rows/rows.jsonl"
+    assert main(["prepare", "jsonl", "--root", source, "--pipeline", pipeline, "--output", folder]) == 0
+    declare(f"the reader's prepared pairs {folder}", "those rows, prepared")
+
+
+def save_block(file: str) -> None:
+    """The block above, in a file, as the page asks for."""
+    Path(file).write_text(current().block)
+
+
 def prompts(file: str, count: int) -> None:
     """A file of prompts, one a line."""
     from dina_lrm.shapes.scenes import sample_caption
