@@ -294,13 +294,14 @@ def rank_pictures(
 ) -> "list[Ranking]":
     """Each caption's pictures in the reward's order, with the gold judge's opinion."""
     from dina_lrm.cli.demo_report import JudgedPicture, Ranking
-    from dina_lrm.cli.options import scoring_levels
+    from dina_lrm.scaling.settings import Viewing
     from dina_lrm.shapes.judge import judge
 
     rankings: list[Ranking] = []
     for caption, group in zip(captions, groups, strict=False):
         images = [image for _, image in group]
-        output = model.score([caption] * len(images), images, noise_levels=scoring_levels((), model), seed=0)
+        levels = Viewing().levels(model.config.noise_levels)
+        output = model.score([caption] * len(images), images, noise_levels=levels, seed=0)
         pictures: list[JudgedPicture] = []
         for (made_with, image), score in zip(group, output.scores.tolist(), strict=True):
             opinion = judge(image, caption)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, find_device
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     names = ("source", "root", "pipeline", "output", "split", "max_pixels", "mixed_sizes", "ties")
     names += ("min_confidence", "embeddings", "prompt_dtype", "max_text_tokens", "pairs_per_shard")
     names += ("pairs_per_row_group",)
-    with ComparisonProgress(total) as progress:
+    with WorkProgress({"pairs": total}) as progress:
         prepared = prepare_source(
             **{name: getattr(options, name) for name in names}, devices=devices, on_progress=progress.tell
         )

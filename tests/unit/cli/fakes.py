@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.cli.options import ModelOptions
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.options import ModelOptions
 
 
 class BrightnessModel:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -9,7 +10,6 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from dina_lrm.cli import score as score_command
 from dina_lrm.cli.main import main
 from tests.unit.cli.fakes import use_brightness_model
 
@@ -80,14 +80,34 @@ def test_one_level_is_a_number_and_several_are_an_ensemble(pictures, monkeypatch
         (["gray", "gray0.png", "--num-draws", "0"], "at least 1"),
         (["--input", "rows.jsonl"], "--output"),
         (["--input", "absent.jsonl", "--output", "x.parquet"], "absent.jsonl"),
-        (["--input", "notes.txt", "--output", "x.parquet"], ".jsonl or .parquet"),
-        (["--input", "rows.jsonl", "--output", "x.csv"], "x.csv"),
+        (["--input", "notes.txt", "--output", "x.parquet"], "'notes.txt' has .txt"),
+        (["--input", "rows.jsnl", "--output", "x.parquet"], "did you mean rows.jsonl"),
+        (["--input", "pipe.jsonl", "--output", "x.parquet"], "'pipe.jsonl' is a FIFO"),
+        (["--input", "rows.jsonl", "--output", "x.txt"], "got 'x.txt'"),
+        (["--input", "rows.jsonl", "--output", "pipe.jsonl", "--overwrite"], "'pipe.jsonl' is a FIFO"),
+        (["--input", "rows.jsonl", "--output", "notes.txt/x.jsonl"], "Not a directory"),
+        (["gray", "pipe.png"], "pipe.png is a FIFO"),
+        (["gray", "/dev/zero"], "/dev/zero is a device"),
+        (["gray", "."], ". is a folder"),
+        (["gray", "gray0.png", "--target-error", "0.1", "--num-draws", "1"], "exclude each other"),
+        (["gray", "gray0.png", "--target-error", "0"], "above 0"),
+        (["gray", "gray0.png", "--max-draws", "8"], "--max-draws goes with --target-error"),
+        (["gray", "gray0.png", "--rows_per_part=8"], "--rows-per-part goes with --input"),
+        (["--input", "rows.jsonl", "--output", "x.jsonl", "--skip-bad"], "--skip-bad is for images"),
+        (
+            ["gray0.png"],
+            "the prompt comes first, and 'gray0.png' is a file; as in: dina-lrm score \"PROMPT\"",
+        ),
+        (["gray0.png", "gray1.png"], '"PROMPT" gray0.png gray1.png'),
+        (["a cut emoji \ud83d", "gray0.png"], "the prompt is not text: its character 12 is '\\ud83d'"),
         (["gray", "--input", "rows.jsonl", "--output", "x.parquet"], "leave out"),
     ],
 )
 def test_mistakes_are_named(arguments, message, pictures, tmp_path, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
     (tmp_path / "notes.txt").write_text("no picture\n")
+    for name in ("pipe.png", "pipe.jsonl"):
+        os.mkfifo(tmp_path / name)
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": "gray1.png"}])
     monkeypatch.chdir(tmp_path)
     assert main(["score", *arguments]) == 2
@@ -159,11 +179,11 @@ def test_images_inside_parquet(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(score_command, "ROWS_PER_PART", 2)
     model = use_brightness_model(monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": path.name} for path in pictures])
     output = tmp_path / "scores.parquet"
-    arguments = ["score", "--input", str(rows), "--output", str(output), "--batch-size", "1"]
+    arguments = ["score", "--input", str(rows), "--output", str(output)]
+    arguments += ["--batch-size", "1", "--rows-per-part", "2"]
 
     healthy = model.score
 
@@ -174,6 +194,7 @@ def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
 
     model.score = stop_at_the_fourth
     assert main(arguments) == 130
+    assert "interrupted; what was done is kept: give the same command again" in capsys.readouterr().err
     assert not output.exists()
     model.score = healthy
     model.calls.clear()
