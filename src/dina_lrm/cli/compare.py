@@ -1,4 +1,4 @@
-"""`dina-lrm compare PROMPT A B`: which of two images people would prefer, as a probability; also for a file of
+"""`dina-lrm compare PROMPT A B`: which of two images people would prefer, as a probability; or a file of
 pairs."""
 
 from collections.abc import Sequence
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     check_prompt("compare", options.prompt, options.images)
     if not options.prompt.strip() or len(options.images) != 2:
         raise UsageError(
-            'give a prompt and two images, as in: dina-lrm compare "a red circle" a.png b.png; or --input FILE'
+            'give a prompt and two images, as in: dina-lrm compare "a red circle" a.png b.png; '
+            "or --input FILE"
         )
     return compare_images(options)
 

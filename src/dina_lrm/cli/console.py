@@ -91,9 +91,10 @@ class WorkProgress:
 
     Args:
         totals: how much there is to do of each kind, where it is known beforehand.
+        draw: a bar on a terminal; without, lines there too, as beside a server's log.
     """
 
-    def __init__(self, totals: Mapping[str, int | None] | None = None) -> None:
+    def __init__(self, totals: Mapping[str, int | None] | None = None, *, draw: bool = True) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
         self.totals = dict(totals or {})
@@ -105,7 +106,7 @@ class WorkProgress:
             TextColumn("{task.fields[pace]}"),
             console=stderr(),
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (draw and sys.stderr.isatty()),
         )
         self.task: Any = None
         self.kind = ""

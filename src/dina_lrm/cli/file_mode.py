@@ -24,8 +24,8 @@ class FileOptions:
     """Rows instead of pictures on the command line."""
 
     input: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER|URL")] = None
-    """Rows: .jsonl, .json (a list), .csv, .parquet, also with .gz; a picture is a path beside the file, a URL,
-    or bytes in a .parquet. Also .tar shards, a folder or a pattern of files, s3:// and other URLs."""
+    """Rows: .parquet, or .jsonl, .json (a list) and .csv, also with .gz; a picture is a path beside the file,
+    a URL, or bytes in a .parquet. Also .tar shards, a folder or a pattern of files, s3:// and other URLs."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER")] = None
     """Where the results of --input go, with all columns of the input: a .parquet, .jsonl or .csv file, or a
     folder of Parquet parts, which may be a URL. A run that was interrupted continues."""
@@ -36,8 +36,8 @@ class FileOptions:
     rows_per_part: int = 1000
     """Rows between two points at which an interrupted run can continue; also those of a file of a folder."""
     rejects: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File of the rows without a result, with the reason. By default OUTPUT.rejects.jsonl; absent without any.
-    A folder has its own rejects.jsonl."""
+    """Receives the rows without a result, with the reason; absent without any. By default
+    OUTPUT.rejects.jsonl. A folder has its own rejects.jsonl."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over where OUTPUT, or a part of it, exists from another run."""
 

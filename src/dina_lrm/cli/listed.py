@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 def find_pictures(names: Sequence[str], *, skip_bad: bool) -> tuple[list[str], list[str]]:
-    """The files that look like pictures, before a model is loaded for them; and what is wrong with the others.
+    """The files that look like pictures, before a model is loaded for them; what is wrong with the others.
 
     Raises:
         UsageError: there are others, and they are not to be skipped, or there is nothing else.

@@ -1,4 +1,4 @@
-"""`dina-lrm rank PROMPT IMAGE ...`: images from best to worst, and how sure it is that each beats the next."""
+"""`dina-lrm rank PROMPT IMAGE ...`: images from best to worst, and how sure each place is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,24 +59,19 @@ def main(arguments: Sequence[str]) -> int:
     if not options.prompt.strip() or not options.images:
         raise UsageError('give a prompt and images, as in: dina-lrm rank "a red circle" a.png b.png c.png')
     if options.adaptive:
-        refuse(
-            arguments,
-            ["--noise-levels", "--num-draws", "--batch-size"],
-            "is chosen by --adaptive: leave it out",
-        )
+        chosen = ["--noise-levels", "--num-draws", "--batch-size"]
+        refuse(arguments, chosen, "is chosen by --adaptive: leave it out")
     places, levels, probabilities = rank_adaptively(options) if options.adaptive else rank_by_score(options)
     if options.as_json:
-        for number, (place, probability) in enumerate(
-            zip(places, [*probabilities, None], strict=True), start=1
-        ):
+        for index, place in enumerate(places):
             print_json(
                 {
                     "prompt": options.prompt,
                     "image": place.name,
-                    "rank": number,
+                    "rank": index + 1,
                     "score": place.score,
                     "standard_error": place.standard_error,
-                    "probability_preferred_to_next": probability,
+                    "probability_preferred_to_next": probabilities[index] if probabilities[index:] else None,
                     "noise_levels": levels,
                     "views": place.views,
                     "seed": options.viewing.seed,
@@ -84,11 +79,10 @@ def main(arguments: Sequence[str]) -> int:
                 }
             )
         return 0
+    beats = [*(f"{one:.1%}" for one in probabilities), ""]
     rows = [
-        (str(number), place.name, shown_score(place.score, place.standard_error), probability)
-        for number, (place, probability) in enumerate(
-            zip(places, [*(f"{one:.1%}" for one in probabilities), ""], strict=True), start=1
-        )
+        (str(index + 1), place.name, shown_score(place.score, place.standard_error), beats[index])
+        for index, place in enumerate(places)
     ]
     print_table(["rank", "image", "score", "beats next"], rows, title=options.prompt, text_columns=2)
     if options.adaptive:
@@ -108,10 +102,8 @@ def rank_by_score(options: Rank) -> tuple[list[Place], list[float], list[float]]
     levels = list(viewing.noise_levels or model.config.noise_levels)
     places = [Place(name, result["score"], result["standard_error"], None) for name, result in scored]
     places.sort(key=lambda place: -place.score)
-    probabilities = [
-        preference_probability(a.score - b.score, levels, model.config) for a, b in pairwise(places)
-    ]
-    return places, levels, probabilities
+    leads = [a.score - b.score for a, b in pairwise(places)]
+    return places, levels, [preference_probability(lead, levels, model.config) for lead in leads]
 
 
 def rank_adaptively(options: Rank) -> tuple[list[Place], list[float], list[float]]:

@@ -37,8 +37,8 @@ def score_to_file(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkSummary:
-    """As `score_dataset`, with a file as `job.output`; its parts are in OUTPUT.parts, where an interrupted run
-    goes on.
+    """As `score_dataset`, with a file as `job.output`; the parts are in OUTPUT.parts, where an interrupted
+    run goes on.
 
     Args:
         rejects: file of the rows without a result; by default OUTPUT.rejects.jsonl. Absent without any.

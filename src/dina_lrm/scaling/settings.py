@@ -53,8 +53,8 @@ class Scoring(Viewing):
         super().__post_init__()
         if self.target_error is not None and not (self.target_error > 0 and self.max_draws >= 2):
             raise InvalidInputError(
-                f"target_error = {self.target_error:g} with max_draws = {self.max_draws}: need a target above "
-                "0 and at least 2 draws"
+                f"target_error = {self.target_error:g} with max_draws = {self.max_draws}: need a target "
+                "above 0 and at least 2 draws"
             )
         if self.target_error is not None and self.num_draws != 1:
             raise InvalidInputError(

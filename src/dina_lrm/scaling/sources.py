@@ -30,9 +30,16 @@ from dina_lrm.scaling.settings import SCORE, Task
 __all__ = ["Part", "Plan", "SourceFile", "converted_lines", "make_plan", "read_part"]
 
 Kind = Literal["parquet", "jsonl", "tar", "converted"]
-SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "jsonl", ".tar": "tar"} | dict.fromkeys(
-    (".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz"), "converted"
-)
+SUFFIXES: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".tar": "tar",
+    ".json": "converted",
+    ".csv": "converted",
+    ".jsonl.gz": "converted",
+    ".json.gz": "converted",
+    ".csv.gz": "converted",
+}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 """In a tar shard."""
 _TAR_SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in ("key", "prompt", "image", "json")])
