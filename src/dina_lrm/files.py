@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["file_fault", "nothing_at", "write_whole", "written_aside"]
+__all__ = ["file_fault", "not_a_file", "write_whole", "written_aside"]
 
 LISTED = 2000
 """Entries of a folder that are looked at for what a mistyped name may have meant."""
@@ -54,19 +54,21 @@ def file_fault(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
 
 
-def nothing_at(path: Path) -> str:
-    """Says that `path` is not there, and what is: names like it, or else some names beside it."""
+def not_a_file(path: Path) -> str:
+    """Says why `path` is no file to read; of one that is not there, which names are like it, or beside it."""
+    fault = file_fault(path)
+    if fault != "is missing":
+        return f"{path} {fault or 'is a file'}"
     lost = path
     while not lost.parent.is_dir() and lost != lost.parent:
         lost = lost.parent
-    folder = lost.parent
     try:
-        names = sorted(entry.name for entry in itertools.islice(os.scandir(folder), LISTED))
+        names = sorted(entry.name for entry in itertools.islice(os.scandir(lost.parent), LISTED))
     except OSError:
         names = []
-    close = difflib.get_close_matches(lost.name, names, n=3)
-    shown = ", ".join(close or names[:5]) + (", ..." if not close and len(names) > 5 else "")
-    there = (
-        f"{'did you mean' if close else 'there is'} {shown}{'?' if close else ''}" if names else "is empty"
-    )
-    return f"nothing at {path}; in {folder}: {there}" if names else f"nothing at {path}: {folder} {there}"
+    if not names:
+        return f"nothing at {path}: {lost.parent} is empty"
+    if close := difflib.get_close_matches(lost.name, names, n=3):
+        return f"nothing at {path}; did you mean {', '.join(close)} in {lost.parent}?"
+    more = ", ..." if len(names) > 5 else ""
+    return f"nothing at {path}; {lost.parent} holds {', '.join(names[:5])}{more}"

@@ -357,7 +357,7 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
     title += f"scores at {result.settings[0].label}"
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
-    log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    log(f"{ties}; {result.counts()}")
     for name, value in (("Kendall's tau-b", result.kendall), ("Spearman's rho", result.spearman)):
         if not math.isnan(value.value):
             log(f"{name}, mean over prompts: {value}")
@@ -401,4 +401,5 @@ def print_result(result: "EvaluationResult") -> None:
 def percent(interval: "Interval | None") -> str:
     if interval is None:
         return "-"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    value, bounds = interval.percents()
+    return f"{value} [{bounds.replace(' to ', ', ')}]" if interval.known else f"{value} {bounds}"

@@ -93,10 +93,6 @@ EXIT_SUCCESS, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 EXIT_CODES = "0 success, 1 the run failed, 2 wrong usage or input, 130 stopped by Ctrl-C, 143 by SIGTERM"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: files are closed, workers stopped."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those after `dina-lrm`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -120,10 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except SystemExit as leaving:  # tyro leaves this way: 0 after --help, 2 after a bad flag
         return leaving.code if isinstance(leaving.code, int) else EXIT_USAGE
-    except KeyboardInterrupt as interrupt:
-        hints = getattr(interrupt, "__notes__", [])
-        log("; ".join(["terminated" if isinstance(interrupt, Terminated) else "interrupted", *hints]))
-        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        log("; ".join(["interrupted", *getattr(stop, "__notes__", [])]))
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of stdout left, as in `dina-lrm score ... | head`
         abandon_stdout()
         return EXIT_FAILURE
@@ -133,10 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def sigterm_raised() -> Iterator[None]:
-    """SIGTERM raises Terminated, unless the caller of `main` listens to it; only the main thread can."""
+    """SIGTERM ends a command as Ctrl-C does: files are closed, workers stopped. It raises a KeyboardInterrupt
+    with its number, unless the caller of `main` listens to it; only the main thread can."""
 
     def terminate(number: int, frame: Any) -> NoReturn:
-        raise Terminated
+        raise KeyboardInterrupt(number)
 
     if (
         threading.current_thread() is not threading.main_thread()

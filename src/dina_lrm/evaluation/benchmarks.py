@@ -97,8 +97,8 @@ class EvaluationResult:
             cells = [
                 name,
                 str(result.setting.passes),
-                *_percent(result.accuracy),
-                *_percent(result.bayes_share),
+                *result.accuracy.percents(),
+                *(("", "") if result.bayes_share is None else result.bayes_share.percents()),
             ]
             cells += [
                 f"{100 * result.reliability.expected_calibration_error:.1f}",
@@ -204,12 +204,6 @@ def evaluate_latent_pairs(
         scores=scores,
         pairs=pairs,
     )
-
-
-def _percent(interval: Interval | None) -> tuple[str, str]:
-    if interval is None:
-        return "", ""
-    return f"{100 * interval.value:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def _plain(value: Any) -> Any:

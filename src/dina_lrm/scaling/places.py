@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from httpx_retries import Retry, RetryTransport
 
 from dina_lrm.errors import InvalidInputError, ScoringError
-from dina_lrm.files import file_fault, nothing_at
+from dina_lrm.files import file_fault, not_a_file
 from dina_lrm.scaling.rows import picture_file
 
 __all__ = ["filesystem", "find_files", "is_local", "open_file", "suffix_of"]
@@ -141,4 +141,4 @@ def find_files(url: str, suffixes: tuple[str, ...]) -> tuple[fsspec.AbstractFile
 def _none_found(url: str, fs: fsspec.AbstractFileSystem, path: str, allowed: str) -> str:
     if fs.isdir(path):
         return f"the folder {url!r} has no {allowed}"
-    return nothing_at(Path(path)) if is_local(fs) else f"no file or folder {url!r}"
+    return not_a_file(Path(path)) if is_local(fs) else f"no file or folder {url!r}"
