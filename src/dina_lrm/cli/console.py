@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from dina_lrm.training.progress import StepMetrics
 
 
+WIDE = 10_000
+"""Columns of a table that is not read on a terminal."""
+
 LONGEST_SECONDS, LEAST_SECONDS = 30.0, 2.0
 """Between two lines of progress: at most, and at least however quick the work."""
 
@@ -82,7 +85,10 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    stdout().print(table)
+    console = stdout()
+    if not console.is_terminal:  # a program reads it: no cell is folded, so that names stay whole
+        console.width = WIDE
+    console.print(table)
 
 
 class WorkProgress:
