@@ -132,9 +132,11 @@ def find_files(url: str, suffixes: tuple[str, ...]) -> tuple[fsspec.AbstractFile
     if not found:
         raise InvalidInputError(_none_found(url, fs, path, allowed))
     endings = {suffix_of(name) for name in found}
-    if len(endings) > 1 or not endings <= set(suffixes):
-        others = sorted(ending or "no suffix" for ending in endings)
-        raise InvalidInputError(f"input files all end in one of {allowed}; {url!r} has {', '.join(others)}")
+    shown = ", ".join(sorted(ending or "no suffix" for ending in endings))
+    if not endings <= set(suffixes):
+        raise InvalidInputError(f"{url!r} has {shown}: rows are {allowed}")
+    if len(endings) > 1:
+        raise InvalidInputError(f"{url!r} has {shown}: give files of one kind, as with the pattern '*.jsonl'")
     return fs, endings.pop(), found
 
 
