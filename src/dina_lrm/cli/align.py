@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> int:
     from dina_lrm import alignment_recipes as recipes
 
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments[:2]):
         print_recipes(to_stderr=not arguments)
         return 0 if arguments else 2
     algorithms, generators = get_args(recipes.AlgorithmName), get_args(recipes.GeneratorName)
@@ -81,7 +81,7 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
 
 
 def gains(result: "RunResult") -> dict[str, tuple[float, float, float]]:
-    """Of the last evaluation over the first, by score."""
+    """Gain of the last evaluation over the first, by score: mean and 95 % interval."""
     from dina_lrm.alignment.gold import paired_gain
 
     first, last = result.evaluations[0], result.evaluations[-1]

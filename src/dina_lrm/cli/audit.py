@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
 from dina_lrm.files import write_whole
 
@@ -52,13 +53,12 @@ def main(arguments: Sequence[str]) -> int:
         split=against_split,
         check_images="none",
     )
-    with progress_bar("images") as progress:
-        task = progress.add_task("hashing", total=None)
+    with WorkProgress() as progress:
         found = audit(
             tested,
             other,
             look_at_images=options.images,
-            on_image=lambda done: progress.update(task, completed=done),
+            on_image=partial(progress.tell, "images"),
         )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

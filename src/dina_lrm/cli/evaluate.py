@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_device, parse_noise_levels
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def main(arguments: Sequence[str]) -> int:
             pairs.save(options.pairs)
     if options.learn_views:
         return learn_views(options, model, pairs)
-    with progress_bar("passes") as progress:
-        task = progress.add_task("measuring", total=None)
+    with WorkProgress() as progress:
         result = evaluate_latent_pairs(
             model,
             pairs,
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
             benchmark=options.benchmark,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.tell("passes", done, total=total),
         )
     folder = result.save(options.output or default_output(options))
     shapes_page(result, folder)
@@ -161,14 +160,13 @@ def learn_views(options: Evaluate, model: "RewardModel", pairs: "LatentPairs") -
 
     from dina_lrm.evaluation import adaptive
 
-    with progress_bar("images") as progress:
-        task = progress.add_task("scoring", total=None)
+    with WorkProgress() as progress:
         learned, found = adaptive.learn_views(
             model,
             pairs,
             error=options.max_turned,
             seed=options.seed,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.tell("images", done, total=total),
         )
     model.config = replace(model.config, adaptive=learned)
     model.save_pretrained(options.model.model)
@@ -312,7 +310,7 @@ def measure_public(
         total = source_length(options.benchmark, options.root, split=split)
         if part.path.exists():
             log(f"going on from {part.path}")
-        with ComparisonProgress(total) as progress:
+        with WorkProgress({"pairs": total}) as progress:
             return evaluate_comparisons(
                 score,
                 read_source(options.benchmark, options.root, split=split),

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
@@ -49,13 +50,12 @@ def main(arguments: Sequence[str]) -> int:
         stream = read_hub(options.source, split=options.split, check_images="none")
     else:
         stream = read_source(options.source, options.root, split=options.split, check_images="none")
-    with progress_bar("rows") as progress:
-        task = progress.add_task(options.source, total=None)
+    with WorkProgress() as progress:
         found = inspect(
             stream,
             look_at_images=options.images,
             max_sizes=options.max_sizes,
-            on_row=lambda rows: progress.update(task, completed=rows),
+            on_row=partial(progress.tell, "rows"),
         )
     if options.as_json:
         print_json({"source": options.source, "split": options.split, **found.to_dict()})

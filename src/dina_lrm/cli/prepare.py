@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, find_device
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def prepare(options: Prepare) -> int:
             total = source_length(options.source, options.root, split=options.split)
         elif name:
             log(f"{options.output / name}: {total:,} comparisons")
-        with ComparisonProgress(total) as progress:
+        with WorkProgress({"pairs": total}) as progress:
             output = options.output / name
             prepared[name] = prepare_source(
                 **given, output=output, part=part, devices=devices, on_progress=progress.tell
