@@ -72,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_two_folders_account_for_the_source(prepared: tuple[Path, Path]) -> None:
-    file, output = prepared
+    _, output = prepared
     parts = {
         part: rows_of(output / part, "row", "prompt", "chosen", "rejected") for part in ("train", "test")
     }
@@ -125,6 +125,7 @@ def test_the_summary_adds_up_and_names_what_comes_next(
     assert digests(output) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_in_the_same_bytes(
     prepared: tuple[Path, Path], tmp_path: Path, number: signal.Signals
