@@ -28,7 +28,7 @@ CHAT_TEMPLATE = "{% for message in messages %}<s> {{ message['content'] }} </s>{
 
 
 def make_family(family: str, folder: Path, *, seed: int = 0, num_layers: int | None = None) -> Path:
-    """A whole pipeline folder; `num_layers` where a recipe reads more blocks than the tiny transformer has."""
+    """A whole pipeline folder; `num_layers` for recipes that read more blocks than the tiny network has."""
     network = {} if num_layers is None else {"num_layers": num_layers}
     if family == "sd3":
         return make_tiny_pipeline(folder, seed=seed, **network)
