@@ -17,7 +17,7 @@ from dina_lrm.core.likelihood import (
     votes_to_target,
     win_probability,
 )
-from dina_lrm.core.noise import MatchedLevel, NoiseSchedule, sample_noise_levels, seeded_noise
+from dina_lrm.core.noise import MatchedLevel, NoiseSchedule, sample_noise_levels, seeded_generator, seeded_noise, torch_seed
 
 __all__ = [
     "MatchedLevel",
@@ -36,7 +36,9 @@ __all__ = [
     "pairwise_loss",
     "preference_log_likelihood",
     "sample_noise_levels",
+    "seeded_generator",
     "seeded_noise",
+    "torch_seed",
     "sigma_grid",
     "thurstone_log_likelihood",
     "unfold_levels",
