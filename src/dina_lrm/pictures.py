@@ -1,6 +1,9 @@
 """One way from a decoded picture to the tensor that is encoded: a picture is trained on as it is scored."""
 
 import math
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +13,32 @@ from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["fitted_size", "resized", "rgb_tensor", "upright_rgb"]
+__all__ = ["fitted_size", "picture_file", "resized", "rgb_tensor", "upright_rgb"]
+
+
+def picture_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a regular file: what could make its reader wait for ever is refused without being opened.
+
+    Raises:
+        InvalidInputError: there is no such file, or it is a folder, a named pipe, a device or a socket.
+    """
+    file = Path(path)
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"missing file: {file}") from error
+    except (OSError, ValueError) as error:  # a name too long, a folder without permission, a NUL in the name
+        raise InvalidInputError(f"unreadable file: {str(file)!r} ({error})") from error
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_IFDIR: "a folder",
+            stat.S_IFIFO: "a named pipe",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        raise InvalidInputError(f"not a picture file: {file} is {kinds.get(stat.S_IFMT(mode), 'no file')}")
+    return file
 
 
 def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
@@ -67,7 +95,7 @@ def fitted_size(
     new_height, new_width = (int(side * scale / multiple + 1e-6) * multiple for side in (height, width))
     if min(new_height, new_width) == 0:
         raise InvalidInputError(
-            f"{name} of {height} x {width} pixels is too small or too narrow: "
+            f"{name} of {width}x{height} pixels is too small or too narrow: "
             f"both sides must come to at least {multiple} pixels"
             f"{'' if max_side is None else f' within {max_side} a side'}"
         )

@@ -37,7 +37,9 @@ class LatentReward:
 
     def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
         levels = list(self.noise_levels) or None
-        return self.model.score_latents(latents, self._encode(prompts), levels, seed=[*map(torch_seed, seeds)])
+        return self.model.score_latents(
+            latents, self._encode(prompts), levels, seed=[*map(torch_seed, seeds)]
+        )
 
     def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
         """Scores of states that a sampler is at."""

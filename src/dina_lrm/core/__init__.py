@@ -17,7 +17,14 @@ from dina_lrm.core.likelihood import (
     votes_to_target,
     win_probability,
 )
-from dina_lrm.core.noise import MatchedLevel, NoiseSchedule, sample_noise_levels, seeded_generator, seeded_noise, torch_seed
+from dina_lrm.core.noise import (
+    MatchedLevel,
+    NoiseSchedule,
+    sample_noise_levels,
+    seeded_generator,
+    seeded_noise,
+    torch_seed,
+)
 
 __all__ = [
     "MatchedLevel",
@@ -38,9 +45,9 @@ __all__ = [
     "sample_noise_levels",
     "seeded_generator",
     "seeded_noise",
-    "torch_seed",
     "sigma_grid",
     "thurstone_log_likelihood",
+    "torch_seed",
     "unfold_levels",
     "votes_to_target",
     "win_probability",

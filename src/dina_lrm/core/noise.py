@@ -301,8 +301,8 @@ def seeded_generator(seed: int) -> torch.Generator:
 def torch_seed(seed: int) -> int:
     """The 32 bits of a seed that torch's own `manual_seed` reads on the CPU.
 
-    For seeds mixed by a hash, whose bits are all alike: the noise of training and alignment runs, and pictures
-    that a plain diffusers pipeline draws from the same seed.
+    For seeds mixed by a hash, any 32 bits of which are as good as the rest: runs go on drawing the noise that
+    they have always drawn, which is that of a plain diffusers pipeline with these seeds.
     """
     return seed % 2**32
 
@@ -335,8 +335,8 @@ def seeded_noise(
 
 _WORD = 2**32 - 1
 _TWISTER = slice(24, 24 + 8 * 624)
-"""Bytes of a CPU generator's stored state (`CPUGeneratorImplStateLegacy`) that hold the Mersenne Twister's 624
-words, each in 64 bits."""
+"""Bytes of a CPU generator's stored state (`CPUGeneratorImplStateLegacy`) that hold the Mersenne Twister's
+624 words, each in 64 bits."""
 
 
 def _alphas_cumprod(config: Mapping[str, Any], num: int) -> Float32[Tensor, " num"]:

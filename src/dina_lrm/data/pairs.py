@@ -23,7 +23,7 @@ from PIL import Image
 from dina_lrm.data.rows import BadRow, rows_of_file
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
-from dina_lrm.pictures import upright_rgb
+from dina_lrm.pictures import picture_file, upright_rgb
 
 __all__ = [
     "ImageSource",
@@ -195,12 +195,10 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, StoredLatent):
         raise InvalidInputError("no picture: this source holds latents")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file = io.BytesIO(source) if isinstance(source, bytes) else picture_file(source)
     try:
         with Image.open(file) as image:
             return upright_rgb(image)
-    except FileNotFoundError as error:
-        raise InvalidInputError(f"missing file: {name}") from error
     except InvalidInputError as error:
         raise InvalidInputError(f"unreadable image: {name} ({error})") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

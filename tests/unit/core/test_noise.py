@@ -304,7 +304,6 @@ class TestSeededNoise:
             seeded_generator(seed)
 
 
-
 @pytest.mark.parametrize("law", ["rectified_flow", "variance_preserving"])
 def test_the_clean_latent_is_read_off_two_states(law: str) -> None:
     """Two mixtures of one clean latent and one noise give the clean latent back; each row has its levels."""
