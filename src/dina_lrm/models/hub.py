@@ -94,7 +94,8 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str:
             return f"{hub} cannot be reached, and the local cache lacks some of it ({_first(cause or error)})"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"{hub} does not accept the token for this ({_first(error)})"
-    return f"{_first(error)} ({hub})"
+    cause = f": {_first(error.__cause__)}" if error.__cause__ is not None else ""
+    return f"{_first(error)}{cause} ({hub})"
 
 
 def _first(error: BaseException) -> str:

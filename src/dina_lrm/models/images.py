@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
@@ -87,6 +87,8 @@ def as_picture(image: Any, name: str = "image") -> Picture:
             return rgb_tensor(opened, name)
     except InvalidInputError:
         raise
+    except UnidentifiedImageError as error:  # whose own message repeats the name, or a buffer's address
+        raise InvalidInputError(f"{name} is not a readable image") from error
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
         raise InvalidInputError(f"{name} is not a readable image ({error})") from error
 
