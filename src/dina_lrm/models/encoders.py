@@ -56,6 +56,9 @@ class Encoders:
         self.text = encoder(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
         self._vae: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_vae": None}  # loaded again where it is needed, as the text encoders are
+
     @property
     def latent_space(self) -> str | None:
         """Class and normalisation of the VAE; None without one."""

@@ -95,7 +95,6 @@ class RewardModel(nn.Module):
         self.training_step: int | None = None
         self._merging = True
         self._attached_to: Any = None
-        self.register_state_dict_pre_hook(_unmerge_first)
         self.register_load_state_dict_pre_hook(_unmerge_first)
 
     # ------------------------------------------------------------------------------------- making one
@@ -714,6 +713,12 @@ class RewardModel(nn.Module):
         return self
 
     @in_turn
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in torch; base weights and adapter apart."""
+        self._set_merged(False)
+        return super().state_dict(*args, **kwargs)
+
+    @in_turn
     def train(self, mode: bool = True) -> "RewardModel":
         if mode:
             self._set_merged(False)
@@ -821,8 +826,9 @@ class RewardModel(nn.Module):
 
 
 def _unmerge_first(model: RewardModel, *_: Any) -> None:
-    """State dicts hold the base weights and the adapter apart."""
-    model._set_merged(False)
+    """State dicts hold the base weights and the adapter apart. A hook, for one loaded into a module around it."""
+    with model.turn:
+        model._set_merged(False)
 
 
 def _two_images(image_a: Any, image_b: Any) -> list[Any]:

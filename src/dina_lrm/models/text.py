@@ -47,6 +47,11 @@ class PromptEncoder:
         self._pipeline: Any = None
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy loads its own encoders again: transformers hooks functions on them that cannot be pickled. It
+        # keeps the cache, since a prompt encoded beside others would differ in its last bits.
+        return self.__dict__ | {"_pipeline": None}
+
     def encode_batch(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """One row per prompt from the pipeline's `encode_prompt`; no negative prompts."""
         raise NotImplementedError

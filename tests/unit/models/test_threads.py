@@ -54,25 +54,25 @@ def model() -> RewardModel:
 
 
 def test_one_model_serves_many_threads(model: RewardModel) -> None:
-    """With new prompts, and LoRA merged and unmerged under it, as `state_dict` and `train` do."""
+    """Also while somebody reads its weights, for which LoRA is taken out of them."""
     picture = Image.linear_gradient("L").resize((64, 64))
     expected = [model.score(prompt, picture).scores.item() for prompt in PROMPTS]
-    assert model.encoders is not None
     stop = threading.Event()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def disturb() -> None:
+    def save() -> None:
         while not stop.is_set():
-            model.encoders.text.clear_cache()  # pyright: ignore[reportOptionalMemberAccess]
-            model.unmerge().merge()
+            found = model.state_dict()
+            assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
     def score(index: int) -> float:
         return model.score(PROMPTS[index % 4], picture).scores.item()
 
     with ThreadPoolExecutor(5) as pool:
-        disturbing = pool.submit(disturb)
+        saving = pool.submit(save)
         found = list(pool.map(score, range(24)))
         stop.set()
-        disturbing.result()
+        saving.result()
     assert found == expected * 6
 
 
@@ -93,7 +93,7 @@ def test_scores_hold_while_another_thread_loads(model: RewardModel) -> None:
         assert started.wait(60)
         found = []
         for _ in range(20):
-            model.unmerge().merge()
+            model.state_dict()  # unmerges, so that the score merges again
             found.append(model.score(PROMPTS[0], picture, seed=5).scores.item())
         stop.set()
         loading.result()
