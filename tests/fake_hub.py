@@ -1,7 +1,7 @@
-"""A Hugging Face hub of a test's own: enough of its HTTP API for `huggingface_hub` to create, upload and load.
+"""A Hugging Face hub of a test's own: enough of its HTTP API for `huggingface_hub` to create, upload, load.
 
-Repositories live in memory, every commit as a whole tree. Large files go through Git LFS with "basic" transfer
-(`HF_HUB_DISABLE_XET`), small ones inside the commit, as on the real hub.
+Repositories live in memory, every commit as a whole tree. Large files go through Git LFS with "basic"
+transfer (`HF_HUB_DISABLE_XET`), small ones inside the commit, as on the real hub.
 """
 
 import base64

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -261,7 +262,7 @@ class RewardModel(nn.Module):
         noise_levels: NoiseLevels = None,
         seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         ensemble: Literal["tokens", "scores"] = "tokens",
         target_error: float | None = None,
         max_draws: int = 64,
@@ -332,7 +333,7 @@ class RewardModel(nn.Module):
         noise: Tensor | None = None,
         seed: Any = None,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         ensemble: Literal["tokens", "scores"] = "tokens",
         allow_untrained: bool | None = None,
     ) -> Score:
@@ -407,9 +408,9 @@ class RewardModel(nn.Module):
         image_a: Any,
         image_b: Any,
         noise_levels: NoiseLevels = None,
-        seed: int = 0,
+        seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         adaptive: bool = False,
     ) -> float:
         """Probability that `image_a` is preferred to `image_b`, both seen through the same noise.
@@ -431,7 +432,7 @@ class RewardModel(nn.Module):
 
     @in_turn
     @torch.no_grad()
-    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: int = 0) -> AdaptiveComparison:
+    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: Any = 0) -> AdaptiveComparison:
         """An adaptive `compare` that also says how many views it took.
 
         Raises:
@@ -450,9 +451,9 @@ class RewardModel(nn.Module):
         prompt: str,
         images: Any,
         noise_levels: NoiseLevels = None,
-        seed: int = 0,
+        seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         adaptive: bool = False,
     ) -> list[RankedImage]:
         """Pictures from best to worst, with scores.
@@ -826,7 +827,7 @@ class RewardModel(nn.Module):
 
 
 def _unmerge_first(model: RewardModel, *_: Any) -> None:
-    """State dicts hold the base weights and the adapter apart. A hook, for one loaded into a module around it."""
+    """State dicts hold the base weights and the adapter apart, also those loaded into a module around it."""
     with model.turn:
         model._set_merged(False)
 

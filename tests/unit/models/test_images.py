@@ -151,7 +151,7 @@ def test_what_is_no_picture_is_named(model: RewardModel) -> None:
     for images in (None, [None], 3.5, {"a": 1}):
         with pytest.raises(InvalidInputError, match=r"^image 0 is a .*: give a path, bytes, an open binary"):
             model.score(PROMPT, images)
-    with pytest.raises(InvalidInputError, match="^image 1 is a NoneType"):
+    with pytest.raises(InvalidInputError, match=r"^image 1 is a NoneType"):
         model.compare(PROMPT, Image.new("RGB", (16, 16)), None)
 
 
