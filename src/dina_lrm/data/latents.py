@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dina_lrm.core.noise import seeded_generator, torch_seed
 from dina_lrm.core.tensors import Latents
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image
 from dina_lrm.errors import InvalidInputError
@@ -189,7 +190,7 @@ class LatentPairs:
     def split_by_prompt(self, fraction: float, *, seed: int = 0) -> tuple["LatentPairs", "LatentPairs"]:
         """Two parts that share no prompt; the second holds about `fraction` of the prompts."""
         prompts = self.prompt_index.unique()
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(prompts), generator=seeded_generator(seed))
         held_out = torch.isin(self.prompt_index, prompts[order[: round(fraction * len(prompts))]])
         return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
 
@@ -434,7 +435,7 @@ def encode_pairs(
                 "pass size=(height, width)"
             )
         if images:
-            seeds = [mix_seeds(seed, row) for row in kept] if sample else None
+            seeds = [torch_seed(mix_seeds(seed, row)) for row in kept] if sample else None
             latents = model.encode_images(images, sample=sample, seed=seeds)
             for row, latent in zip(kept, latents.detach().cpu().to(dtype), strict=True):
                 if bool(torch.isfinite(latent).all()):

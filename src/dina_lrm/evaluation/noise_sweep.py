@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.core.ensemble import average_levels
-from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.data.latents import LatentPairs, mix_seeds
 from dina_lrm.evaluation.metrics import (
     Interval,
@@ -168,7 +168,8 @@ def score_images(
     parts: list[Tensor] = []
     for start in range(0, len(unique), batch_size):
         rows, prompts = unique[start : start + batch_size].unbind(dim=1)
-        noise = seeded_noise(shape, [mix_seeds(seed, draw, int(prompt)) for prompt in prompts])[0]
+        seeds = [torch_seed(mix_seeds(seed, draw, int(prompt))) for prompt in prompts]
+        noise = seeded_noise(shape, seeds)[0]
         latents = pairs.latents[rows].to(model.device, model.dtype)
         conditioning = _conditioning(pairs, prompts).to(model.device, model.dtype)
         parts.append(score(latents, conditioning, noise.to(model.device)).float().cpu())

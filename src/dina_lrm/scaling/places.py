@@ -13,7 +13,7 @@ from httpx_retries import Retry, RetryTransport
 
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.files import file_fault, not_a_file
-from dina_lrm.scaling.rows import picture_file
+from dina_lrm.pictures import picture_file
 
 __all__ = ["filesystem", "find_files", "is_local", "open_file", "suffix_of"]
 
@@ -75,7 +75,7 @@ def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> Path | b
     if "://" in name:
         fs, path = filesystem(name)
     if is_local(fs):
-        return picture_file(Path(path))
+        return picture_file(path)
     try:
         with fs.open(path, "rb") as file:
             return file.read()  # pyright: ignore[reportReturnType]
