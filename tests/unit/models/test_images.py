@@ -126,7 +126,7 @@ def test_what_is_no_file_is_never_opened(read: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"missing file: .*gone.png"):
         read(tmp_path / "gone.png")
     for name in ("a\0b.png", "a" * 5000):
-        with pytest.raises(InvalidInputError, match="no file: .* cannot be read"):
+        with pytest.raises(InvalidInputError, match=r"no file: .* cannot be read"):
             read(Path(name))
 
 
