@@ -280,7 +280,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
     assert furthest < 1e-5
 
     held = json.loads((tmp_path / "cut" / "margins.json").read_text())
-    saved, _ = validation_margins(
+    saved = validation_margins(
         PairScorer(RewardModel.from_pretrained(tmp_path / "cut")),
         LatentShards.open(shards),
         [tuple(map(float, label.split("+"))) for label in held],
@@ -289,7 +289,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
         batch_size=7,
         seed=recipe("shapes").seed,
     )
-    for levels, margins in saved.items():
+    for levels, margins in saved.by_levels.items():
         assert sorted(margins.tolist()) == pytest.approx(sorted(held[levels_label(levels)]), abs=1e-5)
 
 
@@ -325,7 +325,9 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(
     settings = config(tiny_pipeline, shards, tmp_path / "told", num_steps=60, checkpoint_every=1000)
     calm = replace(settings, output=str(tmp_path / "calm"))
     run = [sys.executable, "-m", "dina_lrm"]
-    process = subprocess.Popen([*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     lines = tmp_path / "told" / "metrics.jsonl"
     while process.poll() is None and not (lines.exists() and lines.stat().st_size):
         time.sleep(0.01)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dina_lrm.data.buckets import BucketOrder, same_bucket
 from dina_lrm.data.latents import LatentPairs, PairBatch, distinct_images, first_occurrences
+from dina_lrm.data.split import fold_prompt, held_out
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
 
@@ -35,6 +36,7 @@ __all__ = [
     "PromptRow",
     "PromptTable",
     "prompt_hash",
+    "set_aside",
     "write_pairs",
     "write_prompts",
 ]
@@ -329,6 +331,8 @@ class LatentShards:
     chosen: Int64[Tensor, " pair"]
     """Number of the picture among all pictures, a picture at two sizes counting as two."""
     rejected: Int64[Tensor, " pair"]
+    picture: Int64[Tensor, " image"]
+    """By the number in `chosen` or `rejected`: the number of the picture, whatever its size."""
     prompts: list[str]
     prompt_index: Int64[Tensor, " pair"]
     target: Float[Tensor, " pair"]
@@ -336,6 +340,10 @@ class LatentShards:
     digests: dict[str, str]
     """SHA-256 of every shard."""
     read_prompts: Callable[[Sequence[str]], list[PromptRow]]
+    settings: Mapping[str, Any]
+    """Of `dina-lrm prepare`, as the manifest states them."""
+    num_rejects: int
+    """Comparisons of the source that could not be used; rejects.jsonl lists them."""
     latent_space: str | None = None
     _read: _RowGroups = field(default_factory=lambda: _RowGroups(["latents_chosen", "latents_rejected"]))
     _orders: dict[Any, BucketOrder] = field(default_factory=dict)
@@ -389,6 +397,8 @@ class LatentShards:
             folder=folder,
             digests=manifest["digests"],
             read_prompts=read_prompts,
+            settings=manifest["settings"],
+            num_rejects=sum(manifest["counts"]["rejects"].values()),
             latent_space=manifest["settings"].get("latent_space"),
             _read=_RowGroups(["latents_chosen", "latents_rejected"], cache_bytes),
             **columns.tensors(),
@@ -478,6 +488,29 @@ PairSet = LatentPairs | LatentShards
 """Pairs to train and measure on: in memory, or on disk."""
 
 
+def set_aside(
+    pairs: PairSet, fraction: float, *, max_pairs: int | None = None, seed: int = 0
+) -> tuple[PairSet, PairSet]:
+    """Pairs to train on and pairs to measure on, which share neither a prompt nor a picture.
+
+    Prompts that differ in case or punctuation alone are one; see `split.held_out`, also for the arguments.
+    """
+    folded: dict[str, int] = {}
+    number = [folded.setdefault(fold_prompt(prompt), len(folded)) for prompt in pairs.prompts]
+    picture = pairs.picture.numpy()
+    taken = torch.from_numpy(
+        held_out(
+            np.array(number)[pairs.prompt_index.numpy()],
+            picture[pairs.chosen.numpy()],
+            picture[pairs.rejected.numpy()],
+            fraction=fraction,
+            max_pairs=max_pairs,
+            seed=seed,
+        )
+    )
+    return pairs.subset((~taken).nonzero().flatten()), pairs.subset(taken.nonzero().flatten())
+
+
 class _Columns:
     """The small columns of all shards, gathered."""
 
@@ -524,9 +557,11 @@ class _Columns:
             name: torch.from_numpy(np.concatenate([part[name] for part in self.parts]))
             for name in self.parts[0]
         }
+        names: dict[str, int] = {}
         return {
             "places": self.places,
             "shapes": list(self.shapes),
             "prompts": list(self.prompts),
+            "picture": torch.tensor([names.setdefault(name, len(names)) for name, _ in self.images]),
             **columns,
         }

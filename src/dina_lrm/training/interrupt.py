@@ -1,13 +1,13 @@
 """SIGINT and SIGTERM in a run: what is in progress is finished and saved before the process ends.
 
-    with Interrupt() as interrupt:
-        while step < num_steps:
-            ...
-            stop = interrupt.asked(accelerator)
-            if stop or a checkpoint is due:
-                save()
-            if stop:
-                raise Interrupted(interrupt.number, "stopped after step 7 ...")
+with Interrupt() as interrupt:
+    while step < num_steps:
+        ...
+        stop = interrupt.asked(accelerator)
+        if stop or a checkpoint is due:
+            save()
+        if stop:
+            raise Interrupted(interrupt.number, "stopped after step 7 ...")
 """
 
 import os
