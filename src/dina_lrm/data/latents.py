@@ -188,9 +188,7 @@ class LatentPairs:
 
     def split_by_prompt(self, fraction: float, *, seed: int = 0) -> tuple["LatentPairs", "LatentPairs"]:
         """Two parts that share no prompt; the second holds about `fraction` of the prompts."""
-        prompts = self.prompt_index.unique()
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
-        held_out = torch.isin(self.prompt_index, prompts[order[: round(fraction * len(prompts))]])
+        held_out = drawn_prompts(self.prompt_index, fraction, seed)
         return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
 
     def fingerprint(self) -> str:
@@ -334,6 +332,13 @@ def distinct_images(chosen: Tensor, rejected: Tensor, draws: Tensor | None) -> t
     """
     own = torch.arange(len(chosen)) if draws is None else draws
     return first_occurrences(torch.stack([own.repeat(2), torch.cat([chosen, rejected])], dim=1))
+
+
+def drawn_prompts(prompt_index: Int64[Tensor, " pair"], fraction: float, seed: int) -> Tensor:
+    """Which pairs belong to prompts that are drawn, about `fraction` of all."""
+    prompts = prompt_index.unique()
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    return torch.isin(prompt_index, prompts[order[: round(fraction * len(prompts))]])
 
 
 def batch_indices(

@@ -25,7 +25,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.data.buckets import BucketOrder, same_bucket
-from dina_lrm.data.latents import LatentPairs, PairBatch, distinct_images, first_occurrences
+from dina_lrm.data.latents import (
+    LatentPairs,
+    PairBatch,
+    distinct_images,
+    drawn_prompts,
+    first_occurrences,
+)
 from dina_lrm.data.split import fold_prompt, held_out
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
@@ -424,6 +430,15 @@ class LatentShards:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         names = ("row_group", "row", "bucket", "chosen", "rejected", "prompt_index", "target")
         return replace(self, _orders={}, **{name: getattr(self, name)[rows] for name in names})
+
+    def split_by_prompt(self, fraction: float, *, seed: int = 0) -> tuple["LatentShards", "LatentShards"]:
+        """Two parts that share no prompt; the second holds about `fraction` of the prompts."""
+        held_out = drawn_prompts(self.prompt_index, fraction, seed)
+        return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
+
+    @property
+    def bayes(self) -> None:
+        """The law of the raters is not known."""
 
     def order(
         self, step: int, *, batch_size: int, seed: int, by_prompt: bool = False

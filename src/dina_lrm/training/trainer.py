@@ -530,24 +530,12 @@ def _calibrated(margins: ValidationMargins) -> tuple[Levels | None, float | None
     counted = int((target != 0.5).sum())
     right = round(accuracies[levels] * counted) if counted else 0
     if not better_than_chance(right, counted):
-        return (
-            None,
-            None,
-            (
-                f"the best candidate has {right} of {counted} validation pairs right, which a coin may get too: "
-                "no noise level was chosen and no calibration is stored"
-            ),
-        )
+        why = f"the best candidate has {right} of {counted} validation pairs right, which a coin may get too"
+        return None, None, f"{why}: no noise level was chosen and no calibration is stored"
     scale = determined_scale(margins.by_levels[levels], target)
     if scale is None:
-        return (
-            levels,
-            None,
-            (
-                f"the {counted} validation pairs do not determine a scale of probabilities ({right} are right): "
-                "no calibration is stored"
-            ),
-        )
+        why = f"{counted} validation pairs, {right} of them right, do not determine a scale of probabilities"
+        return levels, None, f"{why}: no calibration is stored"
     return levels, scale, None
 
 
