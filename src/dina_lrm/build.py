@@ -19,13 +19,23 @@ from rich.progress import Progress
 
 from dina_lrm.build_card import training_card
 from dina_lrm.config import ModelConfig, TrainConfig
+from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.latents import LatentPairs, mix_seeds
-from dina_lrm.data.prepare import Prepared, PrepareSettings, prepare, prompt_rows
-from dina_lrm.data.rows import SUFFIXES
+from dina_lrm.data.pairs import image_name
+from dina_lrm.data.prepare import (
+    Prepared,
+    PrepareSettings,
+    content_digest,
+    prepare,
+    prompt_rows,
+    unwanted,
+)
+from dina_lrm.data.rows import PATTERNS
 from dina_lrm.data.shards import LatentShards, PairSet, set_aside
 from dina_lrm.data.sources import read_hub, read_source, source_files, source_length
-from dina_lrm.data.split import fold_prompt
+from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault
 from dina_lrm.models.checkpoint import OWNED
 from dina_lrm.models.config import LikelihoodConfig
 from dina_lrm.models.encoders import Encoders, pipeline_encoders
@@ -42,6 +52,7 @@ __all__ = [
     "reward_model",
     "run_training",
     "shapes_pairs",
+    "source_parts",
 ]
 
 Log = Callable[[str], None]
@@ -111,6 +122,7 @@ def prepare_source(
     max_text_tokens: int | None = None,
     pairs_per_shard: int = 1024,
     pairs_per_row_group: int = 64,
+    part: SourcePart | None = None,
     devices: Sequence[str] = ("cpu",),
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Prepared:
@@ -118,19 +130,22 @@ def prepare_source(
 
     Args:
         root: folder with its files; None streams a set that is published as a table from the hub.
+        part: of the source, from `source_parts`; None is all of it.
         devices: one process each.
         on_progress: called with "pairs" or "prompts", how many are done, and how many of these were found
             done.
     """
     if root is None:
-        files, base = {"from the hub": 0}, Path()
+        files, base = {"from the hub": ""}, Path()
         stream = read_hub(source, split=split, check_images="none")
     else:
         root = Path(root)
         base = root if root.is_dir() else root.parent
         found = source_files(source, root, split=split)
-        files = {file.relative_to(base).as_posix(): file.stat().st_size for file in found}
+        files = {image_name(file.relative_to(base)): content_digest(file) or "" for file in found}
         stream = read_source(source, root, split=split, check_images="none")
+    if part is not None:
+        stream = part.of(stream)
     encoder = pipeline_encoders(pipeline, dtype=torch.float32)
     if source != "latent-cache":
         encoder.picture_size(1024, 1024)  # a pipeline without a VAE is refused before anything is written
@@ -149,9 +164,38 @@ def prepare_source(
         pairs_per_shard=pairs_per_shard,
         pairs_per_row_group=pairs_per_row_group,
         files=files,
+        part=None if part is None else part.settings(),
     )
     load = partial(pair_encoder, pipeline=pipeline, max_pixels=max_pixels, max_text_tokens=max_text_tokens)
     return prepare(stream, Path(output), load, settings, root=base, devices=devices, on_progress=on_progress)
+
+
+def source_parts(
+    source: str,
+    root: str | Path,
+    *,
+    fraction: float,
+    seed: int = 0,
+    split: str | None = None,
+    ties: Literal["reject", "half"] = "reject",
+    min_confidence: float | None = None,
+) -> dict[str, SourcePart]:
+    """The parts "train" and "test" of a local source for `prepare_source`, without a prompt or a picture in
+    common.
+
+    Args:
+        fraction: of the pairs, for "test", in (0, 1).
+        seed: of the split.
+        ties, min_confidence: as `prepare_source` is going to be given them.
+    """
+
+    def usable(item: Comparison) -> bool:
+        sides = (item.pair.chosen, item.pair.rejected)
+        there = all(file_fault(side) is None for side in sides if isinstance(side, Path))
+        return there and unwanted(item, ties=ties, min_confidence=min_confidence) is None
+
+    stream = read_source(source, root, split=split, check_images="none")
+    return split_source(stream, fraction=fraction, seed=seed, usable=usable)
 
 
 FORMS = (
@@ -247,7 +291,7 @@ def raw_source(path: Path) -> Literal["jsonl", "folder"] | None:
         raise InvalidInputError(f"{path} holds {' and '.join(map(str, parts))}: name the one that is meant")
     if any(path.rglob("*.txt")):
         return "folder"
-    if any(any(path.glob(f"*{suffix}*")) for suffix in SUFFIXES):
+    if any(any(path.glob(pattern)) for pattern in PATTERNS):
         return "jsonl"
     raise InvalidInputError(f"the folder {str(path)!r} holds no pairs: pairs come from {FORMS}")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_device, parse_noise_levels
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     pairs = latent_pairs_of(options, model)
     if options.learn_views:
         return learn_views(options, model, pairs)
-    with ComparisonProgress(None) as progress:
+    with WorkProgress() as progress:
         result = evaluate_latent_pairs(
             model,
             pairs,
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
             benchmark=options.benchmark if options.pairs is None else str(options.pairs),
-            on_progress=partial(report_passes, progress),
+            on_progress=lambda done, total: progress.tell("passes", done, total=total),
         )
     folder = result.save(options.output or default_output(options))
     pairs_page(result, folder)
@@ -177,9 +177,7 @@ def refuse_ignored(options: Evaluate) -> None:
         read = attrgetter(name)
         if read(options) != read(default):
             flag = name.rpartition(".")[2].replace("_", "-")
-            reason = (
-                "is read with --learn-views only" if flag == "max-turned" else f"has no effect with {what}"
-            )
+            reason = "goes with --learn-views" if name == "max_turned" else f"has no effect with {what}"
             raise UsageError(f"--{flag} {reason}")
 
 
@@ -202,26 +200,19 @@ def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
     return pairs
 
 
-def report_passes(progress: ComparisonProgress, done: int, total: int) -> None:
-    """Pictures scored of all that are to be, each once a pass."""
-    progress.total = total
-    progress.tell("pairs", done, 0)
-
-
 def learn_views(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> int:
     """Learn the order of the levels and when to stop, store it, say what it saves."""
     from dataclasses import replace
 
     from dina_lrm.evaluation import adaptive
 
-    with progress_bar("images") as progress:
-        task = progress.add_task("scoring", total=None)
+    with WorkProgress() as progress:
         learned, found = adaptive.learn_views(
             model,
             pairs,
             error=options.max_turned,
             seed=options.seed,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.tell("images", done, total=total),
         )
     model.config = replace(model.config, adaptive=learned)
     model.save_pretrained(options.model.model)
@@ -365,7 +356,7 @@ def measure_public(
         total = source_length(options.benchmark, options.root, split=split)
         if part.path.exists():
             log(f"going on from {part.path}")
-        with ComparisonProgress(total) as progress:
+        with WorkProgress({"pairs": total}) as progress:
             return evaluate_comparisons(
                 score,
                 read_source(options.benchmark, options.root, split=split),
@@ -412,7 +403,7 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
     title += f"scores at {result.settings[0].label}"
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
-    log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    log(f"{ties}; {result.counts()}")
     for name, value in (("Kendall's tau-b", result.kendall), ("Spearman's rho", result.spearman)):
         if not math.isnan(value.value):
             log(f"{name}, mean over prompts: {value}")
@@ -463,4 +454,5 @@ def print_result(result: "EvaluationResult") -> None:
 def percent(interval: "Interval | None") -> str:
     if interval is None:
         return "-"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    value, bounds = interval.percents()
+    return f"{value} [{bounds.replace(' to ', ', ')}]" if interval.known else f"{value} {bounds}"

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr, stdout
+from dina_lrm.cli.console import (
+    UsageError,
+    log,
+    log_validation,
+    print_json,
+    print_table,
+    resumable,
+    stderr,
+    stdout,
+)
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
@@ -43,16 +52,10 @@ def main(arguments: Sequence[str]) -> int:
         args=rest,
         default=Train(config=base),
     )
-    from dina_lrm.training.interrupt import Interrupted, raising_interrupted
-
-    try:
-        with raising_interrupted():
-            return run(options.config, as_json=options.as_json)
-    except Interrupted as interrupted:
-        log(str(interrupted))
-        if options.config.output is not None:
-            log(f"go on with: {resuming(arguments)}")
-        return interrupted.exit_code
+    if options.config.output is None:
+        return run(options.config, as_json=options.as_json)
+    with resumable(f"go on with: {resuming(arguments)}"):
+        return run(options.config, as_json=options.as_json)
 
 
 def resuming(arguments: Sequence[str]) -> str:

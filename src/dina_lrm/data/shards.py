@@ -96,6 +96,7 @@ def write_pairs(
     *,
     rejects: Sequence[Mapping[str, Any]],
     num_items: int,
+    pictures: Mapping[str, str | None],
 ) -> None:
     """One shard: a row group for each of `groups`, whose rows have one latent shape; whole or not at all.
 
@@ -103,11 +104,13 @@ def write_pairs(
         rejects: of the part of the source that the shard covers; kept in the file, so that a shard accounts
             for everything it was made from.
         num_items: comparisons and rejects that the part holds.
+        pictures: digest of every file that was looked at for it, by name; None for one that was not there.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     metadata = {"format": FORMAT, "num_items": str(num_items), "rejects": json.dumps(list(rejects))}
+    metadata["pictures"] = json.dumps(dict(pictures))
     schema = _pair_schema(metadata)
     large = ("latents_chosen", "latents_rejected")
     options: Any = {
@@ -229,6 +232,11 @@ def shard_rejects(file: Path) -> tuple[list[dict[str, Any]], int]:
     """Rejects of the part that a shard covers, and the number of items of that part."""
     metadata = _open(file).schema_arrow.metadata
     return json.loads(metadata[b"rejects"]), int(metadata[b"num_items"])
+
+
+def shard_pictures(file: Path) -> dict[str, str | None]:
+    """Digests of the picture files behind a shard, see `write_pairs`."""
+    return json.loads(_open(file).schema_arrow.metadata.get(b"pictures", b"{}"))
 
 
 def shard_prompts(file: Path) -> list[str]:

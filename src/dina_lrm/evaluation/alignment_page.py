@@ -119,4 +119,6 @@ def alignment_page(
 
 
 def _interval(gain: Interval) -> str:
+    if not gain.known:
+        return "one prompt: no interval"
     return f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}"

@@ -100,8 +100,8 @@ class EvaluationResult:
             cells = [
                 name,
                 str(result.setting.passes),
-                *_percent(result.accuracy),
-                *(_percent(result.bayes_share) if known else ()),
+                *result.accuracy.percents(),
+                *(result.bayes_share.percents() if known and result.bayes_share else ()),
             ]
             cells += [
                 f"{100 * result.reliability.expected_calibration_error:.1f}",
@@ -211,12 +211,6 @@ def evaluate_latent_pairs(
         scores=scores,
         pairs=pairs,
     )
-
-
-def _percent(interval: Interval | None) -> tuple[str, str]:
-    if interval is None:
-        return "", ""
-    return f"{100 * interval.value:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def _plain(value: Any) -> Any:

@@ -48,14 +48,14 @@ class StepMetrics:
 
 class Pace:
     """How fast long work goes and when a line about it is due where no bar is drawn: every 5 %, and every
-    30 seconds.
+    30 seconds, but not twice in 2 seconds.
 
     Args:
         total: of the work.
         found: what an earlier run had done. It is not counted into the rate.
     """
 
-    EVERY_SECONDS, EVERY_FRACTION = 30.0, 0.05
+    LONGEST_SECONDS, LEAST_SECONDS, FRACTION = 30.0, 2.0, 0.05
 
     def __init__(self, total: int, found: int = 0) -> None:
         self.total, self.found = total, found
@@ -65,8 +65,8 @@ class Pace:
     def due(self, done: int) -> bool:
         """Whether to print a line now; the next is due later."""
         now = time.perf_counter()
-        enough = done - self._told >= self.EVERY_FRACTION * self.total
-        if not (enough or now - self._told_at >= self.EVERY_SECONDS):
+        enough = done - self._told >= self.FRACTION * self.total
+        if now - self._told_at < (self.LEAST_SECONDS if enough else self.LONGEST_SECONDS):
             return False
         self._told, self._told_at = done, now
         return True

@@ -285,8 +285,8 @@ class _Run:
     def _kept(self) -> str:
         """What an interrupted run leaves."""
         if self.output is None:
-            return f"interrupted at step {self.step}; nothing is kept, since the run has no output"
-        return f"interrupted at step {self.step}, which {self.output / 'last'} holds"
+            return f"step {self.step} was finished, and nothing is kept, since the run has no output"
+        return f"step {self.step} was finished, and {self.output / 'last'} holds it"
 
     # --- one optimizer step
 
