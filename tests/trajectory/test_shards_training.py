@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -279,7 +280,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
     assert furthest < 1e-5
 
     held = json.loads((tmp_path / "cut" / "margins.json").read_text())
-    saved, _ = validation_margins(
+    saved = validation_margins(
         PairScorer(RewardModel.from_pretrained(tmp_path / "cut")),
         LatentShards.open(shards),
         [tuple(map(float, label.split("+"))) for label in held],
@@ -288,7 +289,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
         batch_size=7,
         seed=recipe("shapes").seed,
     )
-    for levels, margins in saved.items():
+    for levels, margins in saved.by_levels.items():
         assert sorted(margins.tolist()) == pytest.approx(sorted(held[levels_label(levels)]), abs=1e-5)
 
 
@@ -315,3 +316,30 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: P
         process.wait()
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     assert_same_weights(tmp_path / "calm", tmp_path / "killed")
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """SIGTERM long before the first checkpoint is due, twice at once as `timeout` sends it."""
+    settings = config(tiny_pipeline, shards, tmp_path / "told", num_steps=60, checkpoint_every=1000)
+    calm = replace(settings, output=str(tmp_path / "calm"))
+    run = [sys.executable, "-m", "dina_lrm"]
+    process = subprocess.Popen(
+        [*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    lines = tmp_path / "told" / "metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, told[-3000:]
+    step = json.loads((tmp_path / "told" / "last" / "training_state" / "position.json").read_text())["step"]
+    assert 1 <= step < 60
+    assert f"interrupted; step {step} was finished, and {tmp_path / 'told' / 'last'} holds it" in told
+    again = told.strip().splitlines()[-1].partition("go on with: dina-lrm ")[2]
+    assert again.endswith("--resume")
+    for command in (shlex.split(again), arguments(calm)):
+        subprocess.run([*run, *command], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    assert_same_weights(tmp_path / "calm", tmp_path / "told")

@@ -12,7 +12,7 @@ from dina_lrm.evaluation.public import PublicResult
 from dina_lrm.evaluation.report import Block, Fact, Paragraph, Plot, Plots, Report, Section, Table, write_html
 from dina_lrm.evaluation.rules import RULES
 
-__all__ = ["cost_page", "public_page", "reliability_curve", "shapes_page"]
+__all__ = ["cost_page", "pairs_page", "public_page", "reliability_curve"]
 
 
 def reliability_curve(label: str, bins: Reliability) -> figures.ReliabilityCurve:
@@ -26,13 +26,21 @@ def reliability_curve(label: str, bins: Reliability) -> figures.ReliabilityCurve
     )
 
 
-def shapes_page(result: EvaluationResult, folder: Path) -> None:
-    """FOLDER/results.html of a result on shapes pairs."""
+def pairs_page(result: EvaluationResult, folder: Path) -> None:
+    """FOLDER/results.html of a result on pairs of latents."""
+    known = result.bayes is not None
     rows = [
-        [one.setting.label, str(one.setting.passes), *one.accuracy.percents(), *_share(one.bayes_share)]
+        [
+            one.setting.label,
+            str(one.setting.passes),
+            *one.accuracy.percents(),
+            *(one.bayes_share.percents() if one.bayes_share else ()),
+            f"{100 * one.reliability.expected_calibration_error:.1f}",
+        ]
         for one in result.settings
     ]
-    headers = ["noise levels", "passes", "accuracy %", "95 % interval", "% of Bayes", "95 % interval"]
+    headers = ["noise levels", "passes", "accuracy %", "95 % interval"]
+    headers += [*(["% of Bayes", "95 % interval"] if known else []), "ECE %"]
     curve = [(one.setting.noise_levels[0], one.accuracy) for one in result.sweep]
     _write(
         folder,
@@ -160,10 +168,6 @@ def _write(
         title=title, summary=summary, facts=facts, sections=[Section(title="Accuracy", blocks=blocks)]
     )
     write_html(report, folder / "results.html")
-
-
-def _share(interval: Interval | None) -> tuple[str, str]:
-    return ("-", "-") if interval is None else interval.percents()
 
 
 def _is_number(label: str) -> bool:
