@@ -210,7 +210,7 @@ def image_cell(cell: Any, field: str, root: Path, check: Check) -> ImageSource:
     if isinstance(cell, Mapping):  # the image cell of Hugging Face datasets
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and cell:
-        path = Path(cell) if Path(cell).is_absolute() else root / cell
+        path = root / cell  # which is `cell` where that is absolute
         if check != "none" and (fault := file_fault(path)) is not None:
             missing = fault == "is missing"
             raise BadRow(

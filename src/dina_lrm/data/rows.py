@@ -129,11 +129,23 @@ def checked_row(values: Any) -> Values | BadRow:
         elif isinstance(value, _Twice):
             return BadRow(f"not JSON: the key {shown(value.key)} stands twice")
         elif isinstance(value, Mapping):
-            inside = [(f"{field}.{key}" if field else str(key), one) for key, one in value.items()]
-            waiting += [("a name of a field", key) for key in value] + inside[::-1]
+            inside = [
+                (f"{field}.{key}" if field else str(key), one)
+                for key, one in value.items()
+                if not _plain(one)
+            ]
+            waiting += [("a name of a field", key) for key in value if not _plain(key)] + inside[::-1]
         elif isinstance(value, list):
-            waiting += [(f"{field}[{i}]", one) for i, one in enumerate(value)][::-1]
+            waiting += [(f"{field}[{i}]", one) for i, one in enumerate(value) if not _plain(one)][::-1]
     return values
+
+
+def _plain(value: Any) -> bool:
+    """What most cells hold, and nothing can be wrong with."""
+    return value.isascii() and "\0" not in value if type(value) is str else type(value) in _PLAIN
+
+
+_PLAIN = {int, float, bool, type(None), bytes}
 
 
 def _half(character: str) -> str:

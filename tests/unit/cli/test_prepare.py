@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from dina_lrm.cli.main import main
+from dina_lrm.cli.prepare import recipe_of
 from dina_lrm.data.shards import LatentShards
 from dina_lrm.data.split import fold_prompt
 from tests.unit.data.layouts import encoded
@@ -123,6 +124,11 @@ def test_the_summary_adds_up_and_names_what_comes_next(
     assert f"next: dina-lrm train bundled --data.train {output / 'train'} --output RUN" in told
     assert f"then: dina-lrm evaluate --model RUN --pairs {output / 'test'}" in told
     assert digests(output) == before
+
+
+def test_the_recipe_of_a_generator_is_named(tiny_pipeline: Path) -> None:
+    assert recipe_of("bundled") == "bundled"
+    assert recipe_of(str(tiny_pipeline)) == f"RECIPE --model.pipeline {tiny_pipeline}"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.sources import read_source
 from dina_lrm.data.split import fold_prompt, held_out
 from dina_lrm.errors import InvalidInputError
-from tests.unit.data.layouts import encoded
+from tests.unit.data.layouts import dump, encoded, table
 
 
 def test_no_prompt_and_no_picture_is_in_both_parts() -> None:
@@ -114,3 +114,28 @@ def test_a_source_that_cannot_be_split(tmp_path: Path) -> None:
     file.write_text("no row\n")
     with pytest.raises(InvalidInputError, match="no pair to split: none of 1 comparisons can be used"):
         source_parts("jsonl", file, fraction=0.2)
+
+
+@pytest.mark.parametrize("name", ["folder", "pickapic", "imagereward"])
+def test_every_local_source_can_be_split(tmp_path: Path, name: str) -> None:
+    """Ten rows each; of a ranked list all comparisons are in one part."""
+    each = 3 if name == "imagereward" else 1
+    rows = []
+    for index in range(10):
+        pictures = [encoded(3 * index + offset, (16, 16)) for offset in range(3)]
+        for side, content in zip(("chosen", "rejected", "third"), pictures, strict=True):
+            (tmp_path / f"{index}.{side}.png").write_bytes(content)
+        if name == "folder":
+            (tmp_path / f"{index}.txt").write_text(f"prompt {index}")
+        elif name == "pickapic":
+            row = {"caption": f"prompt {index}", "jpg_0": pictures[0], "jpg_1": pictures[1]}
+            rows.append(row | {"label_0": 1, "label_1": 0})
+        else:
+            files = [f"{index}.{side}.png" for side in ("chosen", "rejected", "third")]
+            rows.append({"prompt": f"prompt {index}", "generations": files, "ranking": [1, 2, 3]})
+    if name == "pickapic":
+        table(tmp_path / "test_unique-0.parquet", rows)
+    elif rows:
+        dump(tmp_path / "test.json", rows)
+    parts = source_parts(name, tmp_path, fraction=0.3)
+    assert {part: len(one) for part, one in parts.items()} == {"train": 7 * each, "test": 3 * each}
