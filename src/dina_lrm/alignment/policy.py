@@ -60,7 +60,8 @@ class Policy:
         seed: of the adapter's first weights.
 
     Raises:
-        InvalidInputError: not live, of another family, or with a "policy" adapter already.
+        InvalidInputError: not live, of another family; with a new adapter also: weights that are quantised, a
+            LoRA that is active, or a "policy" adapter already.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Policy:
             raise InvalidInputError(
                 f"the pipeline has an adapter {ADAPTER!r} already: load the pipeline anew"
             )
+        self._check_bare()
         config = LoraConfig(
             r=rank,
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
@@ -130,7 +132,31 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network.add_adapter(config, adapter_name=ADAPTER)
+        self.network.enable_adapters()  # whatever `disable_lora` has switched off before
         float32_masters(self.parameters().values())
+
+    def _check_bare(self) -> None:
+        """The new adapter takes the place of active ones, and adapted layers have plain weights."""
+        active, fused = set[str](), set[str]()
+        for layer in tuner_layers(self.network):
+            fused |= set(layer.merged_adapters)
+            if not layer.disable_adapters:
+                active |= set(layer.active_adapters) & set(layer.lora_A)
+        if fused:
+            raise InvalidInputError(
+                f"the pipeline has a LoRA fused into its weights that can still be taken out "
+                f"({', '.join(sorted(fused))}), and layers in that state ignore a new adapter: call "
+                f"pipeline.unload_lora_weights() after fuse_lora() to start from the fused weights, or "
+                f"unfuse_lora() and unload_lora_weights() to start without"
+            )
+        if active:
+            raise InvalidInputError(
+                f"the pipeline has an active LoRA ({', '.join(sorted(active))}), which the policy's adapter "
+                f"would replace: start and reference would be the bare generator. Call fuse_lora() and "
+                f"unload_lora_weights() on the pipeline to start from its pictures, or unload_lora_weights() "
+                f"alone to start without"
+            )
+        check_not_quantised(self.network)
 
     # ------------------------------------------------------------------------------------- the adapter
 
