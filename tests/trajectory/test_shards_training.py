@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -315,3 +316,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny_pipeline: Path, shards: P
         process.wait()
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     assert_same_weights(tmp_path / "calm", tmp_path / "killed")
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """SIGTERM long before the first checkpoint is due, twice at once as `timeout` sends it."""
+    settings = config(tiny_pipeline, shards, tmp_path / "told", num_steps=60, checkpoint_every=1000)
+    calm = replace(settings, output=str(tmp_path / "calm"))
+    run = [sys.executable, "-m", "dina_lrm"]
+    process = subprocess.Popen([*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    lines = tmp_path / "told" / "metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, told[-3000:]
+    step = json.loads((tmp_path / "told" / "last" / "training_state" / "position.json").read_text())["step"]
+    assert 1 <= step < 60
+    assert f"interrupted at step {step}" in told
+    again = told.strip().splitlines()[-1].removeprefix("go on with: dina-lrm ")
+    assert again.endswith("--resume")
+    for command in (shlex.split(again), arguments(calm)):
+        subprocess.run([*run, *command], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    assert_same_weights(tmp_path / "calm", tmp_path / "told")

@@ -1,6 +1,7 @@
 """`dina-lrm train RECIPE --output RUN`: a recipe plus typed overrides (`--optimizer.learning-rate 3e-4`)."""
 
 import inspect
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,26 @@ def main(arguments: Sequence[str]) -> int:
         args=rest,
         default=Train(config=base),
     )
-    return run(options.config, as_json=options.as_json)
+    from dina_lrm.training.interrupt import Interrupted, raising_interrupted
+
+    try:
+        with raising_interrupted():
+            return run(options.config, as_json=options.as_json)
+    except Interrupted as interrupted:
+        log(str(interrupted))
+        if options.config.output is not None:
+            log(f"go on with: {resuming(arguments)}")
+        return interrupted.exit_code
+
+
+def resuming(arguments: Sequence[str]) -> str:
+    """The command that goes on with an interrupted run, as it was typed.
+
+    >>> resuming(["shapes", "--output", "my run"])
+    "dina-lrm train shapes --output 'my run' --resume"
+    """
+    again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return f"dina-lrm train {shlex.join(again)}"
 
 
 def run(config: "TrainConfig", *, as_json: bool) -> int:

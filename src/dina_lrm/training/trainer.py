@@ -45,6 +45,7 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.storage import recover_folder
 from dina_lrm.training import optim, state
 from dina_lrm.training.distribution import check_distribution, drop_gathered, treat_as_forward
+from dina_lrm.training.interrupt import Interrupt, Interrupted
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.progress import Reporter, StepMetrics, Window
 from dina_lrm.training.step import PairScorer, loss_level
@@ -97,6 +98,9 @@ def train(
         validation_pairs: of prompts that are not trained on.
         on_step: called with every line of metrics as it is made. It must not score with the model.
         console: where the progress bar goes, if it is a terminal; None is standard error.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the step in progress was finished and OUTPUT/last holds it.
     """
     return _Run(config, model, train_pairs, validation_pairs, on_step, console).run()
 
@@ -217,7 +221,13 @@ class _Run:
             num_processes=self.accelerator.num_processes,
         )
         loader = StepLoader(make, config.num_steps)
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), self.reporter, loader:
+        with (
+            torch.random.fork_rng(devices),
+            warnings.catch_warnings(),
+            self.reporter,
+            loader,
+            Interrupt() as interrupt,
+        ):
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.model.train()
@@ -235,14 +245,23 @@ class _Run:
                     due = self.step % config.validation.every == 0 or last
                     if self.validation_pairs is not None and due:
                         self._validate_and_keep()
-                    if self.step % config.checkpoint_every == 0 or last:
+                    interrupted = interrupt.asked(self.accelerator)
+                    if self.step % config.checkpoint_every == 0 or last or interrupted:
                         self._checkpoint()
+                if interrupted:
+                    raise Interrupted(interrupt.number, self._kept())
                 if out_of_time or self._out_of_patience():
                     stopped_by = "time_budget" if out_of_time else "patience"
                     if not last:
                         self._checkpoint()
                     break
         return self._finish(stopped_by)
+
+    def _kept(self) -> str:
+        """What an interrupted run leaves."""
+        if self.output is None:
+            return f"interrupted at step {self.step}; nothing is kept, since the run has no output"
+        return f"interrupted at step {self.step}, which {self.output / 'last'} holds"
 
     # --- one optimizer step
 
