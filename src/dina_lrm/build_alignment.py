@@ -15,6 +15,7 @@ from dina_lrm.alignment.dpo import Dpo
 from dina_lrm.alignment.gold import Evaluation, Gold, curves, missing_since, paired_gain
 from dina_lrm.alignment.grpo import Grpo
 from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.processes import Processes
 from dina_lrm.alignment.refl import Refl
 from dina_lrm.alignment.rewards import LatentReward, Reward, RewardSum, ServerReward
 from dina_lrm.alignment.run import Run, RunResult, Update
@@ -224,7 +225,9 @@ def run_alignment(
     # Before anything is loaded: settings that cannot work are refused at once.
     algorithm, weights = algorithm_of(config), config.reward.resolved_weights()
     prompts, held_out = alignment_prompts(config)
-    device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
+    # Each process its own: "cuda" alone would put all of them on the first.
+    index = Processes(cpu=config.cpu).local_index
+    device = f"cuda:{index}" if torch.cuda.is_available() and not config.cpu else "cpu"
     if pipeline is None:
         dtype = getattr(torch, config.policy.dtype)
         pipeline = load_generator(config.policy.pipeline, device=device, dtype=dtype)

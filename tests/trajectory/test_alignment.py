@@ -1,9 +1,6 @@
 """Whole alignment runs on a tiny random pipeline: they learn, resume to the same bits, and stop with care."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -269,47 +266,3 @@ def test_settings_that_cannot_work_are_refused(tiny_pipeline: Path, tmp_path: Pa
     pipeline = load_pipeline(tiny_pipeline)
     with pytest.raises(InvalidInputError, match="1 held-out prompts are trained on, such as 'a red circle'"):
         Run(config, Policy(pipeline, lora_rank=2), lambda *_: torch.zeros(1), PROMPTS, ["a red circle", "x"])
-
-
-WORKER = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.trajectory.test_alignment import ALGORITHMS, align, small
-config = small(ALGORITHMS[sys.argv[1]], Path(sys.argv[2]), num_steps=2)
-align(Path({pipeline!r}), config)
-"""
-
-
-@pytest.mark.parametrize("name", ["refl", "grpo"])
-def test_two_processes_learn_what_one_does(tiny_pipeline: Path, tmp_path: Path, name: str) -> None:
-    """Gradients averaged over two gloo processes, each with half of the prompts: 2 updates to rounding."""
-    root = str(Path(__file__).parents[2])
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=root, pipeline=str(tiny_pipeline)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, str(script), name, str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    run, _ = align(tiny_pipeline, small(ALGORITHMS[name], tmp_path / "one", num_steps=2))
-    del run
-    one, two = (load_file(tmp_path / part / "pytorch_lora_weights.safetensors") for part in ("one", "two"))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5)

@@ -67,7 +67,11 @@ class Grpo:
 
         def within_groups(scores: Tensor) -> Tensor:
             groups = scores.unflatten(0, (-1, config.group_size))
-            return group_advantages(groups, over=config.advantages).flatten()
+            if config.advantages == "group":
+                return group_advantages(groups).flatten()
+            batch = run.processes.gather(groups.float()).to(groups)  # the batch is that of all processes
+            found = group_advantages(batch.flatten(0, 1), over="batch").view_as(batch)
+            return found[run.processes.index].flatten()
 
         if not config.dense:
             return within_groups(rewards).expand(len(path.steps), -1)

@@ -31,6 +31,7 @@ __all__ = ["ADAPTER", "Grid", "Policy"]
 ADAPTER = "policy"
 FAMILIES = ("sd3", "flux", "unet")
 """Whose denoisers are called here: SD3 and SD3.5, FLUX.1, SD 1.5 and SDXL."""
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Grid:
@@ -156,7 +157,15 @@ class Policy:
                 f"unload_lora_weights() on the pipeline to start from its pictures, or unload_lora_weights() "
                 f"alone to start without"
             )
-        check_not_quantised(self.network)
+        for name, module in self.network.named_modules():
+            weight = module.weight.data if isinstance(getattr(module, "weight", None), nn.Parameter) else None
+            # torchao and quanto keep their numbers in a tensor type of their own, bitsandbytes in integers.
+            if weight is not None and (type(weight) is not Tensor or weight.dtype not in _PLAIN):
+                raise InvalidInputError(
+                    f"the pipeline's denoiser has quantised weights ({type(module.weight).__name__} of "
+                    f"{weight.dtype} in {name}): the adapter's size and the reference are measured against "
+                    f"float32, bfloat16 or float16 ones, load the pipeline without quantization"
+                )
 
     # ------------------------------------------------------------------------------------- the adapter
 

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from dina_lrm.errors import DinaError
+from dina_lrm.training.interrupt import Interrupt
 
 __all__ = ["AlignmentError", "Processes"]
 
@@ -40,6 +41,7 @@ class Processes:
     Attributes:
         count: how many there are.
         index: which of them this is.
+        local_index: which of those on this machine.
         is_main: whether this is the one that writes.
     """
 
@@ -48,6 +50,7 @@ class Processes:
         self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=[waiting])
         self.count = self._accelerator.num_processes
         self.index = self._accelerator.process_index
+        self.local_index = self._accelerator.local_process_index
         self.is_main = self._accelerator.is_main_process
         self._left = False
 
@@ -79,6 +82,11 @@ class Processes:
         self.wait()
         told: Any = broadcast_object_list(made, from_process=0)[0]
         return told
+
+    def asked(self, interrupt: Interrupt) -> bool:
+        """Whether a signal has asked one of them to stop."""
+        self.wait()
+        return interrupt.asked(self._accelerator)
 
     def wait(self) -> None:
         """Until all are here.

@@ -38,6 +38,7 @@ from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming, write_whole
 from dina_lrm.training import optim, state
+from dina_lrm.training.interrupt import Interrupt, Interrupted
 
 __all__ = ["AlignmentError", "Run", "RunResult", "Update"]
 
@@ -135,6 +136,7 @@ class Run:
             AlignmentError: a gradient that is not finite or above `gradient_limit`, or another process has
                 failed.
             RewardError: a reward that is not finite.
+            Interrupted: SIGINT or SIGTERM; the update in progress was finished and saved.
             OSError: a checkpoint or a log cannot be written; it names the path.
         """
         try:
@@ -156,7 +158,8 @@ class Run:
         with warnings.catch_warnings():
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            stopped_by = self._loop(update)
+            with Interrupt() as interrupt:
+                stopped_by = self._loop(update, interrupt)
         if self.average is not None:
             self.average.copy_to(list(self.parameters.values()))
         if self._writes:
@@ -172,7 +175,7 @@ class Run:
             history=tuple(self.history),
         )
 
-    def _loop(self, update: Update) -> str:
+    def _loop(self, update: Update, interrupt: Interrupt) -> str:
         """Evaluations, updates and checkpoints; returns what ended it."""
         config = self.config
         every, total = config.monitor.every, config.num_steps
@@ -185,11 +188,20 @@ class Run:
             self.step += 1
             self._tell(measures | {"step": self.step, "seconds": round(self.seconds, 3)})
             due = self.step % every == 0 or self.step == total
-            if due or self.step % config.checkpoint_every == 0:
+            asked = self.processes.asked(interrupt)
+            if due or asked or self.step % config.checkpoint_every == 0:
                 self.checkpoint("last")
-            if due and self._evaluation_stops():
+            if not asked and due and self._evaluation_stops():
                 return "parting"
+            if asked or (due and self.processes.asked(interrupt)):
+                raise Interrupted(interrupt.number, self._kept())
         return "steps"
+
+    def _kept(self) -> str:
+        """What an interrupted run leaves."""
+        if self.output is None:
+            return f"interrupted after update {self.step}; nothing is kept, since the run has no output"
+        return f"interrupted after update {self.step}, which {self.output / 'last'} holds"
 
     def _over_processes(self, measures: Measures) -> Measures:
         """Means over all processes: each has measured its own share."""

@@ -50,18 +50,18 @@ def main(arguments: Sequence[str]) -> int:
     except Interrupted as interrupted:
         log(str(interrupted))
         if options.config.output is not None:
-            log(f"go on with: {resuming(arguments)}")
+            log(f"go on with: {resuming('train', arguments)}")
         return interrupted.exit_code
 
 
-def resuming(arguments: Sequence[str]) -> str:
+def resuming(command: str, arguments: Sequence[str]) -> str:
     """The command that goes on with an interrupted run, as it was typed.
 
-    >>> resuming(["shapes", "--output", "my run"])
+    >>> resuming("train", ["shapes", "--output", "my run"])
     "dina-lrm train shapes --output 'my run' --resume"
     """
     again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-    return f"dina-lrm train {shlex.join(again)}"
+    return f"dina-lrm {command} {shlex.join(again)}"
 
 
 def run(config: "TrainConfig", *, as_json: bool) -> int:
