@@ -24,7 +24,7 @@ def naming(path: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except SafetensorError as error:
-        if (code := re.search(r"code: (\d+)", str(error))) is None:
+        if (code := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 

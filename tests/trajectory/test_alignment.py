@@ -23,6 +23,7 @@ from dina_lrm.alignment.config import (
     SamplerConfig,
     StepDpoConfig,
 )
+from dina_lrm.alignment.dpo import Dpo
 from dina_lrm.alignment.policy import Policy
 from dina_lrm.alignment.rewards import LatentReward, Reward, RewardError
 from dina_lrm.alignment.run import AlignmentError, Run, RunResult
@@ -181,19 +182,20 @@ def test_a_gradient_that_explodes_changes_nothing(tiny_pipeline: Path, tmp_path:
     assert json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"] == 1
 
 
+@pytest.mark.parametrize("value", [1.0, 1000.1])
 @pytest.mark.parametrize("name", ["grpo", "dpo", "step-dpo"])
-def test_rewards_that_are_all_alike_teach_nothing(tiny_pipeline: Path, name: str) -> None:
-    """Zero variance in every group: no NaN, no step."""
+def test_rewards_that_are_all_alike_teach_nothing(tiny_pipeline: Path, name: str, value: float) -> None:
+    """Zero variance in every group: no NaN, no step, whatever the rounding of their mean."""
     config = small(ALGORITHMS[name], num_steps=2)
     run = new_run(tiny_pipeline, config)
     assert isinstance(run.reward, LatentReward)
 
     class Flat(LatentReward):
         def __call__(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            return torch.ones(len(prompts))
+            return torch.full((len(prompts),), value)
 
         def of_state(self, noisy_latents: Tensor, prompts: Sequence[str], timestep: Tensor) -> Tensor:
-            return torch.ones(len(prompts))
+            return torch.full((len(prompts),), value)
 
     run.reward = Flat(run.reward.model)
     before = weights(run)
@@ -240,12 +242,32 @@ def test_dpo_learns_from_given_pairs(tiny_pipeline: Path) -> None:
         prompts=PROMPTS,
         prompt_index=torch.arange(6),
     )
-    from dina_lrm.alignment.dpo import Dpo
-
     result = run.train(Dpo(config, pairs))  # type: ignore[arg-type]
     first, last = result.history[0], result.history[-1]
     assert last["loss"] < first["loss"]
     assert "reward" not in last
+
+
+def test_given_ties_leave_the_policy_at_the_reference(tiny_pipeline: Path) -> None:
+    """Conservative DPO: the gradient of a tie is sigmoid(x) - 1/2, and x = 0 at the start."""
+    config = small(DpoConfig(sampler=ODE, beta=50.0, repeats=2), num_steps=2)
+    run = new_run(tiny_pipeline, config)
+    generator = torch.Generator().manual_seed(0)
+    conditioning = run.policy.encode(PROMPTS)
+    pairs = LatentPairs(
+        latents=torch.randn((12, *run.policy.latent_shape(32, 32)), generator=generator),
+        chosen=torch.arange(6),
+        rejected=torch.arange(6, 12),
+        target=torch.full((6,), 0.5),
+        prompt_embeds=conditioning.prompt_embeds,
+        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+        prompts=PROMPTS,
+        prompt_index=torch.arange(6),
+    )
+    before = weights(run)
+    result = run.train(Dpo(config, pairs))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), before, strict=True))
+    assert [line["accuracy"] for line in result.history] == [0.5, 0.5]
 
 
 def test_settings_that_cannot_work_are_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
