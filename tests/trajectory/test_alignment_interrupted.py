@@ -103,7 +103,9 @@ def test_a_gold_score_that_comes_back_is_used_again(tiny_pipeline: Path, tmp_pat
     found = evaluations(tmp_path)
     assert [one["gold"]["moody"] for one in found] == [None, None, None, [0.9] * 3, [0.4] * 3]
     reasons = [one["missing"].get("moody", "") for one in found]
-    assert "the scores of 3 of 3 pictures are not finite, first nan for prompt 'a yellow circle'" in reasons[0]
+    assert (
+        "the scores of 3 of 3 pictures are not finite, first nan for prompt 'a yellow circle'" in reasons[0]
+    )
     assert reasons[1:] == ["OSError: away", "ScoringError: 1 scores for 3 pictures", "", ""]
     assert (tmp_path / "best" / "pytorch_lora_weights.safetensors").exists()
     assert json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["best_step"] == 3

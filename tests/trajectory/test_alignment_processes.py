@@ -1,4 +1,4 @@
-"""Alignment in two processes: they learn what one does, whatever each has to learn, and none waits for ever."""
+"""Alignment in two processes: they learn what one does, and neither waits for ever."""
 
 import json
 import os
@@ -49,9 +49,7 @@ def assert_same(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_learn_what_one_does(
-    tiny_pipeline: Path, two: Path, tmp_path: Path, name: str
-) -> None:
+def test_two_processes_learn_what_one_does(tiny_pipeline: Path, two: Path, tmp_path: Path, name: str) -> None:
     one_run(tiny_pipeline, tmp_path, name)
     assert_same(tmp_path / name, two / name)
 

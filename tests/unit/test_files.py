@@ -72,7 +72,7 @@ def test_a_file_that_does_not_fit_is_named_and_leaves_the_old_one(tmp_path: Path
 
 def test_a_full_disk_is_named() -> None:
     """/dev/full is always full."""
-    with pytest.raises(OSError, match="No space left") as caught, naming(Path("/runs/x")):  # noqa: SIM117
+    with pytest.raises(OSError, match="No space left") as caught, naming(Path("/runs/x")):
         with open("/dev/full", "w") as file:
             file.write("x")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/runs/x")
@@ -82,7 +82,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere") as caught, naming(tmp_path):
         (tmp_path / "nowhere").read_text()
     assert caught.value.filename == str(tmp_path / "nowhere")
-    with pytest.raises(SafetensorError, match="^shape$"), naming(tmp_path):
+    with pytest.raises(SafetensorError, match=r"^shape$"), naming(tmp_path):
         raise SafetensorError("shape")
-    with pytest.raises(OSError, match="^of our own$"), naming(tmp_path):
+    with pytest.raises(OSError, match=r"^of our own$"), naming(tmp_path):
         raise OSError("of our own")

@@ -157,7 +157,7 @@ class Dpo:
                 theirs = errors()
             ours = errors()
             target = pairs.target[rows]
-            loss = diffusion_dpo_loss(*ours, *theirs, target, beta=config.beta)
+            loss = diffusion_dpo_loss(*ours, *theirs, target=target, beta=config.beta)
             run.backward(share * loss.mean())
             prefers = (ours[0] - ours[1]) < (theirs[0] - theirs[1])
             right = torch.where(target == 0.5, 0.5, (prefers == (target > 0.5)).float())

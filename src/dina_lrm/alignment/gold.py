@@ -108,11 +108,8 @@ def _ask(gold: Gold, prompts: Sequence[str], pictures: Sequence[Image.Image]) ->
 
 def best_evaluation(history: Sequence[Evaluation]) -> Evaluation | None:
     """The first of the highest mean gold score; None while there is no gold score."""
-    best = None
-    for one in history:
-        if one.mean_gold is not None and (best is None or one.mean_gold > best.mean_gold):
-            best = one
-    return best
+    known = [(mean, one) for one in history if (mean := one.mean_gold) is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 def curves(history: Sequence[Evaluation]) -> dict[str, list[tuple[int, tuple[float, ...]]]]:

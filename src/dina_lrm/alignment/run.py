@@ -278,12 +278,12 @@ class Run:
             yield slice(start, min(start + size, count))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a part of a batch; `loss` is its share of the mean over this process's rows, or,
-        where processes have unequal numbers of rows, over their average number."""
+        """Add the gradient of a part of a batch; `loss` is its share of the mean over this process's rows,
+        or, where processes have unequal numbers of rows, over their average number."""
         loss.backward()
 
     def learn(self) -> float:
-        """One optimizer step on what was added, in all processes; returns the gradient's norm before clipping.
+        """One optimizer step on what was added, in all processes; returns the gradient's norm, not clipped.
 
         Raises:
             AlignmentError: the norm is not finite or above `gradient_limit`; nothing was changed.
@@ -367,7 +367,9 @@ class Run:
         """
         self.evaluations.append(evaluation)
         for name, reason in evaluation.missing.items():
-            self.log(f"update {self.step}: the gold score {name} is missing, the run goes on without: {reason}")
+            self.log(
+                f"update {self.step}: the gold score {name} is missing, the run goes on without: {reason}"
+            )
         if evaluation.parted is not None:
             self.log(f"update {self.step}: proxy and gold have parted: {evaluation.parted}")
         if self.output is None:
@@ -433,8 +435,8 @@ class Run:
         steps = self.processes.gather(torch.tensor([self.step, len(self.evaluations)]))
         if bool((steps != steps[0]).any()):
             raise InvalidInputError(
-                f"{last} is at update {' and '.join(map(str, steps[:, 0].tolist()))} as the processes see it: "
-                f"output must be one folder, which all of them read"
+                f"{last} is at update {' and '.join(map(str, steps[:, 0].tolist()))} as the processes see "
+                f"it: output must be one folder, which all of them read"
             )
 
     def _truncate_logs(self) -> None:

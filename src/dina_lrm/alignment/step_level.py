@@ -127,9 +127,7 @@ class StepDpo:
         for at in paths[0].steps:
             yield _StepPairs(at, kept, sides(at), sides(at + 1))
 
-    def _learn(
-        self, run: Run, pairs: _StepPairs, total: int, conditioning: Conditioning
-    ) -> dict[str, float]:
+    def _learn(self, run: Run, pairs: _StepPairs, total: int, conditioning: Conditioning) -> dict[str, float]:
         """One optimizer step on one sampling step; `total` is the number of pairs of all processes."""
         config, policy = self.config, run.policy
         grid = policy.grid(config.sampler.num_steps, pairs.before[0].shape[1:])

@@ -84,7 +84,9 @@ def alignment_page(
     for name, meaning in quantities.items():
         drawn = figures.plain_curve(steps, [getattr(point, name) for point in points], label=name)
         plots.append(Plot(svg=figures.themed_svg(drawn, label=f"{name} over updates"), caption=meaning))
-    facts = [_gained(name, next(point for point in reversed(points) if name in point.gains)) for name in names]
+    facts = [
+        _gained(name, next(point for point in reversed(points) if name in point.gains)) for name in names
+    ]
     facts.append(Fact(value=str(last.step), label="updates"))
     blocks: list[Block] = [Plots(plots=plots)]
     if parted is not None:

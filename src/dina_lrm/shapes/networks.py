@@ -6,7 +6,6 @@ Every class is the one Stable Diffusion 3.5 uses, only small, so that the folder
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (

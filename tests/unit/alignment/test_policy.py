@@ -163,6 +163,8 @@ def test_quantised_weights_are_refused(family_folders: Folders, kind: str) -> No
     if kind == "integers":
         layer.weight = torch.nn.Parameter((layer.weight * 100).to(torch.int8), requires_grad=False)
     else:
-        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(TensorOfItsOwn), requires_grad=False)
+        layer.weight = torch.nn.Parameter(
+            layer.weight.detach().as_subclass(TensorOfItsOwn), requires_grad=False
+        )
     with pytest.raises(InvalidInputError, match=r"quantised weights .* transformer_blocks\.1\.attn\.to_k"):
         Policy(pipeline, lora_rank=2)

@@ -77,7 +77,9 @@ def test_ordinary_groups_keep_their_values() -> None:
     plain = centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + 1e-4)
     torch.testing.assert_close(group_advantages(rewards), plain.float(), rtol=1e-5, atol=1e-5)
     together = centred / (centred.square().mean().sqrt() + 1e-4)
-    torch.testing.assert_close(group_advantages(rewards, over="batch"), together.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        group_advantages(rewards, over="batch"), together.float(), rtol=1e-5, atol=1e-5
+    )
     # In bfloat16 the resolution at 5 is 0.04: 2 % of the variance may be rounding.
     coarse = group_advantages(rewards.bfloat16())
     torch.testing.assert_close(coarse, plain.float(), rtol=0.05, atol=0.1)
