@@ -75,8 +75,7 @@ def run(options: Options, job: tuple[str, int]) -> str:
         "evaluations": [asdict(one) for one in result.evaluations],
     }
     file.write_text(json.dumps(record))
-    last, first = result.evaluations[-1], result.evaluations[0]
-    gain = paired_gain(last.gold["judge"], first.gold["judge"])
+    gain = gains(record, "judge")[-1]
     return f"{config.output}: {result.seconds:.0f} s, gold {gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})"
 
 

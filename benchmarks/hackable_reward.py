@@ -99,7 +99,7 @@ def run(options: Options, seed: int) -> str:
         {
             "step": one.step,
             "proxy": float(np.mean(one.proxy)),
-            "gold": float(np.mean(one.gold["judge"])),
+            "gold": one.mean_gold,
             "parted": one.parted,
         }
         for one in result.evaluations

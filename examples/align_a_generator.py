@@ -21,7 +21,6 @@ config = replace(
 )
 policy, result = run_alignment(config, log=print)
 for evaluation in result.evaluations:
-    gold = evaluation.gold["judge"]
     proxy = sum(evaluation.proxy) / len(evaluation.proxy)
-    print(f"update {evaluation.step}: reward {proxy:.2f}, judge {sum(gold) / len(gold):.3f}")
+    print(f"update {evaluation.step}: reward {proxy:.2f}, judge {evaluation.mean_gold:.3f}")
 print(f"LoRA for pipeline.load_lora_weights: {folder}; curves and pictures: {folder / 'report.html'}")

@@ -17,10 +17,12 @@ from dina_lrm.errors import (
     InvalidInputError,
     MissingComponentError,
     PromptWarning,
+    ScoringError,
     UntrainedModelError,
 )
 
 if TYPE_CHECKING:
+    from dina_lrm import alignment
     from dina_lrm.client import AsyncClient, Client
     from dina_lrm.models.backbone import BackboneFeatures, Conditioning
     from dina_lrm.models.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
@@ -65,13 +67,17 @@ __all__ = [
     "RewardModelConfig",
     "RewardWatch",
     "ScoreOutput",
+    "ScoringError",
     "StepScore",
     "UntrainedModelError",
     "__version__",
+    "alignment",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "alignment":
+        return importlib.import_module("dina_lrm.alignment")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'dina_lrm' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

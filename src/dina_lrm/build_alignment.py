@@ -12,9 +12,10 @@ from PIL import Image
 
 from dina_lrm.alignment.config import AlignConfig, DpoConfig, GrpoConfig, ReflConfig, StepDpoConfig
 from dina_lrm.alignment.dpo import Dpo
-from dina_lrm.alignment.gold import Evaluation, Gold, paired_gain
+from dina_lrm.alignment.gold import Evaluation, Gold, curves, missing_since, paired_gain
 from dina_lrm.alignment.grpo import Grpo
 from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.processes import Processes
 from dina_lrm.alignment.refl import Refl
 from dina_lrm.alignment.rewards import LatentReward, Reward, RewardSum, ServerReward
 from dina_lrm.alignment.run import Run, RunResult, Update
@@ -224,7 +225,9 @@ def run_alignment(
     # Before anything is loaded: settings that cannot work are refused at once.
     algorithm, weights = algorithm_of(config), config.reward.resolved_weights()
     prompts, held_out = alignment_prompts(config)
-    device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
+    # Each process its own: "cuda" alone would put all of them on the first.
+    index = Processes(cpu=config.cpu).local_index
+    device = f"cuda:{index}" if torch.cuda.is_available() and not config.cpu else "cpu"
     if pipeline is None:
         dtype = getattr(torch, config.policy.dtype)
         pipeline = load_generator(config.policy.pipeline, device=device, dtype=dtype)
@@ -272,12 +275,9 @@ def write_alignment_page(
 ) -> None:
     """OUTPUT/report.html of a run."""
     assert run.output is not None
-    first = evaluations[0]
-    folder = run.output / "pictures" / f"{first.step:06d}"
+    folder = run.output / "pictures" / f"{evaluations[0].step:06d}"
     before = [load_image(file) for file in sorted(folder.glob("*.png"))]
-
-    def scores(one: Evaluation) -> dict[str, tuple[float, ...]]:
-        return {"proxy": one.proxy, **one.gold}
+    found = curves(evaluations)
 
     def gain(now: Sequence[float], start: Sequence[float]) -> Interval:
         value, low, high = paired_gain(now, start)
@@ -286,8 +286,18 @@ def write_alignment_page(
     points = [
         AlignmentPoint(
             step=one.step,
-            gains={name: gain(values, scores(first)[name]) for name, values in scores(one).items()},
-            means={name: float(np.mean(values)) for name, values in scores(one).items()},
+            gains={
+                name: gain(scores, curve[0][1])
+                for name, curve in found.items()
+                for step, scores in curve
+                if step == one.step
+            },
+            means={
+                name: float(np.mean(scores))
+                for name, curve in found.items()
+                for step, scores in curve
+                if step == one.step
+            },
             distance=one.distance,
             diversity=one.diversity,
             parted=one.parted,
@@ -298,6 +308,7 @@ def write_alignment_page(
         points,
         run.output / "report.html",
         title=f"{TITLES[type(run.config)]} on {run.config.policy.pipeline}",
+        missing=missing_since(evaluations),
         prompts=run.held_out[: len(pictures)],
         before=before,
         now=pictures,

@@ -4,14 +4,35 @@ import contextlib
 import difflib
 import itertools
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["file_fault", "not_a_file", "write_whole", "written_aside"]
+from safetensors import SafetensorError
+
+__all__ = ["file_fault", "naming", "not_a_file", "write_whole", "written_aside"]
 
 LISTED = 2000
 """Entries of a folder that are looked at for what a mistyped name may have meant."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the operating system inside, such as a full disk, becomes an `OSError` that names `path`.
+
+    A failed write names no file, and safetensors wraps it in an error of its own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        if (code := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -23,10 +44,11 @@ def written_aside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

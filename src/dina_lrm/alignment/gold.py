@@ -13,17 +13,31 @@ evaluations ago. Proxy and gold have parted when over that window
 or when gold has lost for certain: the interval of its difference to its best evaluation lies below 0. The
 first part speaks at the peak of gold, before anything is lost; the exchange rate is 0 while gold has never
 gained.
+
+A gold score that fails is missing from that evaluation and asked again at the next: it measures a run, and
+must not end one. What is compared are the evaluations that have it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Evaluation", "Gold", "paired_gain", "parting"]
+from dina_lrm.errors import ScoringError
+
+__all__ = [
+    "Evaluation",
+    "Gold",
+    "ask_all",
+    "best_evaluation",
+    "curves",
+    "missing_since",
+    "paired_gain",
+    "parting",
+]
 
 Gold = Callable[[Sequence[str], Sequence[Image.Image]], Sequence[float]]
 """An independent score of pictures for prompts, pair by pair; higher is better."""
@@ -41,8 +55,10 @@ class Evaluation:
     """Of training so far."""
     proxy: tuple[float, ...]
     """One score per prompt."""
-    gold: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """By name; the first is the gold score."""
+    gold: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    """By name; the first is the gold score. All finite; None where it is missing."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a gold score is missing, by name."""
     distance: float = 0.0
     """Of the adapter from the reference, relative (`Policy.distance`)."""
     diversity: float = 0.0
@@ -55,6 +71,68 @@ class Evaluation:
     def main_gold(self) -> tuple[float, ...] | None:
         """The gold score, where there is one."""
         return next(iter(self.gold.values()), None)
+
+    @property
+    def mean_gold(self) -> float | None:
+        """Over prompts."""
+        return None if self.main_gold is None else sum(self.main_gold) / len(self.main_gold)
+
+
+def ask_all(
+    golds: Mapping[str, Gold], prompts: Sequence[str], pictures: Sequence[Image.Image]
+) -> tuple[dict[str, tuple[float, ...] | None], dict[str, str]]:
+    """All gold scores, as `Evaluation.gold` and `Evaluation.missing`: one that raises, gives a number that is
+    not finite or another number of scores is missing."""
+    scores: dict[str, tuple[float, ...] | None] = {}
+    missing: dict[str, str] = {}
+    for name, gold in golds.items():
+        try:
+            scores[name] = _ask(gold, prompts, pictures)
+        except Exception as error:  # whatever a scorer or a server comes up with
+            scores[name], missing[name] = None, f"{type(error).__name__}: {error}"
+    return scores, missing
+
+
+def _ask(gold: Gold, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> tuple[float, ...]:
+    scores = tuple(float(value) for value in gold(prompts, pictures))
+    if len(scores) != len(prompts):
+        raise ScoringError(f"{len(scores)} scores for {len(prompts)} pictures")
+    bad = [index for index, value in enumerate(scores) if not math.isfinite(value)]
+    if bad:
+        raise ScoringError(
+            f"the scores of {len(bad)} of {len(prompts)} pictures are not finite, first {scores[bad[0]]} for "
+            f"prompt {prompts[bad[0]]!r}"
+        )
+    return scores
+
+
+def best_evaluation(history: Sequence[Evaluation]) -> Evaluation | None:
+    """The first of the highest mean gold score; None while there is no gold score."""
+    known = [(mean, one) for one in history if (mean := one.mean_gold) is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def curves(history: Sequence[Evaluation]) -> dict[str, list[tuple[int, tuple[float, ...]]]]:
+    """Update and scores of every evaluation that has them, by name: "proxy", then the gold scores."""
+    found: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
+    for one in history:
+        for name, scores in {"proxy": one.proxy, **one.gold}.items():
+            if scores is not None:
+                found.setdefault(name, []).append((one.step, scores))
+    return found
+
+
+def missing_since(history: Sequence[Evaluation]) -> dict[str, tuple[int, str]]:
+    """Gold scores that are missing now: since which update without a break, and why, at the last attempt."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, reason in history[-1].missing.items():
+        since = history[-1].step
+        for one in reversed(history):
+            if name not in one.missing:
+                break
+            since = one.step
+        found[name] = since, reason
+    return found
 
 
 def paired_gain(now: Scores, before: Scores) -> tuple[float, float, float]:
@@ -75,12 +153,12 @@ def parting(history: Sequence[Evaluation], *, window: int = 3) -> str | None:
     """Why proxy and gold have parted at the last evaluation, or None.
 
     Args:
-        window: evaluations to look back, at least 1.
+        window: evaluations with a gold score to look back, at least 1.
     """
-    gold = [one.main_gold for one in history]
-    if len(history) < 2 or any(one is None for one in gold):
+    known = [(one, one.main_gold) for one in history if one.main_gold is not None]
+    if len(known) < 2 or history[-1].main_gold is None:
         return None
-    scores = [one for one in gold if one is not None]
+    history, scores = [one for one, _ in known], [gold for _, gold in known]
     best = max(range(len(scores)), key=lambda index: float(np.mean(scores[index])))
     lost = paired_gain(scores[-1], scores[best])
     if best < len(scores) - 1 and lost[2] < 0:

@@ -17,7 +17,12 @@ from dina_lrm.alignment.config import GrpoConfig
 from dina_lrm.alignment.rewards import LatentReward, RewardSum
 from dina_lrm.alignment.rollout import Trajectory, transition_at
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.core.preference import clipped_policy_loss, group_advantages, normalised_log_ratio
+from dina_lrm.core.preference import (
+    clipped_policy_loss,
+    group_advantages,
+    normalised_log_ratio,
+    reward_groups,
+)
 from dina_lrm.core.transitions import gaussian_divergence, gaussian_log_prob
 from dina_lrm.errors import InvalidInputError
 
@@ -43,16 +48,16 @@ class Grpo:
         advantages = self._advantages(run, path, prompts, rewards)
         totals: dict[str, float] = dict.fromkeys(_MEASURED, 0.0)
         rounds = config.epochs * config.minibatches
-        if float(advantages.abs().max()) > 0:
+        # All processes learn, or none: rows without an advantage are part of the mean, and of the divergence.
+        if run.processes.any(bool((advantages != 0).any())):
             for rows in torch.arange(len(prompts)).tensor_split(config.minibatches) * config.epochs:
                 for name, value in self._learn(run, path, prompts, advantages, rows).items():
                     totals[name] += value / rounds
-        groups = rewards.unflatten(0, (-1, config.group_size))
-        spread = groups.std(dim=1, unbiased=False)
+        groups = reward_groups(rewards.unflatten(0, (-1, config.group_size)))
         return {
-            "reward": float(rewards.mean()),
-            "reward_std": float(spread.mean()),
-            "flat_groups": float((spread == 0).float().mean()),
+            "reward": float(rewards.float().mean()),
+            "reward_std": float(groups.std.mean()),
+            "flat_groups": float(groups.flat.float().mean()),
             **totals,
         }
 
@@ -62,7 +67,11 @@ class Grpo:
 
         def within_groups(scores: Tensor) -> Tensor:
             groups = scores.unflatten(0, (-1, config.group_size))
-            return group_advantages(groups, over=config.advantages).flatten()
+            if config.advantages == "group":
+                return group_advantages(groups).flatten()
+            batch = run.processes.gather(groups.float()).to(groups)  # the batch is that of all processes
+            found = group_advantages(batch.flatten(0, 1), over="batch").view_as(batch)
+            return found[run.processes.index].flatten()
 
         if not config.dense:
             return within_groups(rewards).expand(len(path.steps), -1)
@@ -76,9 +85,7 @@ class Grpo:
                 with torch.no_grad(), run.policy.precision(config.precision):
                     scores = torch.cat(
                         [
-                            run.reward.of_state(
-                                path.states[at + 1][rows], prompts[rows], timestep[rows]
-                            ).float()
+                            run.reward.of_state(path.states[at + 1][rows], prompts[rows], timestep[rows])
                             for rows in run.chunks(len(prompts))
                         ]
                     )

@@ -31,6 +31,7 @@ __all__ = ["ADAPTER", "Grid", "Policy"]
 ADAPTER = "policy"
 FAMILIES = ("sd3", "flux", "unet")
 """Whose denoisers are called here: SD3 and SD3.5, FLUX.1, SD 1.5 and SDXL."""
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Grid:
@@ -60,7 +61,8 @@ class Policy:
         seed: of the adapter's first weights.
 
     Raises:
-        InvalidInputError: not live, of another family, or with a "policy" adapter already.
+        InvalidInputError: not live, of another family; with a new adapter also: weights that are quantised, a
+            LoRA that is active, or a "policy" adapter already.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Policy:
             raise InvalidInputError(
                 f"the pipeline has an adapter {ADAPTER!r} already: load the pipeline anew"
             )
+        self._check_bare()
         config = LoraConfig(
             r=rank,
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
@@ -131,7 +134,39 @@ class Policy:
             torch.manual_seed(seed)
             torch.set_rng_state(seeded_generator(seed).get_state())  # which reads more than 32 bits
             self.network.add_adapter(config, adapter_name=ADAPTER)
+        self.network.enable_adapters()  # whatever `disable_lora` has switched off before
         float32_masters(self.parameters().values())
+
+    def _check_bare(self) -> None:
+        """The new adapter takes the place of active ones, and adapted layers have plain weights."""
+        active, fused = set[str](), set[str]()
+        for layer in tuner_layers(self.network):
+            fused |= set(layer.merged_adapters)
+            if not layer.disable_adapters:
+                active |= set(layer.active_adapters) & set(layer.lora_A)
+        if fused:
+            raise InvalidInputError(
+                f"the pipeline has a LoRA fused into its weights that can still be taken out "
+                f"({', '.join(sorted(fused))}), and layers in that state ignore a new adapter: call "
+                f"pipeline.unload_lora_weights() after fuse_lora() to start from the fused weights, or "
+                f"unfuse_lora() and unload_lora_weights() to start without"
+            )
+        if active:
+            raise InvalidInputError(
+                f"the pipeline has an active LoRA ({', '.join(sorted(active))}), which the policy's adapter "
+                f"would replace: start and reference would be the bare generator. Call fuse_lora() and "
+                f"unload_lora_weights() on the pipeline to start from its pictures, or unload_lora_weights() "
+                f"alone to start without"
+            )
+        for name, module in self.network.named_modules():
+            weight = module.weight.data if isinstance(getattr(module, "weight", None), nn.Parameter) else None
+            # torchao and quanto keep their numbers in a tensor type of their own, bitsandbytes in integers.
+            if weight is not None and (type(weight) is not Tensor or weight.dtype not in _PLAIN):
+                raise InvalidInputError(
+                    f"the pipeline's denoiser has quantised weights ({type(module.weight).__name__} of "
+                    f"{weight.dtype} in {name}): the adapter's size and the reference are measured against "
+                    f"float32, bfloat16 or float16 ones, load the pipeline without quantization"
+                )
 
     # ------------------------------------------------------------------------------------- the adapter
 

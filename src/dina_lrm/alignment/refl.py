@@ -27,7 +27,7 @@ from dina_lrm.models.backbone import Conditioning
 
 __all__ = ["Refl"]
 
-_STOP, _PRETRAIN = 51, 52
+_STOP, _PRETRAIN, _LEVEL, _NOISE = 51, 52, 53, 54
 
 
 class Refl:
@@ -113,10 +113,11 @@ class Refl:
         fresh = [mix_seeds(seed, _PRETRAIN) for seed in seeds]
         with policy.reference():
             clean = run.sample(prompts, fresh)
-        generator = torch.Generator().manual_seed(fresh[0])
-        wanted = torch.rand(len(prompts), generator=generator).to(policy.device)
-        level = policy.schedule.match(wanted)
-        noise = torch.randn(clean.shape, generator=generator).to(policy.device)
+        # From each picture's own seed, so that it does not matter what it is batched with.
+        noise = first_noise(clean.shape[1:], [mix_seeds(seed, _NOISE) for seed in fresh]).to(policy.device)
+        generators = [torch.Generator().manual_seed(mix_seeds(seed, _LEVEL)) for seed in fresh]
+        wanted = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        level = policy.schedule.match(wanted.to(policy.device))
         noisy = policy.schedule.add_noise(clean, noise, level.sigma)
         with policy.precision(self.config.precision):
             predicted = policy.predict(noisy, policy.encode(prompts), level.timestep)

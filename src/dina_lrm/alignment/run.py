@@ -5,34 +5,40 @@ more. All that is random in update n follows from (seed, n), so a resumed run gi
 was never stopped, and nothing random is stored.
 
 On several processes each takes a share of the prompts, whole groups at a time, and gradients of the adapter
-are averaged before every optimizer step.
+are averaged before every optimizer step. All processes take every optimizer step, whether or not there is
+something to learn in their own share: an algorithm asks `Run.processes`, and not its own share, before it
+leaves one out.
+
+A checkpoint is written before the evaluation that is due at the same update, so that nothing that fails in an
+evaluation loses updates; a run that goes on from there makes that evaluation first.
 """
 
 import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
 from dina_lrm.alignment.config import AlignConfig
-from dina_lrm.alignment.gold import Evaluation, Gold, parting
+from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, parting
 from dina_lrm.alignment.policy import Policy
+from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.alignment.rewards import Reward, checked
 from dina_lrm.alignment.rollout import Trajectory, rollout, sample
 from dina_lrm.config import to_dict
 from dina_lrm.data.latents import mix_seeds
-from dina_lrm.errors import DinaError, InvalidInputError
-from dina_lrm.files import write_whole
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import naming, write_whole
 from dina_lrm.training import optim, state
+from dina_lrm.training.interrupt import Interrupt, Interrupted
 
 __all__ = ["AlignmentError", "Run", "RunResult", "Update"]
 
@@ -42,10 +48,6 @@ Update = Callable[["Run", int], Measures]
 
 _PROMPTS, _SEEDS, _EVALUATION, _DIVERSITY = 41, 42, 43, 44
 DIVERSITY_SAMPLES = 4
-
-
-class AlignmentError(DinaError, RuntimeError):
-    """A run that cannot go on; its last good checkpoint is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +97,10 @@ class Run:
         self.prompts, self.held_out = list(prompts), list(held_out)
         self.golds = golds or {}
         self.on_evaluation, self.log = on_evaluation, log
-        self.accelerator = Accelerator(cpu=config.cpu)
-        count = self.accelerator.num_processes
-        if config.batch_size % count:
+        self.processes = Processes(cpu=config.cpu)
+        if config.batch_size % self.processes.count:
             raise InvalidInputError(
-                f"batch_size = {config.batch_size} does not divide over {count} processes"
+                f"batch_size = {config.batch_size} does not divide over {self.processes.count} processes"
             )
         self.parameters = policy.parameters()
         settings = config.optimizer
@@ -118,12 +119,10 @@ class Run:
         self.seconds_before = 0.0
         self.evaluations: list[Evaluation] = []
         self.history: list[Measures] = []
-        self.best_gold: float | None = None
-        self.best_step: int | None = None
         digest = hashlib.blake2b(json.dumps([self.prompts, self.held_out]).encode(), digest_size=16)
         self.fingerprint = digest.hexdigest()
-        self._accumulated = 0
-        if self.output is not None and self.accelerator.is_main_process:
+        if self._writes:
+            assert self.output is not None
             for name in ("last", "best"):
                 state.recover_folder(self.output / name)
             self.output.mkdir(parents=True, exist_ok=True)
@@ -134,25 +133,40 @@ class Run:
         """Updates until the last one, or until proxy and gold part where that stops the run.
 
         Raises:
-            AlignmentError: a gradient that is not finite or above `gradient_limit`.
+            AlignmentError: a gradient that is not finite or above `gradient_limit`, or another process has
+                failed.
             RewardError: a reward that is not finite.
+            Interrupted: SIGINT or SIGTERM; the update in progress was finished and saved.
+            OSError: a checkpoint or a log cannot be written; it names the path.
         """
+        try:
+            return self._train(update)
+        except Exception:
+            self.processes.leave()
+            raise
+
+    def _train(self, update: Update) -> RunResult:
         config = self.config
         self.started = time.perf_counter()
+        self.processes.wait()  # the main one may have had a folder to recover
         if config.resume:
             self._resume()
-        if self.output is not None and self.accelerator.is_main_process:
+        if self._writes:
+            assert self.output is not None
             self._truncate_logs()
             write_whole(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
         with warnings.catch_warnings():
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            stopped_by = self._loop(update)
+            with Interrupt() as interrupt:
+                stopped_by = self._loop(update, interrupt)
         if self.average is not None:
             self.average.copy_to(list(self.parameters.values()))
-        if self.output is not None and self.accelerator.is_main_process:
-            self.policy.save_lora(self.output)
-        self.accelerator.wait_for_everyone()
+        if self._writes:
+            assert self.output is not None
+            with naming(self.output):
+                self.policy.save_lora(self.output)
+        self.processes.wait()
         return RunResult(
             steps=self.step,
             seconds=self.seconds,
@@ -161,26 +175,43 @@ class Run:
             history=tuple(self.history),
         )
 
-    def _loop(self, update: Update) -> str:
+    def _loop(self, update: Update, interrupt: Interrupt) -> str:
         """Evaluations, updates and checkpoints; returns what ended it."""
         config = self.config
-        if not self.evaluations:
-            self._evaluate()
-        while self.step < config.num_steps:
+        every, total = config.monitor.every, config.num_steps
+        due = self.step % every == 0 or self.step == total
+        if due and all(one.step != self.step for one in self.evaluations) and self._evaluation_stops():
+            return "parting"
+        while self.step < total:
             optim.set_learning_rate(self.optimizer, self._rate_factor())
-            measures = update(self, self.step)
+            measures = self._over_processes(update(self, self.step))
             self.step += 1
             self._tell(measures | {"step": self.step, "seconds": round(self.seconds, 3)})
-            last = self.step == config.num_steps
-            parted = None
-            if self.step % config.monitor.every == 0 or last:
-                parted = self._evaluate().parted
-            if self.step % config.checkpoint_every == 0 or last:
+            due = self.step % every == 0 or self.step == total
+            asked = self.processes.asked(interrupt)
+            if due or asked or self.step % config.checkpoint_every == 0:
                 self.checkpoint("last")
-            if parted is not None and config.monitor.on_parting == "stop":
-                self.checkpoint("last")
+            if not asked and due and self._evaluation_stops():
                 return "parting"
+            if asked or (due and self.processes.asked(interrupt)):
+                raise Interrupted(interrupt.number, self._kept())
         return "steps"
+
+    def _kept(self) -> str:
+        """What an interrupted run leaves."""
+        if self.output is None:
+            return f"interrupted after update {self.step}; nothing is kept, since the run has no output"
+        return f"interrupted after update {self.step}, which {self.output / 'last'} holds"
+
+    def _over_processes(self, measures: Measures) -> Measures:
+        """Means over all processes: each has measured its own share."""
+        values = self.processes.gather(torch.tensor(list(measures.values()), dtype=torch.float64)).mean(dim=0)
+        return dict(zip(measures, values.tolist(), strict=True))
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes into the folder of the run."""
+        return self.output is not None and self.processes.is_main
 
     @property
     def seconds(self) -> float:
@@ -199,15 +230,16 @@ class Run:
     # ------------------------------------------------------------------------------------- for algorithms
 
     def draw(self, step: int, *, per_prompt: int = 1) -> tuple[list[str], list[int]]:
-        """Prompts and seeds of an update, of this process: each prompt `per_prompt` times in a row."""
+        """Prompts and seeds of an update, of this process: each prompt `per_prompt` times in a row.
+
+        Process p of P has the places p, p + P, ... of the batch.
+        """
         generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, _PROMPTS, step))
         count, size = len(self.prompts), self.config.batch_size
         rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
         chosen = torch.cat(rounds)[:size].tolist()
-        share = size // self.accelerator.num_processes
-        start = share * self.accelerator.process_index
         prompts, seeds = [], []
-        for place in range(start, start + share):
+        for place in range(self.processes.index, size, self.processes.count):
             for copy in range(per_prompt):
                 prompts.append(self.prompts[chosen[place]])
                 seeds.append(mix_seeds(self.config.seed, _SEEDS, step, place, copy))
@@ -229,14 +261,14 @@ class Run:
 
     @torch.no_grad()
     def score(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Finite rewards without gradient, (batch,), batch by batch."""
+        """Finite rewards without gradient, (batch,), batch by batch, in the precision of the reward."""
         size = self.config.sampler.batch_size
         parts = []
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
             with self.policy.precision(self.config.precision):
                 found = self.reward(latents[rows], prompts[rows], seeds[rows])
-            parts.append(checked(found.float(), prompts[rows]))
+            parts.append(checked(found, prompts[rows]))
         return torch.cat(parts)
 
     def chunks(self, count: int) -> Iterator[slice]:
@@ -246,29 +278,26 @@ class Run:
             yield slice(start, min(start + size, count))
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a part of a batch; `loss` is its share of the batch's mean."""
+        """Add the gradient of a part of a batch; `loss` is its share of the mean over this process's rows,
+        or, where processes have unequal numbers of rows, over their average number."""
         loss.backward()
-        self._accumulated += 1
 
     def learn(self) -> float:
-        """One optimizer step on what was added; returns the gradient's norm before clipping.
+        """One optimizer step on what was added, in all processes; returns the gradient's norm, not clipped.
 
         Raises:
             AlignmentError: the norm is not finite or above `gradient_limit`; nothing was changed.
         """
-        if not self._accumulated:
-            return 0.0
         parameters = list(self.parameters.values())
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self.accelerator.num_processes > 1:
-                reduced: Any = self.accelerator.reduce(parameter.grad, reduction="mean")
-                parameter.grad.copy_(reduced)
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        # All of them in one collective: a latency for each would cost more than the numbers.
+        together = self.processes.mean(torch.cat([one.flatten() for one in gradients]))
+        parts = together.split([one.numel() for one in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_gradient_norm))
         if not norm <= self.config.gradient_limit:  # also false for NaN
             self.optimizer.zero_grad(set_to_none=True)
-            self._accumulated = 0
             where = "none was written yet" if self.output is None else f"it is in {self.output / 'last'}"
             raise AlignmentError(
                 f"the gradient's norm is {norm:.3g} in update {self.step}, allowed up to gradient_limit = "
@@ -279,7 +308,6 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.step(parameters)
-        self._accumulated = 0
         return norm
 
     # ------------------------------------------------------------------------------------- evaluation
@@ -287,6 +315,11 @@ class Run:
     def averaged(self) -> AbstractContextManager[None]:
         """The average weights inside, the raw ones again after."""
         return optim.averaged(self.average, list(self.parameters.values()))
+
+    def _evaluation_stops(self) -> bool:
+        """Evaluate; whether the run ends with it."""
+        parted = self._evaluate().parted
+        return parted is not None and self.config.monitor.on_parting == "stop"
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
@@ -302,45 +335,54 @@ class Run:
             clean = self.sample(self.held_out, seeds)
             several = self.sample([one for one in shown for _ in range(DIVERSITY_SAMPLES)], more)
             distance = self.policy.distance()
-        proxy = self.score(clean, self.held_out, seeds)
-        pictures = self.policy.pictures(clean, batch_size=config.sampler.batch_size)
-        evaluation = Evaluation(
-            step=self.step,
-            seconds=round(self.seconds, 3),
-            proxy=tuple(proxy.tolist()),
-            gold={
-                name: tuple(float(value) for value in gold(self.held_out, pictures))
-                for name, gold in self.golds.items()
-            },
-            distance=distance,
-            diversity=_diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
-        )
-        parted = parting([*self.evaluations, evaluation], window=config.monitor.window)
-        evaluation = replace(evaluation, parted=parted)
-        self.evaluations.append(evaluation)
-        if parted is not None:
-            self.log(f"update {self.step}: proxy and gold have parted: {parted}")
-        self._keep(evaluation, pictures[: len(shown)])
+        proxy = self.score(clean, self.held_out, seeds).float()
+
+        def judged() -> Evaluation:
+            """By one process: a gold score that answers one and fails another must not part their ways."""
+            pictures = self.policy.pictures(clean, batch_size=config.sampler.batch_size)
+            gold, missing = ask_all(self.golds, self.held_out, pictures)
+            evaluation = Evaluation(
+                step=self.step,
+                seconds=round(self.seconds, 3),
+                proxy=tuple(proxy.tolist()),
+                gold=gold,
+                missing=missing,
+                distance=distance,
+                diversity=_diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
+            )
+            parted = parting([*self.evaluations, evaluation], window=config.monitor.window)
+            evaluation = replace(evaluation, parted=parted)
+            self._keep(evaluation, pictures[: len(shown)])
+            return evaluation
+
+        evaluation = self.processes.from_main(judged)
+        if not self.processes.is_main:
+            self.evaluations.append(evaluation)
         return evaluation
 
     def _keep(self, evaluation: Evaluation, pictures: Sequence[Image.Image]) -> None:
-        """Write an evaluation down, and the weights if gold was never better."""
-        gold = evaluation.main_gold
-        mean = None if gold is None else sum(gold) / len(gold)
-        better = mean is not None and (self.best_gold is None or mean > self.best_gold)
-        if better:
-            self.best_gold, self.best_step = mean, self.step
-        if self.output is None or not self.accelerator.is_main_process:
+        """Write an evaluation down, and the weights if gold was never better.
+
+        The line in evaluations.jsonl says that all of it was done, so it comes after pictures and weights.
+        """
+        self.evaluations.append(evaluation)
+        for name, reason in evaluation.missing.items():
+            self.log(
+                f"update {self.step}: the gold score {name} is missing, the run goes on without: {reason}"
+            )
+        if evaluation.parted is not None:
+            self.log(f"update {self.step}: proxy and gold have parted: {evaluation.parted}")
+        if self.output is None:
             return
-        with (self.output / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(evaluation)) + "\n")
         folder = self.output / "pictures" / f"{self.step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures):
-            picture.save(folder / f"{index:03d}.png")
-        if better and self.step > 0:
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, picture in enumerate(pictures):
+                picture.save(folder / f"{index:03d}.png")
+        if best_evaluation(self.evaluations) is evaluation and self.step > 0:
             with self.averaged():
                 state.replace_folder(self.output / "best", self.policy.save_lora)
+        _append(self.output / "evaluations.jsonl", asdict(evaluation))
         if self.on_evaluation is not None:
             self.on_evaluation(self, self.evaluations, pictures)
 
@@ -348,19 +390,21 @@ class Run:
 
     def _tell(self, measures: Measures) -> None:
         self.history.append(measures)
-        if self.output is not None and self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(measures) + "\n")
+        if self._writes:
+            assert self.output is not None
+            _append(self.output / "metrics.jsonl", measures)
 
     def checkpoint(self, name: str) -> None:
         """OUTPUT/NAME: the average weights as a LoRA file, and all that a resumed run needs."""
-        if self.output is None or not self.accelerator.is_main_process:
+        if not self._writes:
             return
+        assert self.output is not None
+        best = best_evaluation(self.evaluations)
         position = state.Position(
             step=self.step,
             seconds=self.seconds,
-            best_accuracy=self.best_gold,
-            best_step=self.best_step,
+            best_accuracy=None if best is None else best.mean_gold,
+            best_step=None if best is None else best.step,
             config=to_dict(self.config),
             data_fingerprint=self.fingerprint,
         )
@@ -376,31 +420,48 @@ class Run:
         if self.output is None:
             raise InvalidInputError("resume needs output, the folder of the run to go on with")
         last = self.output / "last"
-        if not last.exists():  # stopped before the first checkpoint, or never begun
-            return
-        position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
-        state.check_same_run(
-            last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="prompts"
-        )
-        self.step, self.seconds_before = position.step, position.seconds
-        self.best_gold, self.best_step = position.best_accuracy, position.best_step
-        lines = (self.output / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
-            if record["step"] <= self.step:
-                gold = {name: tuple(values) for name, values in record.pop("gold").items()}
+        if last.exists():  # otherwise it was stopped before the first checkpoint, or never begun
+            position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
+            state.check_same_run(
+                last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="prompts"
+            )
+            self.step, self.seconds_before = position.step, position.seconds
+            for record in _lines_until(self.output / "evaluations.jsonl", self.step):
+                gold = {
+                    name: None if values is None else tuple(values)
+                    for name, values in record.pop("gold").items()
+                }
                 self.evaluations.append(Evaluation(gold=gold, proxy=tuple(record.pop("proxy")), **record))
+        steps = self.processes.gather(torch.tensor([self.step, len(self.evaluations)]))
+        if bool((steps != steps[0]).any()):
+            raise InvalidInputError(
+                f"{last} is at update {' and '.join(map(str, steps[:, 0].tolist()))} as the processes see "
+                f"it: output must be one folder, which all of them read"
+            )
 
     def _truncate_logs(self) -> None:
         """Lines of an earlier attempt that go beyond the checkpoint are taken back."""
         assert self.output is not None
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             file = self.output / name
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() and self.step else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            kept = _lines_until(file, self.step) if self.step and file.exists() else []
             if file.exists():
-                write_whole(file, "".join(line + "\n" for line in kept).encode())
+                write_whole(file, "".join(json.dumps(one) + "\n" for one in kept).encode())
             if name == "metrics.jsonl":
-                self.history = [json.loads(line) for line in kept]
+                self.history = kept
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    """One line of JSON more."""
+    with naming(file), file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
+    """Records up to an update; a last line that was cut off while it was written is none."""
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    records = [json.loads(line) for line in whole.splitlines()]
+    return [one for one in records if one["step"] <= step]
 
 
 _MAY_CHANGE = frozenset(

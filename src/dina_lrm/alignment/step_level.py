@@ -57,9 +57,10 @@ class StepDpo:
         with torch.no_grad():
             pairs = list(walk(run, prompts, seeds, conditioning, gaps))
         totals = {"loss": 0.0, "accuracy": 0.0, "gradient_norm": 0.0}
-        for one in pairs:
-            if len(one.rows):
-                for name, value in self._learn(run, one, conditioning).items():
+        counts = run.processes.gather(torch.tensor([len(one.rows) for one in pairs])).sum(dim=0).tolist()
+        for one, total in zip(pairs, counts, strict=True):
+            if total:  # in some process
+                for name, value in self._learn(run, one, total, conditioning).items():
                     totals[name] += value / len(pairs)
         return {"reward_gap": sum(gaps) / max(len(gaps), 1), **totals}
 
@@ -96,14 +97,17 @@ class StepDpo:
                         found = reward.of_state(branch, prompts, timestep)
                     else:
                         found = reward(branch, prompts, seeds)
-                scores.append(checked(found.float(), prompts))
+                scores.append(checked(found, prompts))
             (high, best), (low, worst) = (torch.stack(scores).max(dim=0), torch.stack(scores).min(dim=0))
-            gaps.append(float((high - low).mean()))
+            gaps.append(float((high.float() - low.float()).mean()))
             kept = (high > low).nonzero().flatten()
             after = drawn[best[kept], kept], drawn[worst[kept], kept]
             yield _StepPairs(at, kept, (state[kept], state[kept]), after)
             generator = torch.Generator().manual_seed(mix_seeds(config.seed, _NEXT, run.step, at))
-            state = drawn[torch.randint(count, (len(prompts),), generator=generator).to(every.device), every]
+            # Drawn for the whole batch, of which this process has some places.
+            survivor = torch.randint(count, (config.batch_size,), generator=generator)
+            own = survivor[run.processes.index :: run.processes.count].to(every.device)
+            state = drawn[own, every]
 
     def _trajectories(
         self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
@@ -111,7 +115,7 @@ class StepDpo:
         steps = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
         paths = [run.rollout(prompts, seeds, step_seeds=side) for side in steps]
         scores = [run.score(path.clean, prompts, seeds) for path in paths]
-        gaps.append(float((scores[0] - scores[1]).abs().mean()))
+        gaps.append(float((scores[0].float() - scores[1].float()).abs().mean()))
         kept = (scores[0] != scores[1]).nonzero().flatten()
         first_wins = (scores[0] > scores[1])[kept]
 
@@ -123,13 +127,13 @@ class StepDpo:
         for at in paths[0].steps:
             yield _StepPairs(at, kept, sides(at), sides(at + 1))
 
-    def _learn(self, run: Run, pairs: _StepPairs, conditioning: Conditioning) -> dict[str, float]:
-        """One optimizer step on one sampling step."""
-        config, policy, count = self.config, run.policy, len(pairs.rows)
+    def _learn(self, run: Run, pairs: _StepPairs, total: int, conditioning: Conditioning) -> dict[str, float]:
+        """One optimizer step on one sampling step; `total` is the number of pairs of all processes."""
+        config, policy = self.config, run.policy
         grid = policy.grid(config.sampler.num_steps, pairs.before[0].shape[1:])
         sums = torch.zeros(2)
-        for rows in run.chunks(count):
-            share = (rows.stop - rows.start) / count
+        for rows in run.chunks(len(pairs.rows)):
+            share = (rows.stop - rows.start) * run.processes.count / total
             own = conditioning.index_select(pairs.rows[rows])
 
             def log_probs(own: Conditioning = own, rows: slice = rows) -> list[Tensor]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, stderr, stdout
+from dina_lrm.cli.console import UsageError, log, print_json, print_table, resumable, stderr, stdout
 from dina_lrm.cli.options import JsonFlag
+from dina_lrm.cli.train import resuming
 
 if TYPE_CHECKING:
     from dina_lrm.alignment.config import AlignConfig
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str]) -> int:
     algorithms, generators = get_args(recipes.AlgorithmName), get_args(recipes.GeneratorName)
     if arguments[0] not in algorithms:
         raise UsageError(f"unknown algorithm {arguments[0]!r}; there are {', '.join(algorithms)}")
+    if len(arguments) > 1 and arguments[1] in ("-h", "--help"):
+        log(f"recipes: {', '.join(generators)}; the values below are those of {generators[0]}")
+        arguments = [arguments[0], generators[0], "--help"]
     if len(arguments) < 2 or arguments[1] not in generators:
         given = arguments[1] if len(arguments) > 1 else ""
         raise UsageError(
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         config = replace(config, reward=replace(config.reward, models=options.rewards))
     if config.output is None:
         config = replace(config, output=f"runs/{algorithm}-{generator}")
-    return run(config, as_json=options.as_json)
+    with resumable(f"go on with: {resuming('align', arguments)}"):
+        return run(config, as_json=options.as_json)
 
 
 def run(config: "AlignConfig", *, as_json: bool) -> int:
@@ -63,6 +68,7 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
     output = Path(config.output)
     if not config.resume and any((output / name).exists() for name in ("last", "align_config.json")):
         raise UsageError(f"{config.output!r} holds a run; go on with --resume, or choose another --output")
+    from dina_lrm.alignment.gold import missing_since
     from dina_lrm.build_alignment import run_alignment
 
     log(f"watch it: {output / 'report.html'}")
@@ -73,6 +79,8 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
     found = gains(result)
     rows = [[name, f"{mean:+.4g}", f"{low:+.4g} to {high:+.4g}"] for name, (mean, low, high) in found.items()]
     print_table(["score", "gain", "95 % interval"], rows, title=f"{result.steps} updates, held-out prompts")
+    for name, (since, reason) in missing_since(result.evaluations).items():
+        log(f"the gold score {name} is missing since update {since}; its gain is that of before: {reason}")
     log(f"{result.seconds:.0f} s, stopped by {result.stopped_by}")
     log(f"LoRA: {output}  (pipeline.load_lora_weights({config.output!r}))")
     if (output / "best").exists():
@@ -81,15 +89,17 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
 
 
 def gains(result: "RunResult") -> dict[str, tuple[float, float, float]]:
-    """Gain of the last evaluation over the first, by score: mean and 95 % interval."""
-    from dina_lrm.alignment.gold import paired_gain
+    """Gain of the last evaluation that has a score over the first one, by score: mean and 95 % interval."""
+    from dina_lrm.alignment.gold import curves, paired_gain
 
-    first, last = result.evaluations[0], result.evaluations[-1]
-    found = {"proxy": paired_gain(last.proxy, first.proxy)}
-    return found | {name: paired_gain(values, first.gold[name]) for name, values in last.gold.items()}
+    return {
+        name: paired_gain(curve[-1][1], curve[0][1]) for name, curve in curves(result.evaluations).items()
+    }
 
 
 def summary(config: "AlignConfig", result: "RunResult") -> dict[str, Any]:
+    from dina_lrm.alignment.gold import missing_since
+
     return {
         "output": config.output,
         "steps": result.steps,
@@ -97,6 +107,10 @@ def summary(config: "AlignConfig", result: "RunResult") -> dict[str, Any]:
         "stopped_by": result.stopped_by,
         "gains": {
             name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in gains(result).items()
+        },
+        "missing": {
+            name: {"since": since, "reason": reason}
+            for name, (since, reason) in missing_since(result.evaluations).items()
         },
         "parted_at": [one.step for one in result.evaluations if one.parted is not None],
     }

@@ -239,6 +239,7 @@ def train_fresh(
         image_taps=config.model.image_taps,
         text_taps=config.model.text_taps,
         lora_rank=config.model.lora_rank,
+        seed=options.seed,
     )
     result = train(config, model, train_pairs, validation_pairs, on_step=log_validation)
     training = [entry for entry in result.history if entry.accuracy is not None]

@@ -54,18 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     )
     if options.config.output is None:
         return run(options.config, as_json=options.as_json)
-    with resumable(f"go on with: {resuming(arguments)}"):
+    with resumable(f"go on with: {resuming('train', arguments)}"):
         return run(options.config, as_json=options.as_json)
 
 
-def resuming(arguments: Sequence[str]) -> str:
+def resuming(command: str, arguments: Sequence[str]) -> str:
     """The command that goes on with an interrupted run, as it was typed.
 
-    >>> resuming(["shapes", "--output", "my run"])
+    >>> resuming("train", ["shapes", "--output", "my run"])
     "dina-lrm train shapes --output 'my run' --resume"
     """
     again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-    return f"dina-lrm train {shlex.join(again)}"
+    return f"dina-lrm {command} {shlex.join(again)}"
 
 
 def run(config: "TrainConfig", *, as_json: bool) -> int:

@@ -14,20 +14,59 @@ from dina_lrm.core.tensors import Latents, Score
 
 __all__ = [
     "ClippedLoss",
+    "Groups",
     "clipped_policy_loss",
     "diffusion_dpo_loss",
     "group_advantages",
     "normalised_log_ratio",
+    "reward_groups",
     "step_dpo_loss",
 ]
+
+
+class Groups(NamedTuple):
+    """The rewards of each prompt's samples, about their mean."""
+
+    centred: Float[Tensor, "prompt sample"]
+    """r - mean of the prompt; exactly 0 where a prompt's rewards are equal."""
+    std: Float[Tensor, " prompt"]
+    """Of the population."""
+    resolution: Float[Tensor, " prompt"]
+    """Smallest relative step of the rewards' dtype, times the largest reward of the prompt."""
+
+    @property
+    def flat(self) -> Bool[Tensor, " prompt"]:
+        """Prompts whose rewards differ by no more than their resolution: nothing can be learned from them."""
+        return self.std <= self.resolution
+
+
+def reward_groups(rewards: Float[Tensor, "prompt sample"]) -> Groups:
+    """Rewards about the mean of their prompt, in float32 or wider.
+
+    What is left of 24 rewards of 1000.1 less their mean is the rounding of that mean, so the first reward is
+    taken off before it.
+
+    >>> reward_groups(torch.tensor([[1.0, 3.0], [1000.1, 1000.1]])).flat
+    tensor([False,  True])
+    """
+    wide = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    shifted = wide - wide[:, :1]
+    centred = shifted - shifted.mean(dim=1, keepdim=True)
+    resolution = torch.finfo(rewards.dtype).eps * wide.abs().amax(dim=1)
+    return Groups(centred, centred.square().mean(dim=1).sqrt(), resolution)
 
 
 def group_advantages(
     rewards: Float[Tensor, "prompt sample"], *, over: str = "group", eps: float = 1e-4
 ) -> Float[Tensor, "prompt sample"]:
-    """(r - mean of the prompt) / (std + eps); a group whose rewards are all equal gets zeros.
+    """(r - mean of the prompt) / (std + eps), times max(0, 1 - (resolution / std)^2).
+
+    The last factor is the share of a prompt's variance that the rounding of its rewards does not explain: 1
+    for rewards that differ, and exactly 0 for those that differ by less than their dtype can tell at their
+    size, which would otherwise be blown up to differences of a whole standard deviation.
 
     Args:
+        rewards: in the precision that they were computed in.
         over: "group" divides by each prompt's own standard deviation, "batch" by that of all centred rewards
             (Flow-GRPO's global std): groups that hardly differ then count less.
 
@@ -44,12 +83,11 @@ def group_advantages(
     """
     if rewards.shape[1] < 2:
         raise ValueError("a group of one sample has no advantage: at least 2 samples per prompt are needed")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    scale = centred.square().mean(dim=1, keepdim=True).sqrt()
-    if over == "batch":
-        scale = centred.square().mean().sqrt().expand_as(scale)
-    scale = scale + eps
-    return torch.where(scale > 0, centred / scale.clamp_min(1e-30), torch.zeros_like(centred))
+    centred, std, resolution = groups = reward_groups(rewards)
+    scale = std if over == "group" else centred.square().mean().sqrt().expand_as(std)
+    known = 1.0 - (resolution / std).square()
+    weight = torch.where(groups.flat, torch.zeros_like(std), known / (scale + eps))
+    return centred * weight[:, None]
 
 
 class ClippedLoss(NamedTuple):
@@ -98,27 +136,35 @@ def diffusion_dpo_loss(
     rejected_error: Score,
     reference_chosen_error: Score,
     reference_rejected_error: Score,
+    target: Score,
     *,
     beta: float,
 ) -> Score:
-    """-log sigmoid( -beta/2 [ (e+ - e+_ref) - (e- - e-_ref) ] ) of each pair.
+    """-y log sigmoid(x) - (1 - y) log sigmoid(-x) of each pair (conservative DPO), with
+    x = -beta/2 [ (e+ - e+_ref) - (e- - e-_ref) ].
+
+    The gradient in x is sigmoid(x) - y: a pair with y = 1 pushes x up without end, one of divided votes to
+    where sigmoid(x) = y, and a tie, y = 1/2, back to x = 0, where policy and reference agree.
 
     Args:
         chosen_error, ...: squared error of the network's prediction for both sides at the same noise sample
             and level, averaged over elements.
+        target: y, the probability that chosen is preferred, in [0, 1]; 1 is Diffusion-DPO.
         beta: strength of the reference; published values, 2000 to 5000, are for averages.
 
-    By hand: equal errors of policy and reference give log 2.
+    By hand: equal errors of policy and reference give log 2, whatever the target.
 
     >>> e = torch.tensor([0.3])
-    >>> round(diffusion_dpo_loss(e, e, e, e, beta=2000.0).item(), 6)
+    >>> round(diffusion_dpo_loss(e, e, e, e, torch.tensor([1.0]), beta=2000.0).item(), 6)
     0.693147
 
-    Source: arXiv:2311.12908, equation 14.
+    Source: arXiv:2311.12908, equation 14; the target as in conservative DPO (E. Mitchell, "A note on DPO with
+    noisy preferences", 2023, equation 3).
     """
     ours = chosen_error - rejected_error
     theirs = reference_chosen_error - reference_rejected_error
-    return -F.logsigmoid(-0.5 * beta * (ours - theirs))
+    x = -0.5 * beta * (ours - theirs)
+    return -target * F.logsigmoid(x) - (1.0 - target) * F.logsigmoid(-x)
 
 
 def step_dpo_loss(

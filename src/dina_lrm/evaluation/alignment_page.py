@@ -30,11 +30,11 @@ __all__ = ["AlignmentPoint", "alignment_page"]
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentPoint:
-    """One evaluation; gains are paired, over the first one."""
+    """One evaluation; gains are paired, over the first one that has the score."""
 
     step: int
     gains: Mapping[str, Interval]
-    """By name, the proxy first, then the gold score."""
+    """By name, the proxy first, then the gold score; without those that are missing here."""
     means: Mapping[str, float]
     distance: float
     diversity: float
@@ -46,6 +46,7 @@ def alignment_page(
     file: Path,
     *,
     title: str,
+    missing: Mapping[str, tuple[int, str]],
     prompts: Sequence[str],
     before: Sequence[Image.Image],
     now: Sequence[Image.Image],
@@ -53,16 +54,21 @@ def alignment_page(
     """Write the page.
 
     Args:
+        missing: gold scores that the last evaluation lacks: since which update, and why.
         prompts, before, now: held-out prompts and their pictures at the first and the last evaluation, from
             the same seeds.
     """
     steps, last = [point.step for point in points], points[-1]
-    names = list(last.gains)
+    names = list(dict.fromkeys(name for point in points for name in point.gains))
     parted = next((point for point in points if point.parted is not None), None)
     plots = []
     for name in names:
+        having = [point for point in points if name in point.gains]
         drawn = figures.gain_curve(
-            steps, [point.gains[name] for point in points], label=name, parted=parted.step if parted else None
+            [point.step for point in having],
+            [point.gains[name] for point in having],
+            label=name,
+            parted=parted.step if parted else None,
         )
         kind = "proxy, which is maximised" if name == names[0] else "gold, which the run never sees"
         plots.append(
@@ -79,8 +85,7 @@ def alignment_page(
         drawn = figures.plain_curve(steps, [getattr(point, name) for point in points], label=name)
         plots.append(Plot(svg=figures.themed_svg(drawn, label=f"{name} over updates"), caption=meaning))
     facts = [
-        Fact(value=f"{last.gains[name].value:+.3g}", label=f"{name} gained", note=_interval(last.gains[name]))
-        for name in names
+        _gained(name, next(point for point in reversed(points) if name in point.gains)) for name in names
     ]
     facts.append(Fact(value=str(last.step), label="updates"))
     blocks: list[Block] = [Plots(plots=plots)]
@@ -88,10 +93,17 @@ def alignment_page(
         blocks.insert(
             0, Paragraph(text=f"Update {parted.step}: proxy and gold have parted: {parted.parted}.")
         )
+    blocks[:0] = [
+        Paragraph(
+            text=f"The gold score {name} is missing since update {since}, and asked again at every "
+            f"evaluation. What it said last: {reason}"
+        )
+        for name, (since, reason) in missing.items()
+    ]
     rows = [
         [
             str(point.step),
-            *(f"{point.means[name]:.4g}" for name in names),
+            *(f"{point.means[name]:.4g}" if name in point.means else "missing" for name in names),
             f"{point.distance:.3g}",
             f"{point.diversity:.3g}",
         ]
@@ -118,7 +130,10 @@ def alignment_page(
     write_html(report, file)
 
 
-def _interval(gain: Interval) -> str:
-    if not gain.known:
-        return "one prompt: no interval"
-    return f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}"
+def _gained(name: str, point: AlignmentPoint) -> Fact:
+    gain = point.gains[name]
+    interval = (
+        f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}" if gain.known else "one prompt: no interval"
+    )
+    note = f"update {point.step}, {interval}"
+    return Fact(value=f"{gain.value:+.3g}", label=f"{name} gained", note=note)

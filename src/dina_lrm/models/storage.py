@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import naming
 
 
 @contextlib.contextmanager
@@ -22,6 +23,9 @@ def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
     Args:
         owned: names that belong to a checkpoint. Anything else in the old folder (logs, training state)
             is kept.
+
+    Raises:
+        OSError: it cannot be written; names `target`, or a file of it.
     """
     target = target.expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -31,9 +35,10 @@ def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
     aside, old = (target.parent / f".{target.name}.{mark}.{kind}" for kind in ("new", "old"))
     aside.mkdir()
     try:
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
+        with naming(target):
+            yield aside
+            for path in [*aside.rglob("*"), aside]:
+                _flush(path)
         if target.exists():
             os.rename(target, old)
             try:

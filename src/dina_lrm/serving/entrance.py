@@ -24,7 +24,8 @@ class Entrance:
 
     Args:
         token: None lets everybody in.
-        name: of the cookie, and the heading of the form.
+        cookie: its name.
+        title: the heading of the form.
     """
 
     def __init__(self, token: str | None, *, cookie: str, title: str) -> None:

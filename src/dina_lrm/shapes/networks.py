@@ -6,7 +6,6 @@ Every class is the one Stable Diffusion 3.5 uses, only small, so that the folder
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -151,8 +150,3 @@ def build_transformer() -> SD3Transformer2DModel:
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Rectified flow with Stable Diffusion 3's shift of 3."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dina_lrm.core.sharding import cut, is_cut, local, whole
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.files import write_whole
+from dina_lrm.files import naming, write_whole
 
 __all__ = ["Position", "check_same_run", "load_state", "replace_folder", "save_state"]
 
@@ -169,17 +169,25 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a new folder aside, flush it to disk, then put it in the place of `target`.
 
     If the machine stops between the two renames the old folder is left as `<target>.old`; `recover_folder`
-    puts it back.
+    puts it back. If `fill` fails, what it wrote is removed and the old folder stays.
+
+    Raises:
+        OSError: it cannot be written; names `target`, or a file of it.
     """
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    fill(partial)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    try:
+        with naming(target):
+            partial.mkdir()
+            fill(partial)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     recover_folder(target)
     if target.exists():
         target.rename(old)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,4 +111,60 @@ def test_what_cannot_be_a_policy_is_refused(family_folders: Folders) -> None:
     pipeline = load_pipeline(family_folders("sd3"))
     Policy(pipeline, lora_rank=2)
     with pytest.raises(InvalidInputError, match="an adapter 'policy' already"):
+        Policy(pipeline, lora_rank=2)
+
+
+def styled(folder: Path, tmp_path: Path) -> tuple[Any, torch.Tensor]:
+    """A pipeline with a LoRA "style" that is active, and what it predicts."""
+    other = trained(Policy(load_pipeline(folder), lora_rank=2, seed=3))
+    other.save_lora(tmp_path)
+    pipeline = load_pipeline(folder)
+    pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    return pipeline, prediction(other)
+
+
+def test_an_active_lora_is_not_dropped_silently(family_folders: Folders, tmp_path: Path) -> None:
+    pipeline, pictures = styled(family_folders("sd3"), tmp_path)
+    assert torch.allclose(prediction(Policy(pipeline)), pictures, rtol=1e-4, atol=1e-5)  # without an adapter
+    with pytest.raises(InvalidInputError, match=r"active LoRA \(style\).* unload_lora_weights\(\)"):
+        Policy(pipeline, lora_rank=2)
+    pipeline.fuse_lora()
+    with pytest.raises(InvalidInputError, match=r"fused into its weights .*\(style\)"):
+        Policy(pipeline, lora_rank=2)
+    pipeline.unload_lora_weights()  # as both messages say: the run starts from the style
+    policy = Policy(pipeline, lora_rank=2)
+    torch.testing.assert_close(prediction(policy), pictures, rtol=1e-4, atol=1e-5)
+    with policy.reference():
+        torch.testing.assert_close(prediction(policy), pictures, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(prediction(trained(policy)), pictures, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_lora_that_is_switched_off_stays_off_and_the_policy_learns(
+    family_folders: Folders, tmp_path: Path
+) -> None:
+    plain = prediction(Policy(load_pipeline(family_folders("sd3"))))
+    pipeline, _ = styled(family_folders("sd3"), tmp_path)
+    pipeline.disable_lora()
+    policy = Policy(pipeline, lora_rank=2)
+    assert torch.equal(prediction(policy), plain)
+    assert not torch.allclose(prediction(trained(policy)), plain)
+
+
+class TensorOfItsOwn(torch.Tensor):
+    """What torchao and quanto keep their integers in: a tensor type that calls itself bfloat16."""
+
+
+@pytest.mark.parametrize("kind", ["integers", "type"])
+def test_quantised_weights_are_refused(family_folders: Folders, kind: str) -> None:
+    """bitsandbytes keeps int8 parameters; the layer is named."""
+    pipeline = load_pipeline(family_folders("sd3"))
+    layer = pipeline.transformer.transformer_blocks[1].attn.to_k
+    if kind == "integers":
+        layer.weight = torch.nn.Parameter((layer.weight * 100).to(torch.int8), requires_grad=False)
+    else:
+        layer.weight = torch.nn.Parameter(
+            layer.weight.detach().as_subclass(TensorOfItsOwn), requires_grad=False
+        )
+    with pytest.raises(InvalidInputError, match=r"quantised weights .* transformer_blocks\.1\.attn\.to_k"):
         Policy(pipeline, lora_rank=2)

@@ -1,6 +1,10 @@
 """`dina-lrm align` and `dina-lrm search` as typed, on the bundled generator and reward."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,42 @@ def test_help_lists_algorithms_and_recipes(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     for name in (*CONFIGS, *GENERATORS):
         assert name in shown
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_an_algorithms_help_lists_its_settings(
+    algorithm: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["align", algorithm, flag]) == 0
+    shown = capsys.readouterr()
+    assert "--optimizer.learning-rate" in shown.out
+    for name in GENERATORS:
+        assert name in shown.err
+
+
+def test_a_signal_ends_a_run_with_the_command_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+
+    def send_when_it_learns() -> None:
+        log = folder / "metrics.jsonl"
+        while not (log.exists() and log.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send_when_it_learns, daemon=True)
+    sender.start()
+    arguments = ["align", "refl", "shapes", "--reward", "bundled", "--gradient-steps", "1", *SMALL]
+    arguments += ["--num-steps", "1000", "--monitor.every", "1000", "--output", str(folder)]
+    assert main(arguments) == 143
+    sender.join()
+    told = capsys.readouterr().err
+    step = json.loads((folder / "last" / "training_state" / "position.json").read_text())["step"]
+    assert f"interrupted after update {step}" in told.replace("\n", " ")
+    assert told.rstrip().endswith("--resume")
+    assert "go on with: dina-lrm align refl shapes" in told.replace("\n", " ")
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
