@@ -84,11 +84,11 @@ def run(config: "TrainConfig", *, as_json: bool) -> int:
         log("scores by default at sigma = " + ", ".join(f"{level:g}" for level in result.noise_levels))
     if config.output is not None:
         log(f"reward: {config.output}")
-        log(f"next: dina-lrm evaluate --model {shlex.quote(config.output)} {test_pairs(config.data.train)}")
+        log(f"next: dina-lrm evaluate --model {shlex.quote(config.output)} {unseen_pairs(config.data.train)}")
     return 0
 
 
-def test_pairs(train: str | None) -> str:
+def unseen_pairs(train: str | None) -> str:
     """Flags of `dina-lrm evaluate` for pairs of the same kind that were not trained on."""
     if train is None or train == "shapes":
         return "--benchmark shapes"

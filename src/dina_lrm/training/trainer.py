@@ -274,6 +274,8 @@ class _Run:
                     if self.step % config.checkpoint_every == 0 or last or interrupted:
                         self._checkpoint()
                 if interrupted:
+                    # A launcher ends the others as soon as one has ended, so none does before all is saved.
+                    self.accelerator.wait_for_everyone()
                     raise Interrupted(interrupt.number, self._kept())
                 if out_of_time or self._out_of_patience():
                     stopped_by = "time_budget" if out_of_time else "patience"

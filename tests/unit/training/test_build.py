@@ -118,6 +118,7 @@ def test_pairs_that_cannot_be_split_name_the_ways_out(tiny_pipeline: Path, rows:
     ("data", "message"),
     [
         (DataConfig(train="rows.jsonl"), r"batch_size = 100000: must be in \[1, 8\]"),
+        (DataConfig(train="rows.csv"), r"batch_size = 100000: must be in \[1, 2\]"),
         (DataConfig(train="shapes", train_prompts=5), r"batch_size = 100000: must be in \[1, 30\]"),
         (DataConfig(train=None), "give training pairs, --data.train"),
         (DataConfig(train="nowhere.jsonl"), "no pairs at 'nowhere.jsonl'"),
@@ -128,6 +129,9 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(
 ) -> None:
     """The pipeline is not there: nothing has tried to open it."""
     monkeypatch.chdir(rows.parent)
+    Path("rows.csv").write_text(
+        "prompt,chosen,rejected\np,0-chosen.png,0-rejected.png\np,gone.png,0-chosen.png\n"
+    )
     config = replace(make_config(tmp_path / "absent", rows, tmp_path / "run"), data=data)
     with pytest.raises(InvalidInputError, match=message):
         run_training(replace(config, batch_size=100_000))
