@@ -292,9 +292,9 @@ def seeded_generator(seed: int) -> torch.Generator:
     if 0 <= seed <= _WORD:
         return generator.manual_seed(seed)
     key = [seed & _WORD, (seed >> 32) & _WORD, *([1] if seed < 0 else [])]  # the sign is a word of its own
-    words: Any = np.random.RandomState(key).get_state()[1]
+    twister: Any = np.random.RandomState(key).get_state()
     state = generator.manual_seed(0).get_state()
-    state[_TWISTER] = torch.from_numpy(words.astype(np.int64)).view(torch.uint8)
+    state[_TWISTER] = torch.from_numpy(twister[1].astype(np.int64)).view(torch.uint8)
     return generator.set_state(state)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, ScoringError
+from dina_lrm.models.placement import resolve_device, resolve_dtype
 from dina_lrm.models.reward_model import RewardModel
 
 PUBLISHED_REWARD = "liuhuohuo/DiNa-LRM-SD35M-12layers"
@@ -22,17 +24,15 @@ _loading = threading.Lock()
 class LocalReward:
     """A reward that the threads of a trainer take in turns, outside the trainer's autocast.
 
-    Encoders keep a cache, and LoRA is merged on first use: neither stands two threads. Under autocast the
-    head would answer in half precision, where scores near 10 lie 0.06 apart.
+    Under autocast the head would answer latents in half precision, where scores near 10 lie 0.06 apart.
     """
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
-        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[RewardModel]:
-        with self._lock, torch.autocast(self.model.device.type, enabled=False):
+        with self.model.turn, without_autocast(self.model.device.type):
             yield self.model
 
 
@@ -52,15 +52,10 @@ def local_reward(
     Raises:
         InvalidInputError: there is no such device or dtype.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInputError(f"device = {str(device)!r}, but no CUDA device is visible here: pass another")
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise InvalidInputError(f"dtype = {dtype!r}: it must be float32, bfloat16 or float16")
-        dtype = named
+    resolve_device(device)
+    own = resolve_dtype(dtype)
     with _loading:
-        return _loaded(str(reward), None if pipeline is None else str(pipeline), str(device), dtype)
+        return _loaded(str(reward), None if pipeline is None else str(pipeline), str(device), own)
 
 
 @functools.cache

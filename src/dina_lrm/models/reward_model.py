@@ -419,9 +419,10 @@ class RewardModel(nn.Module):
             adaptive: look at one noise level after another and stop when it is settled which side leads
                 (`config.adaptive`); noise_levels and num_draws are not used then.
         """
-        check_prompts([prompt])
         if adaptive:
             return self.compare_views(prompt, image_a, image_b, seed).probability
+        check_prompts([prompt])
+        (seed,) = resolve_seeds(seed, 1)
         pictures = _two_images(image_a, image_b)
         score_a, score_b = self.score(
             prompt, pictures, noise_levels, seed, num_draws=num_draws
@@ -439,6 +440,7 @@ class RewardModel(nn.Module):
             InvalidInputError: the reward has not learned views.
         """
         self._require_trained(None)
+        check_prompts([prompt])
         (seed,) = resolve_seeds(seed, 1)
         pictures = _two_images(image_a, image_b)
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
@@ -456,17 +458,17 @@ class RewardModel(nn.Module):
         num_draws: int | np.integer = 1,
         adaptive: bool = False,
     ) -> list[RankedImage]:
-        """Pictures from best to worst, with scores.
+        """Pictures from best to worst, with scores, all seen through the same noise.
 
         Args:
             adaptive: as in `compare`: pictures are viewed until each is settled against its neighbours.
                 Scores are then in probits: P(a preferred to b) = Phi(score_a - score_b).
         """
         check_prompts([prompt])
+        (seed,) = resolve_seeds(seed, 1)
         listed = image_list(images)
         if adaptive:
             self._require_trained(None)
-            (seed,) = resolve_seeds(seed, 1)
             latents = self._need_encoders("images", "vae").encode_images(listed, self.device)
             return rank_adaptively(self, prompt, listed, latents, seed)
         scores = self.score(prompt, listed, noise_levels, seed, num_draws=num_draws).scores.tolist()

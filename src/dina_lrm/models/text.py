@@ -192,7 +192,7 @@ def prompt_list(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[Any]) -> None:
     """Every prompt a string that can be encoded, with something in it."""
     if len(prompts) == 0:
         raise InvalidInputError("no prompts were given")
