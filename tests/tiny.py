@@ -24,10 +24,11 @@ TEXT_TOKENS = 2 * MAX_TOKENS
 PROMPT = "a red circle on a gray background"
 
 
-def make_tiny_pipeline(folder: Path, *, seed: int = 0, **transformer: Any) -> Path:
+def make_tiny_pipeline(folder: Path, *, seed: int = 0, vae_depth: int = 3, **transformer: Any) -> Path:
     """A full `StableDiffusion3Pipeline` folder: 16 latent channels, VAE factor 4, patch 2, 4 blocks.
 
     Args:
+        vae_depth: 4 for a VAE factor of 8, as Stable Diffusion's.
         transformer: overrides of the transformer's config, such as num_layers=6.
     """
     from diffusers import StableDiffusion3Pipeline
@@ -38,7 +39,7 @@ def make_tiny_pipeline(folder: Path, *, seed: int = 0, **transformer: Any) -> Pa
         parts = {
             "transformer": tiny_transformer(**transformer),
             "scheduler": _scheduler(),
-            "vae": _vae(),
+            "vae": _vae(vae_depth),
             "text_encoder": _clip(),
             "text_encoder_2": _clip(),
             "text_encoder_3": _t5(),
@@ -142,13 +143,13 @@ def _scheduler() -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
-def _vae() -> Any:
+def _vae(depth: int = 3) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=(8,) * depth,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=4,

@@ -139,8 +139,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(HF_HOME=hub, HF_HUB_CACHE=f"{hub}/hub", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
-    # Gradio leaves sockets and event loops to the garbage collector.
+    # Gradio leaves sockets and event loops to the garbage collector. The bundled tokenizer says what it does
+    # not know, which is right.
     config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
+    config.addinivalue_line("filterwarnings", "ignore::dina_lrm.errors.PromptWarning")
 
 
 def pytest_sessionstart() -> None:

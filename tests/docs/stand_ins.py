@@ -257,7 +257,7 @@ def _make_pipeline(folder: Path, family: str, num_layers: int | None) -> None:
 
     if family == "sd3":  # for the sizes of pictures that people have
         layers = {} if num_layers is None else {"num_layers": num_layers}
-        make_tiny_pipeline(folder, pos_embed_max_size=192, **layers)
+        make_tiny_pipeline(folder, vae_depth=4, pos_embed_max_size=192, **layers)
         return
     make_family(family, folder, num_layers=num_layers)
 
@@ -295,6 +295,7 @@ def short_training(num_steps: int = 2) -> None:
             num_steps=num_steps,
             batch_size=4,
             accumulation_steps=1,
+            precision="float32",  # bfloat16 is slow on most CPUs
         )
 
     current().patch.setattr(recipes, "recipe", recipe)
