@@ -143,7 +143,7 @@ class PixelPairs:
 
 
 def pixel_pairs(folder: Path, tokenizer: Any) -> PixelPairs:
-    pairs = read_pairs(folder / "rows.jsonl", image_root=folder).pairs
+    pairs = read_pairs(folder / "rows.jsonl", image_root=folder, ties="half").pairs
     place: dict[Any, int] = {}
     for pair in pairs:
         for side in (pair.chosen, pair.rejected):
@@ -361,7 +361,8 @@ def measure(options: Options) -> None:
     """Accuracy by seed, and what a score costs from a picture and from a generator's latents."""
     folder = options.output / "pairs" / "test"
     bayes = np.array(json.loads((folder / "bayes.json").read_text()))
-    target = np.array([pair.target for pair in read_pairs(folder / "rows.jsonl", image_root=folder).pairs])
+    pairs = read_pairs(folder / "rows.jsonl", image_root=folder, ties="half").pairs
+    target = np.array([pair.target for pair in pairs])
     optimal = pair_correctness(bayes - 0.5, target, ties="half")
     counted = ~np.isnan(optimal)
     shown: list[PublicResult] = []
