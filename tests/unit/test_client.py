@@ -513,7 +513,7 @@ def test_bad_input_is_never_sent(call: Call, fake: Fake, tmp_path: Path) -> None
         ("score", (["x", "y", "z"], two), "3 prompts for 2 images"),
         ("score", ([], two), "no prompts were given"),
         ("score", ("x", []), "no images were given"),
-        ("score", ("x", tmp_path / "none.png"), "no such file"),
+        ("score", ("x", tmp_path / "none.png"), r"missing file: .*none.png"),
         ("score", ("x", torch.zeros(3, 2, 8, 8)[None]), r"image 0 has shape \(3, 2, 8, 8\): .* no videos"),
         ("score", ("x", two, 1.2), r"noise_levels = 1.2 is outside"),
         ("score", ("x", two, []), "noise_levels is empty"),

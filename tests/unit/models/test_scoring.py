@@ -334,6 +334,24 @@ def test_long_and_negative_seeds_are_seeds_of_their_own(model: RewardModel) -> N
     assert len(set(model.score_latents(latents, conditioning, 0.7, seed=seeds).tolist())) == 7
 
 
+def test_every_bit_of_the_seed_of_initialization_counts(tiny_backbone: Path) -> None:
+    weights = [RewardModel.initialize(tiny_backbone, seed=seed).head.query_tokens for seed in (0, 2**32, -1)]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    with pytest.raises(InvalidInputError, match="seed = True"):
+        RewardModel.initialize(tiny_backbone, seed=True)
+
+
+def test_pictures_that_are_compared_are_seen_through_one_noise(complete: RewardModel) -> None:
+    """Also where it is fresh: a picture is never preferred to itself."""
+    picture = Image.linear_gradient("L").resize((16, 16))
+    assert complete.compare(PROMPT, picture, picture, 0.9, seed=None) == 0.5
+    first, second = complete.rank(PROMPT, [picture, picture], 0.9, seed=None)
+    assert first.score == second.score
+    with pytest.raises(InvalidInputError, match="2 seeds for 1 samples"):
+        complete.compare(PROMPT, picture, picture, seed=[1, 2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_callers_autocast_does_not_reach_a_score(tiny_pipeline: Path, dtype: torch.dtype) -> None:
     """Nor the embeddings that are kept for later."""
@@ -352,6 +370,7 @@ def test_the_callers_autocast_does_not_reach_a_score(tiny_pipeline: Path, dtype:
     assert torch.equal(conditioning.prompt_embeds, plain.encode_prompts(PROMPT).prompt_embeds)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_latents_are_scored_in_the_callers_autocast(model: RewardModel) -> None:
     """An alignment run says with it in which precision its reward is computed."""
     args = (tiny_latents(), tiny_conditioning(), 0.4)

@@ -83,7 +83,7 @@ def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
         ("text", "fits.png: not a readable picture"),
         ("large", r"fits.png: 400 x 400 pixels, at most 0.1 million are taken"),
         ("bomb", r"fits.png: far more than the 0.1 million pixels that are taken"),
-        ("narrow", "fits.png of 2 x 64 pixels is too small"),
+        ("narrow", "fits.png of 64x2 pixels is too small"),
     ],
 )
 def test_wrong_pictures_are_named(measurer: Measurer, files: dict[str, Path], name: str, told: str) -> None:

@@ -166,7 +166,7 @@ def test_no_generator(reward: RewardModel) -> None:
         ("score", ("text", PROMPT), "Picture: not a readable picture"),
         ("score", ("bomb", PROMPT), "Picture: far more than the 16 million pixels that are taken"),
         ("compare", ("fits", None, PROMPT), "Picture B: none is given"),
-        ("compare", ("narrow", "fits", PROMPT), "Picture A of 2 x 64 pixels is too small"),
+        ("compare", ("narrow", "fits", PROMPT), "Picture A of 64x2 pixels is too small"),
         ("rank", (None, PROMPT), f"Pictures: 0 given, 2 to {MAX_PICTURES} can be ranked"),
         ("rank", (["fits"], PROMPT), f"Pictures: 1 given, 2 to {MAX_PICTURES} can be ranked"),
         ("rank", (["fits"] * 65, PROMPT), f"Pictures: 65 given, 2 to {MAX_PICTURES} can be ranked"),
