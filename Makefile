@@ -77,7 +77,7 @@ docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken l
 # The options of pyproject.toml are those of the tests: shapes are not checked here, as they are not for a reader.
 docs-blocks: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## run every block of README.md and of the pages under docs/
 	$(BIN)/python -m pytest tests/docs
-	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages README.md docs
+	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages -n 2 --dist loadfile README.md docs
 
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -1,6 +1,6 @@
 """Runs the blocks of README.md and of the pages under docs/, through Sybil.
 
-    python -m pytest -o addopts= -p tests.docs.pages README.md docs
+    python -m pytest -o addopts= -p tests.docs.pages [-n 2 --dist loadfile] README.md docs
 
 Names flow from block to block, and every page has a folder of its own. A block has a language: python and
 shell are run, console shows what a command prints, json, yaml and toml are parsed, text is not code. What
@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -145,7 +146,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::dina_lrm.errors.PromptWarning")
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if _hands_out(session.config):
+        return
     import warnings
 
     with warnings.catch_warnings():  # what libraries say about themselves while they are imported
@@ -154,6 +157,25 @@ def pytest_sessionstart() -> None:
         import peft  # noqa: F401
         import transformers  # noqa: F401
     start_fork_server()
+
+
+def _hands_out(config: pytest.Config) -> bool:
+    """Whether this process runs no page, but hands them to workers of pytest-xdist."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["stand_ins"] = [astuple(one) for one in page.STAND_INS]
+        output["command_seconds"] = COMMAND_SECONDS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {})
+    page.STAND_INS.extend(page.StandIn(*one) for one in told.get("stand_ins", ()))
+    COMMAND_SECONDS.extend(tuple(one) for one in told.get("command_seconds", ()))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -172,5 +194,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for report in terminalreporter.stats.get("skipped", []):
         terminalreporter.write_line(f"{report.location[0]}:{report.location[1]}: {report.longrepr[2]}")
     terminalreporter.section("stand-ins")
-    for one in page.STAND_INS:
+    for one in sorted(page.STAND_INS, key=lambda one: (one.page, one.line)):
         terminalreporter.write_line(f"{one.page}:{one.line}: {one.wanted} -> {one.given}")
