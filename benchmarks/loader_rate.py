@@ -78,7 +78,7 @@ def write(options: Options, folder: Path) -> list[Path]:
         ]
         groups = [rows[first : first + ROW_GROUP] for first in range(0, len(rows), ROW_GROUP)]
         file = folder / "pairs" / f"part-{len(files):05d}.parquet"
-        write_pairs(file, groups, rejects=[], num_items=len(rows))
+        write_pairs(file, groups, rejects=[], num_items=len(rows), pictures={})
         files.append(file)
     prompts = [f"prompt {index}" for index in range(options.num_pairs // 4)]
     embeds = [PromptRow(prompt_embeds=torch.zeros(1, 1), pooled_prompt_embeds=None, attention_mask=None)]
