@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 REPORT ?= runs/demo
 
-.PHONY: help install demo test lint format types layers unit slow browser docs examples clean
+.PHONY: help install demo test lint format types layers unit slow browser docs docs-blocks examples versions lowest highest clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 # One stamp file for each set of extras: an installation is repeated only when a pin or a dependency changed.
 $(VENV)/bin/python:
@@ -70,11 +70,33 @@ slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 browser: $(VENV)/.installed-dev  ## report, server page and labelling in headless Chromium, which must be installed
 	$(BIN)/python -m pytest tests/browser -m browser
 
+# Not --quiet: it hides the warnings that --strict counts, dead links among them.
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The options of pyproject.toml are those of the tests: shapes are not checked here, as they are not for a reader.
+docs-blocks: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## run every block of README.md and of the pages under docs/
+	$(BIN)/python -m pytest tests/docs
+	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages README.md docs
 
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+# What a release needs: the parts that lean on other libraries, with the lowest and the newest versions that pyproject.toml
+# allows, each in an environment of its own. Their own deprecation warnings are theirs, and jaxtyping's hook is of one version.
+VERSION_TESTS := tests/parity tests/unit/models tests/unit/cli tests/unit/test_client.py
+versions: lowest highest  ## the tests of scoring and the command line with the lowest and newest dependencies: 12 GB of disk
+
+lowest highest: $(VENV)/.installed-dev
+	$(BIN)/uv venv -q --clear .venv-$@ -p $(BIN)/python
+	$(BIN)/uv pip compile -q --resolution $(if $(filter lowest,$@),lowest-direct,highest) pyproject.toml \
+		--extra serve --extra label -o .venv-$@/versions.txt
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python -r .venv-$@/versions.txt
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python -c constraints.txt pytest beartype
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python --no-deps -e .
+	grep -v '^ ' .venv-$@/versions.txt
+	.venv-$@/bin/python -m pytest -q $(VERSION_TESTS) -m "not slow and not gpu and not browser" \
+		-o addopts="--import-mode=importlib --strict-markers" -o filterwarnings=default
+
 clean:  ## remove what the targets above wrote, the environment included
-	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-highest runs site .pytest_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.models.text import quiet_loading
+from dina_lrm.models.libraries import quiet_loading
 from tests.tiny import (
     _clip,
     _t5,
@@ -27,13 +27,14 @@ POOLED_WIDTH = {"sd3": 64, "flux": 32, "sdxl": 32}
 CHAT_TEMPLATE = "{% for message in messages %}<s> {{ message['content'] }} </s>{% endfor %}"
 
 
-def make_family(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """A whole pipeline folder."""
+def make_family(family: str, folder: Path, *, seed: int = 0, num_layers: int | None = None) -> Path:
+    """A whole pipeline folder; `num_layers` for recipes that read more blocks than the tiny network has."""
+    network = {} if num_layers is None else {"num_layers": num_layers}
     if family == "sd3":
-        return make_tiny_pipeline(folder, seed=seed)
+        return make_tiny_pipeline(folder, seed=seed, **network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _MAKERS[family]()
+        pipeline = _MAKERS[family](**network)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             randomize(part, seed)
@@ -99,14 +100,14 @@ def generate_latents(pipeline: Any, prompt: Any, *, steps: int = 3, seed: int = 
 # --- the families
 
 
-def _flux() -> Any:
+def _flux(num_layers: int = 2) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     return FluxPipeline(
         transformer=FluxTransformer2DModel(
             in_channels=64,
-            num_layers=2,
+            num_layers=num_layers,
             num_single_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
@@ -324,7 +325,7 @@ def _video_vae(kind: Any, **settings: Any) -> Any:
     )
 
 
-_MAKERS: dict[str, Callable[[], Any]] = {
+_MAKERS: dict[str, Callable[..., Any]] = {
     "flux": _flux,
     "z_image": _z_image,
     "qwen_image": _qwen_image,

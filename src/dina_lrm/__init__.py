@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dina_lrm.errors import (
     CheckpointError,
     DinaError,
+    HubError,
     InvalidInputError,
     MissingComponentError,
     PromptWarning,
@@ -54,6 +55,7 @@ __all__ = [
     "Conditioning",
     "DinaError",
     "HeadConfig",
+    "HubError",
     "InvalidInputError",
     "LikelihoodConfig",
     "MissingComponentError",

@@ -53,7 +53,7 @@ def load_generator(location: str, *, device: str | None = None, dtype: torch.dty
         return load_pipeline(device=device or "cpu", dtype=dtype)
     from diffusers import DiffusionPipeline
 
-    from dina_lrm.models.text import quiet_loading
+    from dina_lrm.models.libraries import quiet_loading
 
     with quiet_loading():
         pipeline: Any = DiffusionPipeline.from_pretrained(location, dtype=dtype)

@@ -21,6 +21,10 @@ class MissingComponentError(DinaError, ValueError):
     """The pipeline at hand lacks the part (text encoder, VAE, scheduler) that the request needs."""
 
 
+class HubError(DinaError, RuntimeError):
+    """A checkpoint that could not be uploaded: no token, no permission, no network."""
+
+
 class UntrainedModelError(DinaError, RuntimeError):
     """A request to score with weights that were never trained."""
 

@@ -1,6 +1,8 @@
 """One way from a decoded picture to the tensor that is encoded: a picture is trained on as it is scored."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,8 +11,24 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault
 
-__all__ = ["fitted_size", "resized", "rgb_tensor", "upright_rgb"]
+__all__ = ["fitted_size", "picture_file", "resized", "rgb_tensor", "upright_rgb"]
+
+
+def picture_file(path: str | os.PathLike[str]) -> Path:
+    """The path, if a file is there: a folder has no content, and a FIFO or a device no end.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    file = Path(path)
+    fault = file_fault(file)
+    if fault is not None:
+        raise InvalidInputError(
+            f"missing file: {file}" if fault == "is missing" else f"no file: {file} {fault}"
+        )
+    return file
 
 
 def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
@@ -67,7 +85,7 @@ def fitted_size(
     new_height, new_width = (int(side * scale / multiple + 1e-6) * multiple for side in (height, width))
     if min(new_height, new_width) == 0:
         raise InvalidInputError(
-            f"{name} of {height} x {width} pixels is too small or too narrow: "
+            f"{name} of {width}x{height} pixels is too small or too narrow: "
             f"both sides must come to at least {multiple} pixels"
             f"{'' if max_side is None else f' within {max_side} a side'}"
         )

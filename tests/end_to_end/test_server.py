@@ -212,7 +212,22 @@ def test_what_cannot_be_served_is_said_at_once(
     assert "Traceback" not in said
 
 
-def test_a_port_that_is_taken_is_a_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_loaded_ends_the_server(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("loading"):
+                break
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(60) == 128 + number
+    assert "interrupted" in said
+    assert "Traceback" not in said
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -222,6 +237,7 @@ def test_a_port_that_is_taken_is_a_failure(tmp_path: Path) -> None:
             text=True,
             timeout=240,
         )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Address already in use" in done.stderr
+    assert "loading" not in done.stderr
     assert "Traceback" not in done.stderr

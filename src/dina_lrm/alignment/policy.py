@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dina_lrm.core.attention import matrix_precision
 from dina_lrm.core.flow import Prediction
-from dina_lrm.core.noise import NoiseSchedule
+from dina_lrm.core.noise import NoiseSchedule, seeded_generator
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import FLOW_MATCH, Backbone, Conditioning, unpack
 from dina_lrm.models.encoders import Encoders, pixels_per_latent
@@ -129,6 +129,7 @@ class Policy:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            torch.set_rng_state(seeded_generator(seed).get_state())  # which reads more than 32 bits
             self.network.add_adapter(config, adapter_name=ADAPTER)
         float32_masters(self.parameters().values())
 

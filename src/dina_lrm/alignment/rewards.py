@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dina_lrm.client import Client
+from dina_lrm.core.noise import torch_seed
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.models.backbone import Conditioning
@@ -36,7 +37,9 @@ class LatentReward:
 
     def __call__(self, latents: Latents, prompts: Sequence[str], seeds: Sequence[int]) -> Score:
         levels = list(self.noise_levels) or None
-        return self.model.score_latents(latents, self._encode(prompts), levels, seed=list(seeds))
+        return self.model.score_latents(
+            latents, self._encode(prompts), levels, seed=[*map(torch_seed, seeds)]
+        )
 
     def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
         """Scores of states that a sampler is at."""
@@ -74,7 +77,8 @@ class ServerReward:
         """
         if torch.is_grad_enabled() and latents.requires_grad:
             raise InvalidInputError(f"{self.client.url} is a server, whose scores have no gradient")
-        return self.client.score_latents(latents.float(), self.encode(prompts), self.noise_level, list(seeds))
+        own = [torch_seed(seed) for seed in seeds]
+        return self.client.score_latents(latents.float(), self.encode(prompts), self.noise_level, own)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.alignment.policy import Grid, Policy
-from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.core.tensors import Latents
 from dina_lrm.core.transitions import Rule, Transition, gaussian_log_prob, transition
 from dina_lrm.data.latents import mix_seeds
@@ -103,7 +103,7 @@ class Trajectory:
 
 def first_noise(shape: Sequence[int], seeds: Sequence[int]) -> Float[Tensor, "batch channel height width"]:
     """Pure noise of each sample, on the CPU."""
-    return seeded_noise(shape, seeds)[0]
+    return seeded_noise(shape, [torch_seed(seed) for seed in seeds])[0]
 
 
 def transition_at(

@@ -81,7 +81,7 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
 
 
 def gains(result: "RunResult") -> dict[str, tuple[float, float, float]]:
-    """Of the last evaluation over the first, by score."""
+    """Gain of the last evaluation over the first, by score: mean and 95 % interval."""
     from dina_lrm.alignment.gold import paired_gain
 
     first, last = result.evaluations[0], result.evaluations[-1]

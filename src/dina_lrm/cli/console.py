@@ -178,7 +178,8 @@ def resumable(hint: str) -> Iterator[None]:
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off the terminal; warnings become one line on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    if not sys.stderr.isatty():  # on a terminal nothing is set: "0" would forbid anyone to hide a bar
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_PROGRESS_BAR", "0")

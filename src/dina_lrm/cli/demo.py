@@ -76,6 +76,10 @@ def stderr_line(_: str) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == "pictures":
+        from dina_lrm.cli import demo_pictures
+
+        return demo_pictures.main(arguments[1:])
     options = parse(Demo, "demo", arguments)
     for name in ("train_prompts", "test_prompts", "num_samples", "num_rankings"):
         if getattr(options, name) < 2:

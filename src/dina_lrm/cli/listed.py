@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from dina_lrm.cli.console import UsageError, WorkProgress, log
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.scaling.rows import Result, Row, picture_file, results_of_rows
+from dina_lrm.pictures import picture_file
+from dina_lrm.scaling.rows import Result, Row, results_of_rows
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
@@ -27,7 +28,7 @@ def find_pictures(names: Sequence[str], *, skip_bad: bool) -> tuple[list[str], l
     bad: list[str] = []
     for name in names:
         try:
-            _look(picture_file(Path(name)))
+            _look(picture_file(name))
             good.append(name)
         except InvalidInputError as error:
             bad.append(str(error))
@@ -66,7 +67,7 @@ def score_pictures(
         for start in range(0, len(files), scoring.batch_size):
             batch = files[start : start + scoring.batch_size]
             rows = [Row(index=index, prompt=prompt, pictures=(file,)) for index, file in enumerate(batch)]
-            results = results_of_rows(model, rows, scoring, lambda name: picture_file(Path(name)))
+            results = results_of_rows(model, rows, scoring, lambda name: picture_file(name))
             for file, result in zip(batch, results, strict=True):
                 reason = result["error"]
                 if reason is None:

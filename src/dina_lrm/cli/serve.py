@@ -23,7 +23,7 @@ class Serve:
     pipeline: Annotated[str | None, tyro.conf.arg(metavar="ID", aliases=["--base-model-path"])] = None
     """The generator whose backbone is read: a folder or a hub id. By default the one the checkpoint names."""
     device: str = "auto"
-    """Such as cpu, cuda, cuda:1, mps. By default the first GPU, and the CPU where there is none."""
+    """cpu, cuda, cuda:1, mps and the like. By default the first GPU, and the CPU where there is none."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the backbone."""
     host: str = "127.0.0.1"

@@ -17,7 +17,14 @@ from dina_lrm.core.likelihood import (
     votes_to_target,
     win_probability,
 )
-from dina_lrm.core.noise import MatchedLevel, NoiseSchedule, sample_noise_levels, seeded_noise
+from dina_lrm.core.noise import (
+    MatchedLevel,
+    NoiseSchedule,
+    sample_noise_levels,
+    seeded_generator,
+    seeded_noise,
+    torch_seed,
+)
 
 __all__ = [
     "MatchedLevel",
@@ -36,9 +43,11 @@ __all__ = [
     "pairwise_loss",
     "preference_log_likelihood",
     "sample_noise_levels",
+    "seeded_generator",
     "seeded_noise",
     "sigma_grid",
     "thurstone_log_likelihood",
+    "torch_seed",
     "unfold_levels",
     "votes_to_target",
     "win_probability",

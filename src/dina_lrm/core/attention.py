@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PlainAttention", "matrix_precision"]
+__all__ = ["PlainAttention", "matrix_precision", "without_autocast"]
 
 
 @contextlib.contextmanager
@@ -24,6 +24,16 @@ def matrix_precision(
             stack.enter_context(torch.autocast(device_type, torch.bfloat16))
             if device_type == "cpu":  # the fused kernel's bfloat16 backward is five times slower there
                 stack.enter_context(PlainAttention())
+        yield
+
+
+@contextlib.contextmanager
+def without_autocast(device_type: str) -> Generator[None, None, None]:
+    """Everything in the precision of its operands inside, whatever `torch.autocast` the caller is in."""
+    if torch.amp.is_autocast_available(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
         yield
 
 

@@ -21,13 +21,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from dina_lrm.core.tensors import Latents, NoiseLevel, TableIndex
 
-__all__ = ["MatchedLevel", "NoiseFamily", "NoiseLaw", "NoiseSchedule", "sample_noise_levels", "seeded_noise"]
+__all__ = [
+    "MatchedLevel",
+    "NoiseFamily",
+    "NoiseLaw",
+    "NoiseSchedule",
+    "sample_noise_levels",
+    "seeded_generator",
+    "seeded_noise",
+    "torch_seed",
+]
 
 NoiseFamily = Literal["rectified_flow", "variance_preserving"]
 NoiseLaw = Literal["uniform", "logit_normal", "mode", "power", "beta", "constant"]
@@ -262,6 +272,41 @@ def sample_noise_levels(
     return sigma.clamp(0, 1).to(torch.float32)
 
 
+def seeded_generator(seed: int) -> torch.Generator:
+    """A generator on the CPU in which every bit of the seed counts.
+
+    Up to 2^32 - 1 it is torch's own `manual_seed`, which there ignores all higher bits: 0 and 2^32 would be
+    one seed. Other seeds fill the Mersenne Twister's state by its authors' `init_by_array`.
+
+    Args:
+        seed: from -2^63 to 2^64 - 1.
+
+    >>> torch.rand(2, generator=seeded_generator(0)).equal(torch.rand(2, generator=seeded_generator(2**32)))
+    False
+
+    Source: Matsumoto and Nishimura, mt19937ar.c (2002).
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed {seed}: it must be from -2^63 to 2^64 - 1")
+    generator = torch.Generator()
+    if 0 <= seed <= _WORD:
+        return generator.manual_seed(seed)
+    key = [seed & _WORD, (seed >> 32) & _WORD, *([1] if seed < 0 else [])]  # the sign is a word of its own
+    words: Any = np.random.RandomState(key).get_state()[1]
+    state = generator.manual_seed(0).get_state()
+    state[_TWISTER] = torch.from_numpy(words.astype(np.int64)).view(torch.uint8)
+    return generator.set_state(state)
+
+
+def torch_seed(seed: int) -> int:
+    """The 32 bits of a seed that torch's own `manual_seed` reads on the CPU.
+
+    For seeds mixed by a hash, any 32 bits of which are as good as the rest: runs go on drawing the noise that
+    they have always drawn, which is that of a plain diffusers pipeline with these seeds.
+    """
+    return seed % 2**32
+
+
 def seeded_noise(
     shape_one_sample: Sequence[int], seeds: Sequence[int], *, num_draws: int = 1
 ) -> Float32[Tensor, "draw batch channel *frame height width"]:
@@ -272,7 +317,7 @@ def seeded_noise(
 
     Args:
         shape_one_sample: channel, height, width; for video channel, frame, height, width.
-        seeds: one per sample; equal seeds give equal noise.
+        seeds: one per sample, see `seeded_generator`; equal seeds give equal noise.
 
     >>> seeded_noise((16, 8, 8), seeds=[0, 1, 0], num_draws=2).shape
     torch.Size([2, 3, 16, 8, 8])
@@ -280,13 +325,18 @@ def seeded_noise(
     shape = tuple(shape_one_sample)
     noise = torch.empty((num_draws, len(seeds), *shape), dtype=torch.float32)
     for sample, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded_generator(seed)
         for draw in range(num_draws):
             noise[draw, sample] = torch.randn(shape, generator=generator)
     return noise
 
 
 # -------------------------------------------------------------------------------------------------- internals
+
+_WORD = 2**32 - 1
+_TWISTER = slice(24, 24 + 8 * 624)
+"""Bytes of a CPU generator's stored state (`CPUGeneratorImplStateLegacy`) that hold the Mersenne Twister's
+624 words, each in 64 bits."""
 
 
 def _alphas_cumprod(config: Mapping[str, Any], num: int) -> Float32[Tensor, " num"]:

@@ -140,7 +140,8 @@ class Row:
             name = chosen.name if isinstance(chosen, Path) else "equal bytes"
             return self.reject(f"same picture: on both sides, {name}")
         if votes is not None and votes[0] < votes[1]:
-            chosen, rejected, votes, generators = rejected, chosen, votes[::-1], generators[::-1]
+            chosen, rejected, votes = rejected, chosen, (votes[1], votes[0])
+            generators = generators[1], generators[0]
             chosen_was_first = None if chosen_was_first is None else not chosen_was_first
         pair = PreferencePair(
             prompt=prompt,

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dina_lrm.core.noise import seeded_generator, torch_seed
 from dina_lrm.core.tensors import Latents
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image
 from dina_lrm.errors import InvalidInputError
@@ -337,7 +338,7 @@ def distinct_images(chosen: Tensor, rejected: Tensor, draws: Tensor | None) -> t
 def drawn_prompts(prompt_index: Int64[Tensor, " pair"], fraction: float, seed: int) -> Tensor:
     """Which pairs belong to prompts that are drawn, about `fraction` of all."""
     prompts = prompt_index.unique()
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(prompts), generator=seeded_generator(seed))
     return torch.isin(prompt_index, prompts[order[: round(fraction * len(prompts))]])
 
 
@@ -449,7 +450,7 @@ def encode_pairs(
                 "rows, take any sizes"
             )
         if images:
-            seeds = [mix_seeds(seed, row) for row in kept] if sample else None
+            seeds = [torch_seed(mix_seeds(seed, row)) for row in kept] if sample else None
             latents = model.encode_images(images, sample=sample, seed=seeds)
             for row, latent in zip(kept, latents.detach().cpu().to(dtype), strict=True):
                 if bool(torch.isfinite(latent).all()):

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault, written_aside
-from dina_lrm.pictures import upright_rgb
+from dina_lrm.pictures import picture_file, upright_rgb
 
 __all__ = [
     "ImageSource",
@@ -121,8 +121,8 @@ class Reject:
 def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
     """List rejects as jsonl: row, reason, line, prompt, file. The file appears whole or not at all."""
     # Half of a character, as a file's name may hold, becomes the escape that JSON has for it.
-    options = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with written_aside(Path(path)) as partial, partial.open("w", **options) as file:
+    escape = "backslashreplace"
+    with written_aside(Path(path)) as partial, partial.open("w", encoding="utf-8", errors=escape) as file:
         for reject in rejects:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 
@@ -173,11 +173,7 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     if isinstance(source, StoredLatent):
         raise InvalidInputError("no picture: this source holds latents")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    if isinstance(source, Path) and (fault := file_fault(source)) is not None:
-        raise InvalidInputError(
-            f"missing file: {name}" if fault == "is missing" else f"no file: {name} {fault}"
-        )
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file = io.BytesIO(source) if isinstance(source, bytes) else picture_file(source)
     try:
         with Image.open(file) as image:
             yield image

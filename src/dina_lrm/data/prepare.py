@@ -156,8 +156,8 @@ def prepare(
         root: pictures are named relative to this folder.
         devices: of the processes, one each; a CPU process works on one thread, so that bytes do not depend on
             how many there are.
-        on_progress: called with "pairs" or "prompts", how many are done, and how many of these were found
-        done.
+        on_progress: called with "checks" (finished parts whose pictures were read again), "pairs" or
+            "prompts", how many are done, and how many of these were found done.
 
     Raises:
         InvalidInputError: the folder belongs to other settings; a file of the source or a picture has changed
@@ -227,7 +227,7 @@ class _Preparation:
                 before = shard_pictures(part)
                 now = readers.map(content_digest, [self.root / name for name in before])
                 changed += [name for name, digest in zip(before, now, strict=True) if digest != before[name]]
-                self._tell("finished parts checked", number, 0)
+                self._tell("checks", number, 0)
         finally:
             readers.shutdown(cancel_futures=True)
         if changed:

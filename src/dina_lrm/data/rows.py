@@ -47,7 +47,7 @@ MAX_ROW_BYTES = 16 << 20
 CSV_JSON = ("votes_chosen", "votes_rejected", "width", "height", "images", "ranks")
 """Columns of CSV whose cells are numbers, or lists written as JSON; all others are text."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _SPACE = re.compile(r"[ \t\n\r]*")
 _UTF_8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 """So that a byte that is none is told with the row that it is in, and the rest goes on."""
@@ -188,8 +188,8 @@ def _integer(digits: str) -> int | float:
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
-def _open(file: Path) -> io.BufferedIOBase:
-    """Its text as bytes, without a byte order mark.
+def _open(file: Path) -> Any:
+    """Its text as a stream of bytes, without a byte order mark.
 
     Raises:
         InvalidInputError: UTF-16 or UTF-32.
@@ -269,7 +269,7 @@ def _items(text: io.TextIOBase) -> Iterator[Any]:
 
     def more() -> bool:
         nonlocal buffer, at
-        new = text.read(_CHUNK)
+        new = text.read(max(_CHUNK, len(buffer) - at))  # twice as much for an item that does not end
         buffer, at = buffer[at:] + new, 0
         return bool(new)
 
@@ -360,9 +360,7 @@ class _CsvLines:
 def _header(file: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
-        raise InvalidInputError(
-            f"{file}: its columns are not separated by commas; the header is {names[0]!r}"
-        )
+        raise InvalidInputError(f"{file}: columns are separated by commas; its header is {shown(names[0])}")
     for name in names:
         if not name or names.count(name) > 1:
             fault = f"column {name!r} stands twice" if name else "a column has no name"

@@ -394,7 +394,7 @@ def _genai_bench(row: Row) -> Iterator[Comparison | Reject]:
         right if swap else left,
         left if swap else right,
         tie=vote in ("tievote", "bothbad_vote"),
-        generators=models[::-1] if swap else models,
+        generators=(models[1], models[0]) if swap else models,
         chosen_was_first=not swap,
         source="genai-bench",
     )
@@ -423,7 +423,7 @@ def _pickapic(row: Row) -> Iterator[Comparison | Reject]:
         images[0 if first else 1],
         images[1 if first else 0],
         tie=labels[0] == labels[1],
-        generators=models if first else models[::-1],
+        generators=models if first else (models[1], models[0]),
         chosen_was_first=first,
         source="pickapic",
     )

@@ -140,11 +140,11 @@ def split_source(
     for num_items, item in enumerate(stream, start=1):
         if isinstance(item, Comparison) and usable(item):
             prompt = prompts.setdefault(fold_prompt(item.pair.prompt), len(prompts))
-            sides = [
+            chosen, rejected = (
                 pictures.setdefault(_identity(side), len(pictures))
                 for side in (item.pair.chosen, item.pair.rejected)
-            ]
-            rows.append((num_items - 1, prompt, *sides))
+            )
+            rows.append((num_items - 1, prompt, chosen, rejected))
     if not rows:
         raise InvalidInputError(f"no pair to split: none of {num_items:,} comparisons can be used")
     index, prompt, chosen, rejected = np.array(rows, dtype=np.int64).T

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.core.ensemble import average_levels
-from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.data.latents import first_occurrences, mix_seeds
 from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import InvalidInputError
@@ -180,7 +180,8 @@ def score_images(
             pair, is_rejected = first[some] % len(pairs), first[some] >= len(pairs)
             latents, conditioning = _sides(pairs, pair, is_rejected)
             prompts = pairs.prompt_index[pair].tolist()
-            noise = seeded_noise(tuple(latents.shape[1:]), [mix_seeds(seed, draw, one) for one in prompts])[0]
+            seeds = [torch_seed(mix_seeds(seed, draw, one)) for one in prompts]
+            noise = seeded_noise(tuple(latents.shape[1:]), seeds)[0]
             latents = latents.to(model.device, model.dtype)
             conditioning = conditioning.to(model.device, model.dtype)
             parts.append(score(latents, conditioning, noise.to(model.device)).float().cpu())

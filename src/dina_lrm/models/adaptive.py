@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dina_lrm.core.adaptive import stein_draws
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.likelihood import log_normal_cdf
 from dina_lrm.core.noise import seeded_noise
@@ -70,16 +71,17 @@ class Views:
         shape, view, count = self.latents[pictures[0]].shape, len(self.scores[pictures[0]]), len(pictures)
         latents = torch.stack([self.latents[picture] for picture in pictures])
         self.model.check_inputs(latents, self.conditioning)
-        found = self.model.noisy_tokens(
-            latents,
-            self.conditioning.index_select(torch.zeros(count, dtype=torch.int64, device=latents.device)),
-            torch.full((1, count), self.plan.noise_levels[view], device=latents.device),
-            self.noise[shape].expand(count, *shape),
-        )
-        for row, picture in enumerate(pictures):
-            self.tokens[picture].append(found.rows(slice(row, row + 1)))
-        seen = [self.tokens[picture][past] for past in range(view + 1) for picture in pictures]
-        scores = self.model.score_tokens(HeadTokens.stack(seen).unfold(view + 1))
+        with without_autocast(latents.device.type):
+            found = self.model.noisy_tokens(
+                latents,
+                self.conditioning.index_select(torch.zeros(count, dtype=torch.int64, device=latents.device)),
+                torch.full((1, count), self.plan.noise_levels[view], device=latents.device),
+                self.noise[shape].expand(count, *shape),
+            )
+            for row, picture in enumerate(pictures):
+                self.tokens[picture].append(found.rows(slice(row, row + 1)))
+            seen = [self.tokens[picture][past] for past in range(view + 1) for picture in pictures]
+            scores = self.model.score_tokens(HeadTokens.stack(seen).unfold(view + 1))
         for picture, score in zip(pictures, scores.tolist(), strict=True):
             self.scores[picture].append(score)
 

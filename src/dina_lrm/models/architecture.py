@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dina_lrm.errors import CheckpointError, InvalidInputError
+from dina_lrm.models.libraries import diffusers_class
 from dina_lrm.models.weights import TensorSource, fill
 
 ArchitectureT = TypeVar("ArchitectureT", bound="Architecture")
@@ -59,9 +60,7 @@ class Architecture:
 
     def build(self) -> nn.Module:
         """The diffusers model at this size, with fresh weights, on the current default device."""
-        import diffusers
-
-        return getattr(diffusers, self.diffusers_class)(**dataclasses.asdict(self))
+        return diffusers_class(self.diffusers_class)(**dataclasses.asdict(self))
 
     def position_tables(self) -> dict[str, nn.Module]:
         """Embedders that are computed, not stored; they are made anew where a model was built on meta."""

@@ -28,6 +28,7 @@ from dina_lrm.core.noise import NoiseSchedule
 from dina_lrm.core.tensors import Features
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.architecture import Architecture, stored_dtype
+from dina_lrm.models.libraries import diffusers_class
 from dina_lrm.models.lora import borrowed
 
 if TYPE_CHECKING:
@@ -252,9 +253,7 @@ class Backbone(nn.Module):
         Args:
             height, width: of the latents; some schedules shift with the resolution.
         """
-        import diffusers
-
-        kind = getattr(diffusers, str(self.scheduler.get("_class_name", FLOW_MATCH)))
+        kind = diffusers_class(str(self.scheduler.get("_class_name", FLOW_MATCH)))
         scheduler = kind.from_config({k: v for k, v in self.scheduler.items() if not k.startswith("_")})
         self.set_timesteps(scheduler, num_steps, height, width)
         return self.schedule.sigma_at(scheduler.timesteps.to(torch.float32))
@@ -316,11 +315,11 @@ class Backbone(nn.Module):
             )
         if height % a.latent_multiple or width % a.latent_multiple:
             raise InvalidInputError(
-                f"latent height {height} and width {width} must be multiples of {a.latent_multiple}"
+                f"latents of {width}x{height}: width and height must be multiples of {a.latent_multiple}"
             )
         if a.max_latent_side is not None and max(height, width) > a.max_latent_side:
             raise InvalidInputError(
-                f"latents of {height} x {width} exceed the position table: at most {a.max_latent_side} a side"
+                f"latents of {width}x{height} exceed the position table: at most {a.max_latent_side} a side"
             )
 
     def check_conditioning(self, conditioning: Conditioning, *, finite: bool = True) -> None:

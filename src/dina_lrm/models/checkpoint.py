@@ -21,10 +21,11 @@ from torch import Tensor
 from dina_lrm.errors import CheckpointError, InvalidInputError
 from dina_lrm.models import published
 from dina_lrm.models.config import RewardModelConfig
+from dina_lrm.models.hub import download, is_hub_id
 from dina_lrm.models.lora import lora_config
-from dina_lrm.models.source import BUNDLED, bundled_folder, download, local_folder, read_json
+from dina_lrm.models.source import BUNDLED, DENOISERS, bundled_folder, local_folder, read_json
 from dina_lrm.models.storage import file_digest, replaced_folder
-from dina_lrm.models.weights import read_metadata, read_safetensors
+from dina_lrm.models.weights import listed, read_metadata, read_safetensors
 
 FORMAT = "dina-lrm"
 FORMAT_VERSION = 1
@@ -35,6 +36,10 @@ OWNED = ("config.json", "README.md", HEAD_FILE, BACKBONE_FILE, ADAPTER_FOLDER, *
 EDITABLE = ("backbone_id", "noise_levels", "calibration", "max_text_tokens", "likelihood")
 """Settings of config.json that may be changed by hand: they say how to use the weights, not what they are."""
 LAYOUTS = ("dina", "published")
+A_REWARD = (
+    f"A reward is a folder with config.json and {HEAD_FILE}, as `dina-lrm train` leaves it, "
+    f"a hub id, or bundled"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,11 @@ class Checkpoint:
 
 
 def read_checkpoint(location: str | Path, revision: str | None = None) -> Checkpoint:
-    """Read either layout from a folder, a hub id, or "bundled"."""
+    """Read either layout from a folder, a hub id, or "bundled".
+
+    Raises:
+        CheckpointError: there is none, or a damaged one.
+    """
     if str(location) == BUNDLED:
         folder = bundled_folder("reward")
     else:
@@ -67,15 +76,38 @@ def read_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
             folder = local_folder(location) or download(str(location), ["*"], None, revision)
         except ValueError as error:
             raise CheckpointError(f"no reward checkpoint there: {error}") from error
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder.resolve()} is no reward: {_what_else(folder)}. {A_REWARD}")
     config = read_json(folder / "config.json")
     if config.get("format") == FORMAT:
         return _read(folder, config)
     if "model" in config and "training" in config:
         return Checkpoint(**published.read(folder, config))
     raise CheckpointError(
-        f'{folder / "config.json"} is neither ours ("format": "{FORMAT}") nor of the published layout '
-        f"(sections model and training); its entries are {sorted(config)}"
+        f'{folder.resolve()} is no reward: its config.json is neither ours ("format": "{FORMAT}") nor of the '
+        f"published layout (sections model and training); its entries are {listed(config)}. {A_REWARD}"
     )
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without config.json is, as far as the files show that people mistake for a reward's."""
+    last, parent = folder / "last", folder.resolve().parent
+    if (last / "config.json").is_file():
+        return (
+            f"it is a training run that has not finished; resume it with the command that started it, or "
+            f"take its last checkpoint, {last.resolve()}"
+        )
+    if (folder / "train_config.json").is_file():
+        return "it is a training run that has not saved a checkpoint yet"
+    if (folder / "manifest.json").is_file() and (folder / "pairs").is_dir():
+        return "it holds latents that `dina-lrm prepare` made, to train and evaluate with"
+    if any((folder / name).exists() for name in ("model_index.json", *DENOISERS)):
+        return "it is a diffusers pipeline, whose place is pipeline=..., beside a reward"
+    if (folder / "adapter_config.json").is_file():
+        whole = f"; the reward it belongs to is {parent}" if (parent / "config.json").is_file() else ""
+        return f"it is a LoRA adapter without a reward head{whole}"
+    found = sorted(path.name for path in folder.iterdir())
+    return f"there is no config.json among {listed(found)}" if found else "it is empty"
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str, card: str | None = None) -> None:
@@ -140,7 +172,7 @@ def model_card(checkpoint: Checkpoint, text: str | None) -> str:
             "---",
             "library_name: dina-lrm",
             "tags: [reward-model, diffusion, preference]",
-            *([f"base_model: {config.backbone_id}"] if config.backbone_id else []),
+            *([f"base_model: {config.backbone_id}"] if is_hub_id(config.backbone_id) else []),
             "---",
             "# DiNa-LRM reward model",
             "",

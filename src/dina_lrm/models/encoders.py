@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.noise import seeded_generator
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.families import backbone_of, read_architecture
-from dina_lrm.models.images import as_pictures, fit
+from dina_lrm.models.images import as_picture, fit, image_label, image_list
+from dina_lrm.models.libraries import diffusers_class, quiet_loading
 from dina_lrm.models.source import PipelineSource
-from dina_lrm.models.text import quiet_loading
 from dina_lrm.pictures import fitted_size
 
 PICTURES_PER_CALL = 8
@@ -54,13 +56,16 @@ class Encoders:
         self.text = encoder(source, architecture, max_text_tokens=max_text_tokens, dtype=dtype)
         self._vae: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_vae": None}  # loaded again where it is needed, as the text encoders are
+
     @property
     def latent_space(self) -> str | None:
         """Class and normalisation of the VAE; None without one."""
         return _latent_space(self.source.config("vae", "config.json")) if self.source.has("vae") else None
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        """One row per prompt."""
+        """One row per prompt, in the encoders' own precision whatever `torch.autocast` the caller is in."""
         return self.text.encode(prompts, device)
 
     def encode_images(
@@ -68,25 +73,28 @@ class Encoders:
     ) -> list[Tensor]:
         """Latents (channel, height, width) per picture, shifted and scaled, each of its own size.
 
+        In the VAE's own precision, whatever `torch.autocast` the caller is in.
+
         Args:
             seeds: None takes the mean of the VAE's posterior; otherwise one sample per picture from its seed.
         """
         vae = self._load_vae(device)
         limits = self._limits()
-        pictures = [
-            fit(picture, **limits, name=f"image {index}") for index, picture in enumerate(as_pictures(images))
-        ]
+        pictures = []
+        for index, image in enumerate(image_list(images)):
+            name = image_label(image, index)
+            pictures.append(fit(as_picture(image, name), **limits, name=name))
         self._check_frames(pictures, vae.config)
         latents: dict[int, Tensor] = {}
         for rows in _same_shape(pictures):
             batch = torch.stack([pictures[row] for row in rows]).to(vae.device, vae.dtype)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and batch.requires_grad):
+            wanted = torch.is_grad_enabled() and batch.requires_grad
+            with torch.set_grad_enabled(wanted), without_autocast(batch.device.type):
                 posterior = vae.encode(self._with_frames(batch * 2 - 1)).latent_dist
                 encoded = posterior.mean
                 if seeds is not None:
                     draws = [
-                        torch.randn(encoded.shape[1:], generator=torch.Generator().manual_seed(seeds[row]))
-                        for row in rows
+                        torch.randn(encoded.shape[1:], generator=seeded_generator(seeds[row])) for row in rows
                     ]
                     encoded = encoded + posterior.std * torch.stack(draws).to(encoded)
                 shift, scale = _shift_and_scale(vae.config, encoded)
@@ -166,11 +174,9 @@ class Encoders:
             if self.source.live is not None:
                 self._vae = self.source.live.vae
             else:
-                import diffusers
-
                 kind = self.source.config("vae", "config.json").get("_class_name", "AutoencoderKL")
                 with quiet_loading():
-                    vae = getattr(diffusers, kind).from_pretrained(
+                    vae = diffusers_class(kind).from_pretrained(
                         self.source.path("vae"), variant=self.source.variant
                     )
                 self._vae = vae.float().requires_grad_(False)
@@ -225,7 +231,8 @@ def _shift_and_scale(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 
     def entry(name: str, default: float) -> Tensor:
         value = config.get(name)
-        column = torch.tensor(default if value is None else value, device=latents.device)
+        # The dtype is said, because the default one changes while another thread loads half precision.
+        column = torch.tensor(default if value is None else value, dtype=torch.float32, device=latents.device)
         return column.reshape(-1, *[1] * (latents.ndim - 2))
 
     shift = entry("latents_mean", 0.0) + entry("shift_factor", 0.0)

@@ -114,7 +114,8 @@ class LoraAdapter:
             wide = torch.promote_types(original.dtype, torch.float32)
             down, up = (getattr(layer, side)[self.name].weight for side in ("lora_A", "lora_B"))
             delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
-            base.weight = nn.Parameter((original.to(wide) + delta).to(original.dtype), requires_grad=False)
+            merged = (original.to(wide) + delta).to(original.dtype)
+            _replace_weight(base, nn.Parameter(merged, requires_grad=False))
             layer.merged_adapters.append(self.name)
             self._originals[key] = original
         self._merged_from = values
@@ -123,10 +124,16 @@ class LoraAdapter:
         """Put the original base weights back."""
         for key, original in self._originals.items():
             layer = self.layers[key]
-            layer.get_base_layer().weight = original
+            _replace_weight(layer.get_base_layer(), original)
             layer.merged_adapters.remove(self.name)
         self._originals = {}
         self._merged_from = None
+
+
+def _replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
+    # Straight into the registry. An assignment goes through `register_parameter`, which a library that loads
+    # in another thread may have patched to move what it is given to the meta device.
+    layer._parameters["weight"] = weight
 
 
 def remove_adapter(parts: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.placement import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +51,6 @@ def find_device(name: str) -> "torch.device":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidInputError(f"no device {name!r}; such names are cpu, cuda, cuda:1, mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidInputError(f"no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InvalidInputError("no device 'mps' on this machine")
+    device = resolve_device(name)
+    assert device is not None
     return device

@@ -7,28 +7,32 @@ calls, and a prompt's text projection is computed once.
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
-from dina_lrm.core.noise import NoiseSchedule, seeded_noise
+from dina_lrm.core.noise import NoiseSchedule, seeded_generator, seeded_noise
 from dina_lrm.core.sharding import whole
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
-from dina_lrm.models import loading
+from dina_lrm.models import hub, loading
 from dina_lrm.models.adaptive import AdaptiveComparison, compare_adaptively, rank_adaptively, score_to_target
 from dina_lrm.models.backbone import Backbone, BackboneFeatures, Conditioning, check_tensor, rows_for
-from dina_lrm.models.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dina_lrm.models.checkpoint import OWNED, Checkpoint, read_checkpoint, write_checkpoint
 from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
 from dina_lrm.models.encoders import Encoders
 from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
-from dina_lrm.models.images import as_pictures
+from dina_lrm.models.images import image_list
 from dina_lrm.models.lora import LoraAdapter
+from dina_lrm.models.placement import resolve_device, resolve_dtype
 from dina_lrm.models.scoring import (
     NoiseLevels,
     RankedImage,
@@ -37,7 +41,10 @@ from dina_lrm.models.scoring import (
     preference_probability,
     resolve_levels,
     resolve_seeds,
+    whole_number,
 )
+from dina_lrm.models.text import check_prompts, prompt_list
+from dina_lrm.models.threads import Turn, in_turn, library_lock
 from dina_lrm.models.watch import RewardWatch
 from dina_lrm.models.weights import check_state
 
@@ -53,9 +60,14 @@ class RewardModel(nn.Module):
     LoRA is merged into the base weights while no gradient for it can be wanted: in eval mode, and with grad
     mode off or the adapter frozen. It is unmerged otherwise. Merging and unmerging are exact.
 
+    Threads may share a model: its public methods take turns. Calling the module itself, as training does, is
+    for one thread. `score`, `compare` and `rank` compute outside any `torch.autocast` of the caller;
+    `score_latents` and `score_state` follow it: an alignment run chooses the precision of its rewards.
+
     Attributes:
         trained: False refuses to score (see `allow_untrained`); a trainer sets it.
         max_batch_size: latents in one backbone call, noise levels counted; more are done in turns.
+        turn: held by the thread that uses the model.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class RewardModel(nn.Module):
         max_batch_size: int = 64,
     ) -> None:
         super().__init__()
+        self.turn = Turn()
         self.backbone = backbone
         self.head = head
         self.squash = LogisticSquash().to(head.query_tokens) if config.logistic else None
@@ -83,7 +96,6 @@ class RewardModel(nn.Module):
         self.training_step: int | None = None
         self._merging = True
         self._attached_to: Any = None
-        self.register_state_dict_pre_hook(_unmerge_first)
         self.register_load_state_dict_pre_hook(_unmerge_first)
 
     # ------------------------------------------------------------------------------------- making one
@@ -94,8 +106,8 @@ class RewardModel(nn.Module):
         reward: str | Path,
         pipeline: Any = None,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
     ) -> "RewardModel":
@@ -107,21 +119,28 @@ class RewardModel(nn.Module):
                 pipeline, whose transformer is never changed: a frozen backbone shares its modules, any other
                 copies the kept blocks (`attach` shares those too). None: the one named in the checkpoint.
             device: CPU unless given (for a live pipeline: its own).
-            dtype: of the backbone and text encoders; float32 unless given (for a live pipeline: its own).
-                Head and LoRA are float32 at least.
+            dtype: of the backbone and text encoders, or its name, such as "bfloat16"; float32 unless given
+                (for a live pipeline: its own). Head and LoRA are float32 at least.
             variant: of the pipeline's weight files, such as "fp16". revision: of a reward on the hub.
+
+        Raises:
+            CheckpointError: there is no reward there, or a damaged one, or one for another backbone.
+            MissingComponentError: the pipeline is not there, or lacks a part.
+            InvalidInputError: no such device or dtype.
         """
+        device, dtype = resolve_device(device), resolve_dtype(dtype)
         checkpoint = read_checkpoint(reward, revision)
         pipeline = checkpoint.config.backbone_id if pipeline is None else pipeline
         if pipeline is None:
             raise MissingComponentError(f"the checkpoint {reward} names no backbone: pass pipeline=...")
-        parts = loading.load(
-            checkpoint.config, pipeline, checkpoint, device=device, dtype=dtype, variant=variant
-        )
-        model = cls(**parts, trained=checkpoint.trained)
-        model.training_step = checkpoint.training_step
-        model._load(checkpoint)
-        return model.eval()
+        with library_lock:
+            parts = loading.load(
+                checkpoint.config, pipeline, checkpoint, device=device, dtype=dtype, variant=variant
+            )
+            model = cls(**parts, trained=checkpoint.trained)
+            model.training_step = checkpoint.training_step
+            model._load(checkpoint)
+            return model.eval()
 
     @classmethod
     def initialize(
@@ -142,8 +161,8 @@ class RewardModel(nn.Module):
         max_text_tokens: int | None = None,
         seed: int = 0,
         allow_untrained: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
     ) -> "RewardModel":
         """A new reward model to be trained, in training mode.
@@ -160,6 +179,8 @@ class RewardModel(nn.Module):
             seed: of the head's and adapter's first weights.
             allow_untrained: let it score with random weights.
         """
+        device, dtype = resolve_device(device), resolve_dtype(dtype)
+        (seed,) = resolve_seeds(seed, 1)
         config = loading.new_config(
             pipeline,
             num_blocks=num_blocks,
@@ -179,11 +200,13 @@ class RewardModel(nn.Module):
             raise InvalidInputError(
                 f"tuning = 'full' keeps float32 master weights, not {dtype}: train under autocast"
             )
-        with torch.random.fork_rng(devices=[]):
+        with library_lock, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            torch.set_rng_state(seeded_generator(seed).get_state())  # which reads more than 32 bits
             parts = loading.load(config, pipeline, None, device=device, dtype=dtype, variant=variant)
             return cls(**parts, allow_untrained=allow_untrained).train()
 
+    @in_turn
     def attach(self, pipeline: Any) -> "RewardModel":
         """Share the transformer of a live pipeline instead of holding base weights of our own.
 
@@ -195,7 +218,8 @@ class RewardModel(nn.Module):
         first adapter, so add the policy's before attaching, or freeze the base yourself.
         """
         self._set_merged(False)
-        self.backbone, self.adapter = loading.attach(self, pipeline)
+        with library_lock:
+            self.backbone, self.adapter = loading.attach(self, pipeline)
         self._attached_to = pipeline
         self.head.to(device=self.backbone.weight.device)
         if self.squash is not None:
@@ -218,15 +242,18 @@ class RewardModel(nn.Module):
         """Is the transformer a live pipeline's own, with the reward as an adapter on it?"""
         return self._attached_to is not None
 
+    @in_turn
     def detach(self) -> "RewardModel":
         """Take the adapter out of the attached pipeline, and go on with a copy of its base weights."""
         if self._attached_to is not None:
-            self.backbone, self.adapter = loading.detach(self, self._attached_to)
+            with library_lock:
+                self.backbone, self.adapter = loading.detach(self, self._attached_to)
             self._attached_to = None
         return self
 
     # ------------------------------------------------------------------------------------- scoring
 
+    @in_turn
     @torch.no_grad()
     def score(
         self,
@@ -235,7 +262,7 @@ class RewardModel(nn.Module):
         noise_levels: NoiseLevels = None,
         seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         ensemble: Literal["tokens", "scores"] = "tokens",
         target_error: float | None = None,
         max_draws: int = 64,
@@ -244,21 +271,26 @@ class RewardModel(nn.Module):
         """Scores of pictures for prompts, pair by pair; one prompt or one picture serves all of the other.
 
         Args:
-            images: paths, PIL images, bytes, uint8 or float tensors in [0, 1]; sizes may differ.
+            images: one or a list of paths, bytes, open binary files, PIL images, arrays (height, width,
+                channel) or tensors (channel, height, width), uint8 or floating in [0, 1]; sizes may differ.
             noise_levels: see `score_latents`.
             seed: of the noise; an int for all, or one per picture.
             num_draws: noise draws to average; more than one also gives standard errors.
             target_error: draw as often as each picture needs for this standard error, instead of `num_draws`
                 times; see `core.adaptive.stein_draws` for what is guaranteed.
             max_draws: most draws of a picture; read only with target_error.
+
+        Raises:
+            InvalidInputError: a prompt, picture, level, seed or number that cannot be used; it says which.
+            MissingComponentError: the pipeline lacks a text encoder or the VAE.
         """
         self._require_trained(allow_untrained)
+        num_draws = whole_number(num_draws, "num_draws", 1)
         if target_error is not None and not (target_error > 0 and max_draws >= 2):
             raise InvalidInputError(
                 f"target_error = {target_error} with max_draws = {max_draws}: need more than 0 and at least 2"
             )
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        pictures = as_pictures(images)
+        prompts, pictures = prompt_list(prompts), image_list(images)
         batch = max(len(prompts), len(pictures))
         if len(prompts) not in (1, batch) or len(pictures) not in (1, batch):
             raise InvalidInputError(
@@ -280,10 +312,11 @@ class RewardModel(nn.Module):
                 self.backbone.check_latents(stacked)
                 noise = seeded_noise(stacked.shape[1:], [seeds[row] for row in rows], num_draws=stop)
                 which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
-                for draw in range(start, stop):
-                    found[draw - start, rows] = self._score(
-                        stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
-                    )
+                with without_autocast(self.device.type):
+                    for draw in range(start, stop):
+                        found[draw - start, rows] = self._score(
+                            stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
+                        )
             return found[:, list(pictures)]
 
         everyone = range(batch)
@@ -291,6 +324,7 @@ class RewardModel(nn.Module):
             return ScoreOutput(*mean_and_standard_error(draws(everyone, 0, num_draws)))
         return score_to_target(draws, batch, target_error, max_draws)
 
+    @in_turn
     def score_latents(
         self,
         latents: Tensor,
@@ -299,7 +333,7 @@ class RewardModel(nn.Module):
         noise: Tensor | None = None,
         seed: Any = None,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         ensemble: Literal["tokens", "scores"] = "tokens",
         allow_untrained: bool | None = None,
     ) -> Score:
@@ -316,6 +350,7 @@ class RewardModel(nn.Module):
             ensemble: join token sequences of the levels in the head ("tokens"), or average their scores.
         """
         self._require_trained(allow_untrained)
+        num_draws = whole_number(num_draws, "num_draws", 1)
         self.backbone.check_latents(latents)
         self.backbone.check_conditioning(conditioning)
         batch = latents.shape[0]
@@ -336,6 +371,7 @@ class RewardModel(nn.Module):
         ]
         return torch.stack(scores).mean(dim=0)
 
+    @in_turn
     def score_state(
         self,
         noisy_latents: Tensor,
@@ -365,15 +401,16 @@ class RewardModel(nn.Module):
         )
         return self.score_tokens(self.tokens(features))
 
+    @in_turn
     def compare(
         self,
         prompt: str,
         image_a: Any,
         image_b: Any,
         noise_levels: NoiseLevels = None,
-        seed: int = 0,
+        seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         adaptive: bool = False,
     ) -> float:
         """Probability that `image_a` is preferred to `image_b`, both seen through the same noise.
@@ -382,11 +419,10 @@ class RewardModel(nn.Module):
             adaptive: look at one noise level after another and stop when it is settled which side leads
                 (`config.adaptive`); noise_levels and num_draws are not used then.
         """
+        check_prompts([prompt])
         if adaptive:
             return self.compare_views(prompt, image_a, image_b, seed).probability
-        pictures = [*as_pictures(image_a), *as_pictures(image_b)]
-        if len(pictures) != 2:
-            raise InvalidInputError(f"compare takes two images, not {len(pictures)}")
+        pictures = _two_images(image_a, image_b)
         score_a, score_b = self.score(
             prompt, pictures, noise_levels, seed, num_draws=num_draws
         ).scores.tolist()
@@ -394,29 +430,30 @@ class RewardModel(nn.Module):
         wanted = [round(level, 6) for level in levels.tolist()]
         return preference_probability(score_a - score_b, wanted, self.config)
 
+    @in_turn
     @torch.no_grad()
-    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: int = 0) -> AdaptiveComparison:
+    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: Any = 0) -> AdaptiveComparison:
         """An adaptive `compare` that also says how many views it took.
 
         Raises:
             InvalidInputError: the reward has not learned views.
         """
         self._require_trained(None)
-        pictures = [*as_pictures(image_a), *as_pictures(image_b)]
-        if len(pictures) != 2:
-            raise InvalidInputError(f"compare takes two images, not {len(pictures)}")
+        (seed,) = resolve_seeds(seed, 1)
+        pictures = _two_images(image_a, image_b)
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
         return compare_adaptively(self, prompt, latents, seed)
 
+    @in_turn
     @torch.no_grad()
     def rank(
         self,
         prompt: str,
         images: Any,
         noise_levels: NoiseLevels = None,
-        seed: int = 0,
+        seed: Any = 0,
         *,
-        num_draws: int = 1,
+        num_draws: int | np.integer = 1,
         adaptive: bool = False,
     ) -> list[RankedImage]:
         """Pictures from best to worst, with scores.
@@ -425,14 +462,17 @@ class RewardModel(nn.Module):
             adaptive: as in `compare`: pictures are viewed until each is settled against its neighbours.
                 Scores are then in probits: P(a preferred to b) = Phi(score_a - score_b).
         """
+        check_prompts([prompt])
+        listed = image_list(images)
         if adaptive:
             self._require_trained(None)
-            latents = self._need_encoders("images", "vae").encode_images(as_pictures(images), self.device)
-            return rank_adaptively(self, prompt, list(images), latents, seed)
-        scores = self.score(prompt, images, noise_levels, seed, num_draws=num_draws).scores.tolist()
+            (seed,) = resolve_seeds(seed, 1)
+            latents = self._need_encoders("images", "vae").encode_images(listed, self.device)
+            return rank_adaptively(self, prompt, listed, latents, seed)
+        scores = self.score(prompt, listed, noise_levels, seed, num_draws=num_draws).scores.tolist()
         ranked = [
             RankedImage(index, image, score)
-            for index, (image, score) in enumerate(zip(images, scores, strict=True))
+            for index, (image, score) in enumerate(zip(listed, scores, strict=True))
         ]
         return sorted(ranked, key=lambda item: -item.score)
 
@@ -494,11 +534,13 @@ class RewardModel(nn.Module):
         score = self.head.score_tokens(tokens.image, tokens.text, tokens.text_mask)
         return score if self.squash is None else self.squash(score)
 
+    @in_turn
     def encode_prompts(self, prompts: str | Sequence[str]) -> Conditioning:
         """Conditioning with one row per prompt, from the pipeline's own text encoders; cached per prompt."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._need_encoders("prompts", "text_encoder").encode_prompts(prompts, self.device)
+        encoders = self._need_encoders("prompts", "text_encoder")
+        return encoders.encode_prompts(prompt_list(prompts), self.device)
 
+    @in_turn
     def prompt_notes(self, prompt: str) -> list[str]:
         """What the text encoders will not see of a prompt; `encode_prompts` warns of the same."""
         return self._need_encoders("prompts", "text_encoder").text.notes(prompt, self.device)
@@ -511,18 +553,20 @@ class RewardModel(nn.Module):
         """
         return self._need_encoders("images", "vae").picture_size(height, width, name)
 
+    @in_turn
     def encode_images(self, images: Any, *, sample: bool = False, seed: Any = None) -> Latents:
         """Clean latents of pictures of one size, shifted and scaled: the VAE's mean, or a sample."""
-        pictures = as_pictures(images)
+        pictures = image_list(images)
         seeds = resolve_seeds(seed, len(pictures)) if sample else None
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device, seeds=seeds)
         if len({latent.shape for latent in latents}) > 1:
-            sizes = sorted({tuple(latent.shape[1:]) for latent in latents})
+            sizes = sorted({"x".join(map(str, latent.shape[:0:-1])) for latent in latents})
             raise InvalidInputError(
-                f"pictures give latents of different sizes {sizes}: encode them size by size"
+                f"pictures give latents of different sizes ({', '.join(sizes)}): encode them size by size"
             )
         return torch.stack(latents)
 
+    @in_turn
     def decode_latents(self, latents: Tensor) -> Float[Tensor, "batch 3 *frame height width"]:
         """Pictures in [0, 1] of clean latents, by the pipeline's VAE: the way back from `encode_images`."""
         self.backbone.check_latents(latents)
@@ -602,6 +646,43 @@ class RewardModel(nn.Module):
         write_checkpoint(Path(folder), self.checkpoint(training_step), layout, model_card)
         return Path(folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        layout: str = "dina",
+    ) -> str:
+        """Upload what `save_pretrained` writes, as one commit; `from_pretrained(repo_id)` loads it anywhere.
+
+        Args:
+            repo_id: owner/name; the repository is made if there is none. Files of an earlier checkpoint that
+                this one does not have are deleted from it, others stay.
+            private: of a new repository; None: the owner's default.
+            token: with write access; None: the one of `hf auth login` or HF_TOKEN.
+            commit_message: "DiNa-LRM reward" unless given.
+            layout: as in `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InvalidInputError: a repo_id that is no owner/name, or an unknown layout.
+            HubError: no token, one that may not write there, or no network.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            return hub.upload(
+                self.save_pretrained(Path(parent) / "reward", layout),
+                repo_id,
+                private=private,
+                token=token,
+                message=commit_message or "DiNa-LRM reward",
+                replaced=[pattern for name in OWNED for pattern in (name, f"{name}/*")],
+            )
+
+    @in_turn
     def checkpoint(self, training_step: int | None = None) -> Checkpoint:
         """What `save_pretrained` writes, with whole tensors on the CPU.
 
@@ -619,22 +700,32 @@ class RewardModel(nn.Module):
                 fingerprint=loading.fingerprint(self.backbone),
             )
 
+    @in_turn
     def merge(self) -> "RewardModel":
         """Let inference merge LoRA into the base weights (the default)."""
         self._merging = True
         return self
 
+    @in_turn
     def unmerge(self) -> "RewardModel":
         """Keep LoRA apart from the base weights, also in eval mode, until `merge` is called."""
         self._merging = False
         self._set_merged(False)
         return self
 
+    @in_turn
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in torch; base weights and adapter apart."""
+        self._set_merged(False)
+        return super().state_dict(*args, **kwargs)
+
+    @in_turn
     def train(self, mode: bool = True) -> "RewardModel":
         if mode:
             self._set_merged(False)
         return super().train(mode)
 
+    @in_turn
     def to(self, *args: Any, **kwargs: Any) -> "RewardModel":
         """As in torch, except that a half-precision dtype is for the backbone's base weights only."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
@@ -651,6 +742,7 @@ class RewardModel(nn.Module):
     def bfloat16(self) -> "RewardModel":
         return self.to(torch.bfloat16)
 
+    @in_turn
     def _apply(self, fn: Any, recurse: bool = True) -> "RewardModel":
         self._set_merged(False)
         return super()._apply(fn, recurse)
@@ -735,8 +827,16 @@ class RewardModel(nn.Module):
 
 
 def _unmerge_first(model: RewardModel, *_: Any) -> None:
-    """State dicts hold the base weights and the adapter apart."""
-    model._set_merged(False)
+    """State dicts hold the base weights and the adapter apart, also those loaded into a module around it."""
+    with model.turn:
+        model._set_merged(False)
+
+
+def _two_images(image_a: Any, image_b: Any) -> list[Any]:
+    images = [*image_list(image_a), *image_list(image_b)]
+    if len(images) != 2:
+        raise InvalidInputError(f"compare takes two images, not {len(images)}")
+    return images
 
 
 def _equal_shapes(latents: Sequence[Tensor], rows: Sequence[int]) -> list[list[int]]:

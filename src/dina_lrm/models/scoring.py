@@ -1,9 +1,12 @@
 """What callers may pass to the scoring methods, put into one form; and what they get back."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +16,7 @@ from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.config import RewardModelConfig
 
-NoiseLevels = float | int | Sequence[float | int] | Tensor | None
+NoiseLevels = float | int | np.number | Sequence[float | int | np.number] | np.ndarray | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class RankedImage:
 def resolve_levels(levels: NoiseLevels, default: Sequence[float], batch: int) -> Float[Tensor, "level batch"]:
     """Noise levels as (level, batch): more than one row is an ensemble.
 
-    A number holds for all samples; a sequence of numbers is an ensemble; a tensor (batch,) gives each sample
-    its own level, a tensor (level, batch) its own ensemble.
+    A number holds for all samples; a sequence of numbers is an ensemble; a tensor or array (batch,) gives
+    each sample its own level, one (level, batch) its own ensemble.
     """
     if levels is None:
         levels = list(default)
+    if isinstance(levels, np.ndarray):
+        if not np.issubdtype(levels.dtype, np.number):
+            raise InvalidInputError(f"noise_levels is an array of {levels.dtype}: it must hold numbers")
+        levels = torch.from_numpy(levels.astype(np.float32))
     if isinstance(levels, Tensor):
         if levels.ndim == 0:
             resolved = levels.detach().expand(1, batch)
@@ -56,16 +63,17 @@ def resolve_levels(levels: NoiseLevels, default: Sequence[float], batch: int) ->
             resolved = levels.detach()
         else:
             raise InvalidInputError(
-                f"noise_levels tensor has shape {tuple(levels.shape)}: it must be ({batch},), one per "
+                f"noise_levels has shape {tuple(levels.shape)}: it must be ({batch},), one per "
                 f"sample, or (level, {batch}); for an ensemble give a list of numbers"
             )
     else:
-        numbers = [levels] if isinstance(levels, int | float) else list(levels)
-        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        numbers = list(levels) if isinstance(levels, Sequence) else [levels]
+        if any(isinstance(number, bool) or not isinstance(number, Real) for number in numbers):
             raise InvalidInputError(
-                f"noise_levels = {levels!r}: give a number, a list of numbers or a tensor"
+                f"noise_levels = {levels!r}: give a number, a list of numbers, an array or a tensor"
             )
-        resolved = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, batch)
+        resolved = torch.tensor([float(number) for number in numbers], dtype=torch.float32)
+        resolved = resolved[:, None].expand(-1, batch)
     if resolved.shape[0] == 0:
         raise InvalidInputError("noise_levels is empty: give at least one level")
     resolved = resolved.to(torch.float32)
@@ -83,21 +91,41 @@ def check_sigma(sigma: Tensor, name: str) -> None:
 
 
 def resolve_seeds(seed: Any, batch: int) -> list[int]:
-    """One seed per sample. An int is shared by all, so that a sample scores the same alone and in any batch.
+    """One seed per sample, from -2^63 to 2^64 - 1. A single whole number is shared by all, so that a sample
+    scores the same alone and in any batch.
 
-    None draws fresh ones from torch's global generator.
+    Args:
+        seed: a whole number of Python, NumPy or torch, or a sequence of them. None draws fresh ones from
+            torch's global generator.
+
+    Raises:
+        InvalidInputError: anything else, such as a bool, a text or 1.5, or another number of seeds.
     """
     if seed is None:
         return torch.randint(2**62, (batch,)).tolist()
-    if isinstance(seed, int):
-        seeds = [seed] * batch
-    else:
-        seeds = [int(value) for value in seed]
-    if len(seeds) != batch:
-        raise InvalidInputError(f"{len(seeds)} seeds for {batch} samples: give one int, or one per sample")
-    if any(not -(2**63) <= value < 2**64 for value in seeds):
-        raise InvalidInputError(f"seeds must fit into 64 bits: {seeds}")
-    return seeds
+    many = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+    if isinstance(seed, Tensor | np.ndarray):
+        many, seed = seed.ndim > 0, seed.tolist()
+    values = list(seed) if many else [seed] * batch
+    if len(values) != batch:
+        raise InvalidInputError(f"{len(values)} seeds for {batch} samples: give one int, or one per sample")
+    return [whole_number(value, "seed", -(2**63), 2**64 - 1) for value in values]
+
+
+def whole_number(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """A whole number of Python or NumPy as an int; no bool, no text, no float.
+
+    Raises:
+        InvalidInputError: it is no whole number, or outside [low, high]; the message says `name`.
+    """
+    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        raise InvalidInputError(f"{name} = {value!r}: it must be a whole number {bounds}")
+    return number
 
 
 def perceived_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:

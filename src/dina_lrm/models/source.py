@@ -4,18 +4,17 @@ Parts are looked at one by one, so that scoring latents never loads (or download
 """
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dina_lrm.errors import CheckpointError, MissingComponentError
+from dina_lrm.models.hub import download, is_hub_id
 from dina_lrm.models.weights import TensorSource, from_folder, from_module
 
 BUNDLED = "bundled"
 DENOISERS = ("transformer", "unet")
 """What a pipeline may call the network whose features are read."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class PipelineSource:
@@ -120,7 +119,7 @@ def local_folder(location: str | Path) -> Path | None:
     path = Path(location).expanduser()
     if path.is_dir():
         return path
-    if isinstance(location, str) and _HUB_ID.fullmatch(location) and not path.exists():
+    if is_hub_id(location) and not path.exists():
         return None
     kind = "a file, not a folder" if path.exists() else "neither a folder nor a hub id like owner/name"
     raise MissingComponentError(f"{str(location)!r} is {kind}")
@@ -132,22 +131,6 @@ def bundled_folder(part: str) -> Path:
     if not folder.is_dir():
         raise MissingComponentError(f"this installation carries no bundled {part} weights ({folder})")
     return folder
-
-
-def download(repo: str, wanted: list[str], unwanted: list[str] | None, revision: str | None) -> Path:
-    """Files of a hub repository, from the local cache where they are there already."""
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, allow_patterns=wanted, ignore_patterns=unwanted, revision=revision
-            )
-        )
-    except Exception as error:  # the hub client raises its own, requests' and OS errors
-        raise MissingComponentError(
-            f"{repo!r} is not a local folder, and fetching {wanted} from the hub failed: {error}"
-        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

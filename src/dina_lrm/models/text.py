@@ -1,17 +1,17 @@
 """Prompts to conditioning, through the pipeline's own `encode_prompt`, one cached row per prompt."""
 
-import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.errors import InvalidInputError, MissingComponentError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
+from dina_lrm.models.libraries import diffusers_class, quiet_loading, quiet_tokenizing
 from dina_lrm.models.source import PipelineSource
 
 CACHED_PROMPTS = 512
@@ -47,6 +47,11 @@ class PromptEncoder:
         self._pipeline: Any = None
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy loads its own encoders again: transformers hooks functions on them that cannot be pickled. It
+        # keeps the cache, since a prompt encoded beside others would differ in its last bits.
+        return self.__dict__ | {"_pipeline": None}
+
     def encode_batch(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """One row per prompt from the pipeline's `encode_prompt`; no negative prompts."""
         raise NotImplementedError
@@ -71,7 +76,8 @@ class PromptEncoder:
         on = device if self._source.live is None else pipeline._execution_device
         for start in range(0, len(new), self.prompts_per_call):
             chunk = new[start : start + self.prompts_per_call]
-            with torch.no_grad(), _diffusers_silent(pipeline):
+            # Without the caller's autocast, or the rows kept would be of a precision nobody else asked for.
+            with torch.no_grad(), without_autocast(on.type), quiet_tokenizing(pipeline):
                 rows = self.encode_batch(pipeline, list(chunk), on).to("cpu")
             for row, prompt in enumerate(chunk):
                 self._cache[prompt] = _without_padding(rows.index_select(torch.tensor([row])))
@@ -86,7 +92,7 @@ class PromptEncoder:
         """What classifier-free guidance contrasts prompts with, one row: the empty prompt."""
         pipeline = self._load(device)
         on = device if self._source.live is None else pipeline._execution_device
-        with torch.no_grad(), _diffusers_silent(pipeline):
+        with torch.no_grad(), without_autocast(on.type), quiet_tokenizing(pipeline):
             return self.encode_batch(pipeline, [""], on).to(device)
 
     def _load(self, device: torch.device) -> Any:
@@ -107,8 +113,6 @@ class PromptEncoder:
         return self._pipeline
 
     def _load_text_pipeline(self) -> Any:
-        import diffusers
-
         source = self._source
         names: list[str] = []
         for encoder in (*self.encoders, *self.optional_encoders):
@@ -123,7 +127,7 @@ class PromptEncoder:
         left_out = dict.fromkeys((components | set(self.optional_encoders)) - set(names))
         left_out |= {tokenizer_of(name): None for name in self.optional_encoders if name in left_out}
         folder = {source.path(name).parent for name in names}.pop()
-        pipeline_class = getattr(diffusers, self.pipeline_class)
+        pipeline_class = diffusers_class(self.pipeline_class)
         with quiet_loading():
             pipeline: Any = pipeline_class.from_pretrained(
                 folder, variant=source.variant, local_files_only=True, **left_out
@@ -175,13 +179,34 @@ def _unknown_note(words: Iterable[str]) -> str:
     return f"words unknown to the tokenizer, read as unknown: {', '.join(words)}"
 
 
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many as a list; what is in it is checked by `check_prompts`.
+
+    Raises:
+        InvalidInputError: this is neither a prompt nor a sequence of them.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | dict) or not isinstance(prompts, Iterable):
+        raise InvalidInputError(f"prompts is a {type(prompts).__name__}: give a string or a list of strings")
+    return list(prompts)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Every prompt a string with something in it."""
+    """Every prompt a string that can be encoded, with something in it."""
     if len(prompts) == 0:
         raise InvalidInputError("no prompts were given")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InvalidInputError(f"prompt {index} is a {type(prompt).__name__}, not a string")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            lone = prompt[error.start]
+            raise InvalidInputError(
+                f"prompt {index} holds {lone!r} at position {error.start}, half of a character in two parts "
+                f"(a surrogate), so it is no text: was an emoji cut in the middle?"
+            ) from None
         if not prompt.strip():
             raise InvalidInputError(f"prompt {index} is empty: there is nothing to compare the picture with")
 
@@ -212,39 +237,6 @@ def _unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
     return [prompt[start:end].strip() for token, (start, end) in spans if token == unknown]
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars of the libraries while small files load."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    sources = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [source.is_progress_bar_enabled() for source in sources]
-    try:
-        for source in sources:
-            source.disable_progress_bar()
-        yield
-    finally:
-        for source, enabled in zip(sources, shown, strict=True):
-            if enabled:
-                source.enable_progress_bar()
-
-
-@contextmanager
-def _diffusers_silent(pipeline: Any) -> Iterator[None]:
-    """diffusers and transformers log truncation too (for T5 with the wrong words): once, by us, is enough."""
-    names = (type(pipeline).__module__, "transformers.tokenization_utils_base")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
 
 
 def tokenizer_of(encoder: str) -> str:

@@ -374,7 +374,7 @@ def _manifest(job: BulkJob, plan: Plan, weights: str) -> dict[str, Any]:
 
 
 def _weights_digest(checkpoint: "Checkpoint") -> str:
-    """Of what was trained: the same name may stand for other weights tomorrow."""
+    """Digest of what was trained: the same name may stand for other weights tomorrow."""
     import torch
 
     digest = hashlib.sha256()

@@ -13,7 +13,7 @@ from httpx_retries import Retry, RetryTransport
 
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.files import file_fault, not_a_file
-from dina_lrm.scaling.rows import picture_file
+from dina_lrm.pictures import picture_file
 
 __all__ = ["filesystem", "find_files", "is_local", "open_file", "suffix_of"]
 
@@ -75,7 +75,7 @@ def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> Path | b
     if "://" in name:
         fs, path = filesystem(name)
     if is_local(fs):
-        return picture_file(Path(path))
+        return picture_file(path)
     try:
         with fs.open(path, "rb") as file:
             return file.read()  # pyright: ignore[reportReturnType]
@@ -132,9 +132,11 @@ def find_files(url: str, suffixes: tuple[str, ...]) -> tuple[fsspec.AbstractFile
     if not found:
         raise InvalidInputError(_none_found(url, fs, path, allowed))
     endings = {suffix_of(name) for name in found}
-    if len(endings) > 1 or not endings <= set(suffixes):
-        others = sorted(ending or "no suffix" for ending in endings)
-        raise InvalidInputError(f"input files all end in one of {allowed}; {url!r} has {', '.join(others)}")
+    shown = ", ".join(sorted(ending or "no suffix" for ending in endings))
+    if not endings <= set(suffixes):
+        raise InvalidInputError(f"{url!r} has {shown}: rows are {allowed}")
+    if len(endings) > 1:
+        raise InvalidInputError(f"{url!r} has {shown}: give files of one kind, as with the pattern '*.jsonl'")
     return fs, endings.pop(), found
 
 

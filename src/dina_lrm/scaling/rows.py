@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import file_fault
 from dina_lrm.scaling.settings import COMPARE, SCORE, Scoring, Task
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["Row", "is_text", "parse_row", "picture_file", "results_of_rows"]
+__all__ = ["Row", "is_text", "parse_row", "results_of_rows"]
 
 Result = dict[str, Any]
 """A value for each result column of the task, and `error`: None, or why there are no values."""
@@ -74,18 +73,6 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def picture_file(path: Path) -> Path:
-    """The path, if a file is there: a folder has no content, and a FIFO or a device no end.
-
-    Raises:
-        InvalidInputError: it is none.
-    """
-    fault = file_fault(path)
-    if fault is not None:
-        raise InvalidInputError(f"missing file: {path}" if fault == "is missing" else f"{path} {fault}")
-    return path
 
 
 def results_of_rows(

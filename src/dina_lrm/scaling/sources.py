@@ -54,7 +54,7 @@ class SourceFile:
     rows: int
     bytes: int
     sha256: str
-    """Of what the plan read."""
+    """Digest of what the plan read."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Part:
     index: int
     path: str
     folder: str
-    """Of the input file: relative paths of pictures begin there."""
+    """Folder of the input file: relative paths of pictures begin there."""
     first_row: int
     """Number of its first row in the whole input."""
     rows: int
@@ -82,7 +82,7 @@ class Plan:
     """An input, cut into parts."""
 
     url: str
-    """Of the input, or of the folder with the converted rows: where the paths of the parts lie."""
+    """URL of the input, or of the folder with the converted rows: where the paths of the parts lie."""
     kind: Kind
     files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]

@@ -5,7 +5,6 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -13,12 +12,11 @@ from dina_lrm.errors import InvalidInputError
 
 __all__ = ["Server", "bound"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Server(uvicorn.Server):
-    """Until it answers, a signal does what it did before, which ends the command. From then on it lets
-    requests that were accepted finish, and `run` returns.
+    """A signal lets requests that were accepted finish, and `run` returns. One that comes before the server
+    answers is handed on when the app has started and stopped again, and then ends the command; a second one
+    ends it at once.
 
     Args:
         listener: bound to the address; it is closed at the end.
@@ -30,34 +28,40 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._listener, self._on_start = listener, on_start
-        self._before: dict[int, Any] = {}
+        self._early: int | None = None
+        """A signal that came before the server answered."""
+        self.answered = False
+        """Whether the server ever answered: not where the app did not start, and then the log says why."""
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until `should_exit` or a signal. `started` says whether it ever answered: not where the app
-        did not start, and then the log says why.
+        """Serve until `should_exit` or a signal.
 
         Raises:
-            KeyboardInterrupt: SIGINT, or whatever SIGTERM raises, before the server was up.
+            KeyboardInterrupt: SIGINT, or whatever SIGTERM raises, before the server answered.
         """
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
         with self._listener, contextlib.suppress(SystemExit):  # uvicorn's own end for an app that fails
             try:
                 super().run([self._listener])
             except KeyboardInterrupt:  # a signal that was handed on after the last request was finished
-                if not self.started:
+                if not self.answered:
                     raise
+        if self._early is not None:
+            signal.raise_signal(self._early)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self._listener.getsockname()[:2]
-        self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        if self._early is None:
+            self.answered = True
+            host, port = self._listener.getsockname()[:2]
+            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.started:
+        if self.answered:
             super().handle_exit(sig, frame)
+        elif self._early is None:
+            self._early, self.should_exit = sig, True
         else:
-            signal.signal(sig, self._before[sig])
-            signal.raise_signal(sig)
+            raise KeyboardInterrupt(sig)
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -58,4 +58,4 @@ def serve(app: FastAPI, listener: socket.socket) -> bool:
     logger = logging.getLogger("dina_lrm.serving")
     server = Server(config, listener, lambda address: logger.info("serving at %s", address))
     server.run()
-    return server.started
+    return server.answered

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dina_lrm.config import TrainConfig
-from dina_lrm.core.noise import sample_noise_levels
+from dina_lrm.core.noise import sample_noise_levels, torch_seed
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch, mix_seeds
 from dina_lrm.models.backbone import Conditioning, call, checkpointed
@@ -42,6 +42,7 @@ def draw_step(config: TrainConfig, step: int) -> StepDraws:
     """Noise levels and noise seeds of a step: a function of (config.seed, step) and of nothing else."""
     generator = torch.Generator().manual_seed(mix_seeds(config.seed, 0, step))
     seeds = torch.randint(2**62, (config.batch_size,), generator=generator).tolist()
+    seeds = [torch_seed(seed) for seed in seeds]
     num_levels = 1
     if torch.rand((), generator=generator).item() < config.ensemble_fraction:
         sizes = config.ensemble_sizes

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
 from dina_lrm.training.step import PairScorer
@@ -82,7 +82,8 @@ def validation_margins(
         prompts = pairs.prompt_index[rows]
         batch = pairs.batch(rows, draws=prompts).to(device)
         shape = tuple(batch.latents_chosen.shape[1:])
-        noise = seeded_noise(shape, [mix_seeds(seed, 1, prompt) for prompt in prompts.tolist()])[0].to(device)
+        seeds = [torch_seed(mix_seeds(seed, 1, prompt)) for prompt in prompts.tolist()]
+        noise = seeded_noise(shape, seeds)[0].to(device)
         with precision():
             found = scorer.margins(batch, noise, matched)
         if index < len(parts):

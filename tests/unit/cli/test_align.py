@@ -140,6 +140,6 @@ def test_search_writes_the_best_picture(
 
 def test_search_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", " ", "--output", str(tmp_path)]) == 2
-    assert "the prompt is empty" in capsys.readouterr().err
+    assert "give a prompt" in capsys.readouterr().err
     assert main(["search", "a red circle on a gray background", "--samples", "0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err

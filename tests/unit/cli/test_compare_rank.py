@@ -1,6 +1,7 @@
 """`compare` of two pictures and of a file of pairs, `rank`, around a model that is known."""
 
 import json
+from dataclasses import replace
 from statistics import NormalDist
 
 import pyarrow.parquet
@@ -8,6 +9,9 @@ import pytest
 from PIL import Image
 
 from dina_lrm.cli.main import main
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.config import AdaptiveViews
+from dina_lrm.models.scoring import RankedImage
 from tests.unit.cli.fakes import use_brightness_model
 
 
@@ -97,6 +101,47 @@ def test_rank(pictures, monkeypatch, capsys):
     assert records[0]["probability_preferred_to_next"] == pytest.approx(wins(0.4), abs=1e-6)
     assert records[2]["probability_preferred_to_next"] is None
     assert "skipped: missing file: absent.png" in captured.err
+
+
+def test_rank_adaptively(pictures, monkeypatch, capsys):
+    """Scores are probits, so neighbours are told apart by Phi of their difference; a picture that is cut off
+    or too small is left out when asked."""
+    plan = AdaptiveViews(
+        noise_levels=(0.2, 0.6),
+        settled=(0.1,),
+        scales=(1.0, 1.0),
+        offsets=(0.0, 0.0),
+        error=0.05,
+        num_pairs=9,
+    )
+    model = use_brightness_model(monkeypatch)
+    model.config = replace(model.config, adaptive=plan)
+
+    def rank(prompt, images, *, seed, adaptive):
+        assert (prompt, seed, adaptive) == ("gray", 3, True)
+        scores = model.score([prompt], images, num_draws=1).scores.tolist()
+        ranked = [RankedImage(index, None, score, views=1) for index, score in enumerate(scores)]
+        return sorted(ranked, key=lambda one: -one.score)
+
+    def picture_size(height, width, name):
+        if height < 8:
+            raise InvalidInputError(f"{name} of {width}x{height} pixels is too small")
+
+    monkeypatch.setattr(model, "rank", rank, raising=False)
+    monkeypatch.setattr(model, "picture_size", picture_size, raising=False)
+    Image.new("RGB", (4, 4)).save("small.png")
+    arguments = ["rank", "gray", "gray1.png", "small.png", "gray4.png", "--adaptive", "--seed", "3"]
+    assert main(arguments) == 2
+    assert "small.png of 4x4 pixels" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad", "--json"]) == 0
+    captured = capsys.readouterr()
+    first, second = (json.loads(line) for line in captured.out.splitlines())
+    assert (first["image"], second["image"]) == ("gray4.png", "gray1.png")
+    assert first["probability_preferred_to_next"] == pytest.approx(NormalDist().cdf(0.6), abs=1e-6)
+    assert (first["views"], second["probability_preferred_to_next"]) == (1, None)
+    assert "skipped: small.png" in captured.err
+    assert main([*arguments, "--skip-bad"]) == 0
+    assert "settled after 1.0 views of an image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from dina_lrm.core.noise import NoiseSchedule, sample_noise_levels, seeded_noise
+from dina_lrm.core.noise import NoiseSchedule, sample_noise_levels, seeded_generator, seeded_noise
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -275,6 +276,32 @@ class TestSeededNoise:
 
     def test_video(self):
         assert seeded_noise((4, 5, 8, 8), [0, 1]).shape == (1, 2, 4, 5, 8, 8)
+
+    def test_every_bit_of_a_seed_counts(self):
+        """torch's CPU generator alone would read 32 of them."""
+        seeds = [0, 1, 2**32, 2**32 + 1, 2**33, 2**62, 2**63, 2**64 - 1, -1, -2, -(2**32), -(2**63)]
+        noise = seeded_noise((4, 8, 8), seeds)[0].flatten(1)
+        off_diagonal = torch.corrcoef(noise).fill_diagonal_(0)
+        assert off_diagonal.abs().max() < 0.3, "256 numbers each: independent noise stays below 5 / 16"
+
+    @pytest.mark.parametrize("seed", [0, 1, 77, 2**31, 2**32 - 1])
+    def test_seeds_of_32_bits_are_torchs_own(self, seed):
+        expected = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(seeded_noise((4, 8, 8), [seed])[0, 0], expected)
+
+    def test_long_seeds_start_the_twister_as_its_authors_do(self):
+        """The 32-bit integers of the generator are NumPy's, whose array seeding is init_by_array."""
+        drawn = torch.empty(2000, dtype=torch.int64).random_(2**27, generator=seeded_generator(2**40 + 3))
+        theirs = np.random.RandomState([3, 2**8]).randint(0, 2**32, size=2000, dtype=np.uint32)
+        assert drawn.tolist() == (theirs % 2**27).tolist()
+
+    def test_the_same_long_seed_gives_the_same_noise(self):
+        assert torch.equal(seeded_noise((4, 8, 8), [2**50]), seeded_noise((4, 8, 8), [2**50]))
+
+    @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+    def test_a_seed_of_more_than_64_bits(self, seed):
+        with pytest.raises(ValueError, match="from -2\\^63 to 2\\^64"):
+            seeded_generator(seed)
 
 
 @pytest.mark.parametrize("law", ["rectified_flow", "variance_preserving"])

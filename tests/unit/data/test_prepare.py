@@ -19,30 +19,14 @@ from dina_lrm.data import prepare as preparing
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent
-from dina_lrm.data.prepare import PrepareSettings, prompt_rows
-from dina_lrm.data.shards import FORMAT, LatentShards, PromptRow, shard_rejects, stack_prompts
+from dina_lrm.data.prepare import prompt_rows
+from dina_lrm.data.shards import FORMAT, LatentShards, PromptRow, stack_prompts
 from dina_lrm.data.sources import read_source, source_length
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.backbone import Conditioning
 from tests.tiny import PROMPT
+from tests.unit.data.layouts import ColourEncoder, shard
 
 PROMPTS = ("a red circle", "a red square", "two blue circle")
-SETTINGS: dict[str, Any] = {
-    "source": "hpdv3",
-    "split": None,
-    "pipeline": "tiny",
-    "latent_space": "a VAE",
-    "max_pixels": 48 * 48,
-    "mixed_sizes": "pad",
-    "ties": "reject",
-    "min_confidence": None,
-    "embeddings": True,
-    "prompt_dtype": "float32",
-    "max_text_tokens": None,
-    "pairs_per_shard": 8,
-    "pairs_per_row_group": 4,
-    "files": {},
-}
 
 
 def save(file: Path, size: tuple[int, int] = (32, 32), seed: int = 0) -> Path:
@@ -60,7 +44,11 @@ def hpdv3(root: Path, num: int = 11) -> Path:
     (root / "images/cut.png").write_bytes((root / "images/0.png").read_bytes()[:60])
     Image.fromarray(np.full((32, 32), np.nan, dtype=np.float32)).save(root / "images/nan.tiff")
     good = [
-        {"prompt": PROMPTS[index % 3], "path1": f"images/{index % 4}.png", "path2": "images/1.png"}
+        {
+            "prompt": PROMPTS[index % 3],
+            "path1": f"images/{index % 4}.png",
+            "path2": f"images/{(index + 1) % 4}.png",
+        }
         for index in range(num)
     ]
     bad = [
@@ -72,34 +60,6 @@ def hpdv3(root: Path, num: int = 11) -> Path:
     rows = [*good[:5], *bad, *good[5:]]
     (root / "train.json").write_text(json.dumps(rows))
     return root
-
-
-class ColourEncoder:
-    """A VAE that keeps a picture's mean colour in cells of 8 pixels, and text encoders that count letters."""
-
-    latent_space = "a VAE"
-
-    def picture_size(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
-        if min(height, width) < 16:
-            raise InvalidInputError(f"{name} of {height} x {width} pixels is too small")
-        return height // 16 * 16, width // 16 * 16
-
-    def encode_images(self, images: Any, device: torch.device) -> list[torch.Tensor]:
-        return list(torch.nn.functional.avg_pool2d(torch.stack(images), 8))
-
-    def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        embeds = torch.stack([torch.full((4, 3), float(len(prompt))) for prompt in prompts])
-        mask = torch.tensor([[1] * (1 + len(prompt) % 4) + [0] * (3 - len(prompt) % 4) for prompt in prompts])
-        return Conditioning(embeds, embeds[:, 0, :2], mask)
-
-
-def shard(items: Sequence[Comparison | Reject], file: Path, **settings: Any) -> list[Reject]:
-    """Write one shard in this process; returns its rejects."""
-    worker = preparing._Worker(ColourEncoder(), torch.device("cpu"), file.parent)
-    preparing._Shard(items, PrepareSettings(**SETTINGS | settings), worker).write(file)
-    rejects, num_items = shard_rejects(file)
-    assert num_items == len(items)
-    return [Reject(**reject) for reject in rejects]
 
 
 def comparison(chosen: Any, rejected: Any, row: int = 0, **about: Any) -> Comparison:
@@ -140,6 +100,7 @@ def test_every_item_is_a_row_or_a_reject(tmp_path: Path) -> None:
         (6, "confidence"),
     ]
     assert "gone.png" in rejects[2].reason
+    assert all(reject.line is None for reject in rejects)
     assert str(tmp_path) not in json.dumps([reject.reason for reject in rejects])  # names, from the root
     rows = rows_of(tmp_path / "shard.parquet")
     assert [(row["row"], row["target"]) for row in rows] == [(0, 0.75), (7, 1.0)]
@@ -203,6 +164,35 @@ def test_a_part_without_a_usable_pair_is_a_shard_without_rows(tmp_path: Path) ->
     rejects = shard([Reject(row=0, reason="no prompt: ''")] * 3, tmp_path / "shard.parquet")
     assert len(rejects) == 3
     assert rows_of(tmp_path / "shard.parquet") == []
+
+
+def test_the_same_picture_on_both_sides_is_a_reject(tmp_path: Path) -> None:
+    """Files of the same content under two names, a file and its bytes; another of that size is fine."""
+    a, other = save(tmp_path / "a.png", seed=1), save(tmp_path / "b.png", seed=2)
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(a.read_bytes())
+    items = [comparison(a, copy, 0), comparison(a.read_bytes(), copy, 1), comparison(a, other, 2)]
+    rejects = shard(items, tmp_path / "shard.parquet")
+    assert [(reject.row, reject.reason.split(",")[0]) for reject in rejects] == [
+        (0, "same picture: on both sides"),
+        (1, "same picture: on both sides"),
+    ]
+
+
+def test_what_is_no_file_is_a_reject(tmp_path: Path) -> None:
+    import os
+
+    a = save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    names = ("pipe", "device", "folder")
+    items = [comparison(a, tmp_path / f"{name}.png", row) for row, name in enumerate(names)]
+    assert [reject.reason for reject in shard(items, tmp_path / "shard.parquet")] == [
+        "no file: pipe.png is a FIFO",
+        "no file: device.png is a device",
+        "no file: folder.png is a folder",
+    ]
 
 
 # --- the latent cache of the paper's code
@@ -345,13 +335,13 @@ def test_bytes_do_not_depend_on_processes_or_interruptions(
     run(root, again, tiny_pipeline, on_progress=lambda *args: progress.append(args))
     assert digests(again) == digests(output)
     assert not list(again.rglob("*.partial"))
-    assert progress[0][2] > 0  # found done
+    assert next(found for kind, _, found in progress if kind == "pairs") > 0
     assert (again / "rejects.jsonl").read_bytes() == (output / "rejects.jsonl").read_bytes()
 
 
-def prepare_with_stop(root: Path, output: Path, pipeline: Path) -> None:
+def prepare_with_stop(root: Path, output: Path, pipeline: Path, *, after: int = 4) -> None:
     def stop(kind: str, done: int, found: int) -> None:
-        if done >= 4:
+        if kind == "pairs" and done >= after:
             raise RuntimeError("stop")
 
     run(root, output, pipeline, on_progress=stop)
@@ -365,6 +355,89 @@ def test_a_folder_belongs_to_one_set_of_settings(
         run(root, output, tiny_pipeline, max_pixels=1024)
     with pytest.raises(InvalidInputError, match="max_pixels = 0: must be at least 1"):
         run(root, root / "other", tiny_pipeline, max_pixels=0)
+
+
+@pytest.mark.parametrize("change", ["swapped", "gone", "new"])
+def test_a_source_that_changed_is_refused_by_name(
+    prepared: tuple[Path, Path, Any], tiny_pipeline: Path, tmp_path: Path, change: str
+) -> None:
+    """Sides exchanged in all rows: as many bytes as before."""
+    import shutil
+
+    root = Path(shutil.copytree(prepared[0], tmp_path / "root"))
+    file = root / "train.json"
+    file.write_text(
+        file.read_text().replace("path1", "path0").replace("path2", "path1").replace("path0", "path2")
+    )
+    settings = json.loads((root / "latents/prepare.json").read_text())
+    assert file.stat().st_size == (prepared[0] / "train.json").stat().st_size
+    name, told = "train.json", "has changed"
+    if change == "gone":
+        settings["files"]["other.json"], name, told = "0", "other.json", "is gone"
+    if change == "new":
+        settings["files"], told = {}, "is new"
+    (root / "latents/prepare.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        InvalidInputError, match=rf"{name} {told} since .*latents was begun: prepare into another"
+    ):
+        run(root, root / "latents", tiny_pipeline)
+
+
+@pytest.mark.parametrize("change", ["replaced", "supplied", "removed"])
+def test_a_picture_that_changed_is_refused_by_name(tiny_pipeline: Path, tmp_path: Path, change: str) -> None:
+    """Between a stop and the next run; of the same size and of the same age."""
+    import os
+
+    root = hpdv3(tmp_path / "root")
+    with pytest.raises(RuntimeError, match="stop"):
+        prepare_with_stop(root, root / "latents", tiny_pipeline)
+    name = {"replaced": "images/2.png", "supplied": "images/gone.png", "removed": "images/2.png"}[change]
+    file = root / name
+    match change:
+        case "replaced":
+            ages = file.stat().st_atime_ns, file.stat().st_mtime_ns
+            size = file.stat().st_size
+            content = bytearray(file.read_bytes())
+            content[-20] ^= 1
+            file.write_bytes(content)
+            os.utime(file, ns=ages)
+            assert file.stat().st_size == size
+        case "supplied":
+            with pytest.raises(RuntimeError, match="stop"):
+                prepare_with_stop(root, root / "latents", tiny_pipeline, after=8)
+            save(file)
+        case _:
+            file.unlink()
+    with pytest.raises(InvalidInputError, match=rf"{name} changed since .*latents was begun: put back"):
+        run(root, root / "latents", tiny_pipeline)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("", r"no pair to prepare: jsonl \(rows.jsonl\) holds no rows"),
+        (
+            '{"prompt": "p"}\n\nno row\n',
+            "none of 2 comparisons can be used: 1 needs chosen and rejected, or images and",
+        ),
+    ],
+)
+def test_a_source_without_a_pair_is_an_error(
+    tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, told: str
+) -> None:
+    """And its folder can be used again."""
+    import re
+
+    file, output = tmp_path / "rows.jsonl", tmp_path / "latents"
+    file.write_text(rows)
+    command = ["prepare", "jsonl", "--root", str(file), "--pipeline", str(tiny_pipeline), "--processes", "1"]
+    command += ["--output", str(output), "--device", "cpu"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(told, error)
+    assert "next" not in error
+    assert not (output / "prepare.json").exists()
+    assert (output / "rejects.jsonl").exists() == bool(rows)
 
 
 def test_two_runs_do_not_share_a_folder(prepared: tuple[Path, Path, Any], tiny_pipeline: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from PIL import Image
 from dina_lrm.cli import main as cli
 from dina_lrm.data.comparisons import Check, Comparison
 from dina_lrm.data.inspection import audit, inspect
+from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.data.pairs import Reject
 from dina_lrm.data.sources import SOURCES, read_hub, read_source
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.serving.labelling.items import read_items
+from tests.unit.data.layouts import shard, write_source
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -301,6 +305,167 @@ def test_unknown_names_and_folders(tmp_path: Path) -> None:
         list(read_source("jsonl", tmp_path / "none.jsonl"))
 
 
+SIDES = {"chosen": "a.png", "rejected": "b.png"}
+
+
+def rows_file(root: Path, rows: list[Any]) -> Path:
+    file = root / "rows.jsonl"
+    file.write_text("".join(row + "\n" if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("check", ["none", "exists", "decode"])
+@pytest.mark.parametrize(
+    "name",
+    "hpdv3 hpdv3++ hpdv2 hpdv2-train imagereward genai-bench pickapic imagerewarddb folder jsonl".split(),
+)
+def test_a_relative_root_is_the_same(
+    name: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, num_comparisons = write_source(name.replace("-train", " train"), tmp_path / "set")
+    name = name.removesuffix("-train")
+    monkeypatch.chdir(tmp_path)
+    absolute, rejects = read(name, tmp_path / "set", split, check)
+    assert (len(absolute), rejects) == (num_comparisons, [])
+    relative, rejects = read(name, Path("set"), split, check)
+    assert (len(relative), rejects) == (num_comparisons, [])
+    for ours, theirs in zip(relative, absolute, strict=True):
+        for one, other in (
+            (ours.pair.chosen, theirs.pair.chosen),
+            (ours.pair.rejected, theirs.pair.rejected),
+        ):
+            assert (one.resolve() if isinstance(one, Path) else one) == other
+    assert inspect(relative).missing_images == 0
+    assert shard(relative, tmp_path / "shard.parquet", root=Path("set")) == []
+    from_inside, _ = read(name, Path("."), split, check) if monkeypatch.chdir("set") is None else ([], [])
+    assert len(from_inside) == num_comparisons
+
+
+def test_votes_are_read_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4:2 is a win, 1:5 a win of the other side, 3:3 a tie; in every reader."""
+    write(tmp_path, ["a.png", "b.png"])
+    votes = [(4, 2), (1, 5), (3, 3)]
+    rows = [
+        {"prompt": "p", **SIDES, "votes_chosen": chosen, "votes_rejected": rejected}
+        for chosen, rejected in votes
+    ]
+    file = rows_file(tmp_path, rows)
+    found, _ = read("jsonl", file)
+    assert [Path(str(c.pair.chosen)).name for c in found] == ["a.png", "b.png", "a.png"]
+    assert [(c.pair.tie, round(c.pair.target, 3)) for c in found] == [
+        (False, 0.667),
+        (False, 0.833),
+        (True, 0.5),
+    ]
+    own = read_pairs(file, ties="half")
+    assert own.pairs == [c.pair for c in found]
+    assert [reject.reason for reject in read_pairs(file).rejects] == ["tie: nobody won"]
+    assert cli.main(["inspect", "jsonl", "--root", str(file), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["strict_pairs"], counts["ties"], counts["total_votes"]) == (2, 1, 18)
+    assert [reject.reason for reject in shard(found, tmp_path / "shard.parquet")] == ["tie: nobody won"]
+
+
+def test_even_votes_of_hpdv3_are_a_tie(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    row = {"prompt": "p", "path1": "a.png", "path2": "b.png", "choice_dist": [6, 6]}
+    dump(tmp_path / "test.json", [row, row | {"choice_dist": [5, 7]}])
+    found, _ = read("hpdv3", tmp_path)
+    assert [(c.pair.tie, c.pair.votes_chosen) for c in found] == [(True, 6), (False, 7)]
+    assert all(Path(str(c.pair.chosen)).name == "a.png" for c in found)
+
+
+@pytest.mark.parametrize("name", ["imagereward", "hpdv2", "jsonl"])
+def test_a_missing_picture_costs_its_own_comparisons(name: str, tmp_path: Path) -> None:
+    """One of four is missing: three of six comparisons stay, as where pictures are looked at later."""
+    write_source("imagereward" if name == "jsonl" else name, tmp_path)
+    root = tmp_path
+    if name == "jsonl":
+        cells = [f"images/{letter}.png" for letter in "abcd"]
+        root = rows_file(tmp_path, [{"prompt": "p", "images": cells, "ranks": [1, 2, 3, 4]}])
+    next(tmp_path.rglob("b.png")).unlink()
+    found, rejects = read(name, root)
+    assert (len(found), len(rejects)) == (3, 3)
+    assert {reject.reason.split(":")[0] for reject in rejects} == {"missing file"}
+    later, none = read(name, root, check="none")
+    assert (len(later), none) == (6, [])
+    told = shard(later, tmp_path / "shard.parquet")
+    assert [reject.reason.split(":")[0] for reject in told] == ["missing file"] * 3
+
+
+def test_equal_sides_are_a_reject(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png", "x/c.png"])
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    others = ["a.png", "./a.png", "x/../a.png", str(tmp_path / "a.png"), "copy.png", "link.png", "b.png"]
+    file = rows_file(tmp_path, [{"prompt": "p", "chosen": "a.png", "rejected": other} for other in others])
+    found, rejects = read("jsonl", file)
+    assert [c.row for c in found] == [6]
+    assert {reject.reason for reject in rejects} == {"same picture: on both sides, a.png"}
+    assert len(read("jsonl", file, check="none")[1]) == 4  # by their paths alone
+    ranked = rows_file(tmp_path, [{"prompt": "p", "images": ["a.png", "a.png", "b.png"], "ranks": [1, 2, 3]}])
+    assert [len(part) for part in read("jsonl", ranked)] == [2, 1]
+
+
+@pytest.mark.parametrize("text", ["\\ud83d", "a\\u0000b", "x\\udc80"])
+@pytest.mark.parametrize("field", ["prompt", "chosen", "source"])
+def test_text_that_is_none_is_a_reject_of_every_reader(
+    tmp_path: Path, field: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    good = json.dumps({"prompt": "p", **SIDES})
+    bad = json.dumps({"prompt": "p", **SIDES, field: "TEXT"}).replace("TEXT", text)
+    file, rejects_file = rows_file(tmp_path, [good, bad, good]), tmp_path / "rejects.jsonl"
+    for rejects in (
+        read("jsonl", file)[1],
+        read("jsonl", file, check="none")[1],
+        read_pairs(file, rejects_file=rejects_file).rejects,
+        read_items(file).rejects,
+    ):
+        ((row, line, reason),) = [(reject.row, reject.line, reject.reason) for reject in rejects]
+        assert (row, line) == (1, 2)
+        assert reason.startswith(f"text: {field} has ")
+    assert json.loads(rejects_file.read_text())["line"] == 2
+    assert cli.main(["inspect", "jsonl", "--root", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rejects"] == {"text": 1}
+
+
+@pytest.mark.parametrize("value", [3, True, ["p"], {"p": 1}, None, "", " \n"])
+def test_a_prompt_that_is_no_text_is_a_reject(tmp_path: Path, value: Any) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    ((_, (reject,)),) = [read("jsonl", rows_file(tmp_path, [{"prompt": value, **SIDES}]))]
+    assert reject.reason.startswith("no prompt: prompt = ")
+
+
+def test_numbers_that_no_row_has(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    rows = [
+        json.dumps({"prompt": "p", **SIDES, "votes_rejected": 1, "votes_chosen": "N"}).replace('"N"', votes)
+        for votes in ("NaN", "1e999", "1e308", "9" * 400, "9" * 5000, "-1", "true", '"3"', "[3]", "null")
+    ]
+    found, rejects = read("jsonl", rows_file(tmp_path, rows))
+    assert found == []
+    assert {reject.reason.split(":")[0] for reject in rejects} == {"not a number", "votes"}
+
+
+def test_a_prompt_that_is_no_file_does_not_block(tmp_path: Path) -> None:
+    write(tmp_path, ["one.chosen.png", "one.rejected.png"])
+    os.mkfifo(tmp_path / "one.txt")
+    assert [reject.reason for reject in read("folder", tmp_path)[1]] == [
+        "unreadable prompt: one.txt is a FIFO"
+    ]
+    with pytest.raises(InvalidInputError, match="is a FIFO"):
+        read_items(tmp_path)
+
+
+def test_rejects_say_the_line_of_the_file(tmp_path: Path) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    file = rows_file(tmp_path, ["", {"prompt": "p", **SIDES}, "", "no row", {"prompt": "", **SIDES}])
+    assert [(reject.row, reject.line) for reject in read("jsonl", file)[1]] == [(1, 4), (2, 5)]
+    found, _ = read("jsonl", file)
+    assert found[0].line == 2
+
+
 # --- inspect
 
 
@@ -428,6 +593,58 @@ def test_audit_of_a_layout_without_positions(tmp_path: Path) -> None:
     assert (found.shared_files, found.unreadable_images) == (1, 1)
     with pytest.raises(InvalidInputError, match="no comparisons to audit"):
         audit([], [])
+
+
+def test_an_audit_needs_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a train split, or with rows of one's own, the tested set would be compared with itself."""
+    for name in ("imagereward", "jsonl"):
+        write_source(name, tmp_path / name)
+    images, rows = str(tmp_path / "imagereward"), str(tmp_path / "jsonl" / "rows.jsonl")
+    for name, root in (("imagereward", images), ("jsonl", rows)):
+        assert cli.main(["audit", name, "--root", root]) == 2
+        assert "--against SOURCE --against-root DIR" in capsys.readouterr().err
+    assert cli.main(["audit", "genai-bench", "--root", images]) == 2
+    assert "genai-bench has no split train: give --against-split test_v1|test" in capsys.readouterr().err
+    # What has one split only needs no word about it.
+    command = [
+        "audit",
+        "jsonl",
+        "--root",
+        rows,
+        "--against",
+        "imagereward",
+        "--against-root",
+        images,
+        "--json",
+    ]
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["shared_prompts"] == 1
+
+
+def test_inspect_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "jsonl", "--root", str(rows_file(tmp_path, []))]) == 0
+    assert "nothing to compare in jsonl: no rows" in capsys.readouterr().err
+    assert cli.main(["inspect", "jsonl", "--root", str(rows_file(tmp_path, ["no row"]))]) == 0
+    assert "nothing to compare in jsonl: 1 rows, all of them rejected" in capsys.readouterr().err
+
+
+def test_inspect_lists_every_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    pair = {"prompt": "p", **SIDES}
+    bad: list[Any] = [
+        "no row",
+        "[]",
+        {"prompt": ""},
+        {"prompt": "p"},
+        pair | {"source": 3},
+        pair | {"votes_chosen": "x"},
+        pair | {"votes_chosen": 0, "votes_rejected": 0},
+        pair | {"chosen": 3},
+        pair | {"rejected": "a.png"},
+        '{"prompt": "\\ud800"}',
+    ]
+    assert cli.main(["inspect", "jsonl", "--root", str(rows_file(tmp_path, bad))]) == 0
+    assert capsys.readouterr().out.count("rejected: ") == 10
 
 
 def test_every_source_says_where_its_files_are() -> None:

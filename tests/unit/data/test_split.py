@@ -1,10 +1,17 @@
 """Pairs set aside: no prompt and no picture in both parts."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from dina_lrm.build import source_parts
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.sources import read_source
 from dina_lrm.data.split import fold_prompt, held_out
 from dina_lrm.errors import InvalidInputError
+from tests.unit.data.layouts import encoded
 
 
 def test_no_prompt_and_no_picture_is_in_both_parts() -> None:
@@ -51,3 +58,59 @@ def test_the_fraction_is_between_0_and_1(fraction: float) -> None:
 
 def test_prompts_that_differ_in_case_and_punctuation_are_one() -> None:
     assert fold_prompt("A Cat!") == fold_prompt(" a cat")
+
+
+# --- a source
+
+
+def some_rows(root: Path, num: int = 60) -> Path:
+    """Rows that share prompts up to case, pictures by name and by content; ties and missing ones too."""
+    (root / "x").mkdir()
+    for index in range(2 * num):
+        (root / f"{index}.png").write_bytes(encoded(index, (16, 16)))
+    (root / "copy.png").write_bytes((root / "0.png").read_bytes())
+    rows = [
+        {"prompt": f"Prompt {index}", "chosen": f"{2 * index}.png", "rejected": f"x/../{2 * index + 1}.png"}
+        for index in range(num)
+    ]
+    rows[1]["prompt"] = "prompt, 0!"
+    rows[2]["chosen"] = "3.png"
+    rows[3]["rejected"] = "copy.png"
+    rows[4] |= {"votes_chosen": 1, "votes_rejected": 1}
+    rows[5]["chosen"] = "gone.png"
+    file = root / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
+    return file
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_prompt_and_no_picture_is_in_both_parts_of_a_source(tmp_path: Path, seed: int) -> None:
+    file = some_rows(tmp_path)
+    parts = source_parts("jsonl", file, fraction=0.2, seed=seed)
+    items = list(read_source("jsonl", file, check_images="none"))
+    found = {name: list(part.of(items)) for name, part in parts.items()}
+    assert [len(found[name]) for name in ("train", "test")] == [61 - 12, 12]
+    assert len(parts["train"]) + len(parts["test"]) == len(items)
+    assert all(isinstance(item, Comparison) and not item.pair.tie for item in found["test"])
+    folds: list[set[str]] = []
+    contents: list[set[bytes]] = []
+    for name in ("train", "test"):
+        pairs = [item.pair for item in found[name] if isinstance(item, Comparison)]
+        folds.append({fold_prompt(pair.prompt) for pair in pairs})
+        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        contents.append({side.read_bytes() for side in sides if isinstance(side, Path) and side.exists()})
+    assert not folds[0] & folds[1]
+    assert not contents[0] & contents[1]
+    again = source_parts("jsonl", file, fraction=0.2, seed=seed)
+    assert again["test"].settings() == parts["test"].settings()
+    other = source_parts("jsonl", file, fraction=0.2, seed=seed + 1)
+    assert other["test"].settings() != parts["test"].settings()
+
+
+def test_a_source_that_cannot_be_split(tmp_path: Path) -> None:
+    file = some_rows(tmp_path)
+    with pytest.raises(InvalidInputError, match="must be between 0 and 1"):
+        source_parts("jsonl", file, fraction=1.5)
+    file.write_text("no row\n")
+    with pytest.raises(InvalidInputError, match="no pair to split: none of 1 comparisons can be used"):
+        source_parts("jsonl", file, fraction=0.2)

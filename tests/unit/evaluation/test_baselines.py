@@ -624,9 +624,8 @@ def published_hpsv3() -> dict[str, Tensor]:
     return state | {f"rm_head.{name}": value for name, value in head.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hpsv3")
+def save_tiny_hpsv3(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     model, _ = tiny_qwen()
     model.config.save_pretrained(folder)
     qwen_tokenizer().save_pretrained(folder)
@@ -635,6 +634,12 @@ def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "instruction.txt").write_text(INSTRUCTION, encoding="utf-8")
     save_file(published_hpsv3(), folder / "HPSv3.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hpsv3")
+    save_tiny_hpsv3(folder)
     return folder
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dina_lrm.cli.evaluate import percent
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent, image_name
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.evaluation.page import public_page
 from dina_lrm.evaluation.picture_scores import PartFile, PictureScores
 from dina_lrm.evaluation.public import PublicResult, evaluate_comparisons
 
@@ -233,6 +235,36 @@ def test_a_header_that_was_not_written_whole_is_no_run(tmp_path: Path) -> None:
     part.path.write_text('{"se')
     assert figures(evaluate(Redness(), part=part)) == figures(evaluate(Redness()))
     assert json.loads(part.path.read_text().splitlines()[0]) == {"seed": 0}
+
+
+# --- rows and comparisons ----------------------------------------------------------------------------------
+
+
+def test_rows_and_comparisons_are_counted_apart() -> None:
+    """A ranked list is one row: two of its three comparisons can be scored, and one more row is none."""
+    a, b = bitmap(1), bitmap(2)
+    stream = [compared(0, "p", a, b), compared(0, "p", b, b"broken"), compared(0, "p", b, a)]
+    result = evaluate_comparisons(
+        Redness(), [*stream, Reject(row=1, line=7, reason="no prompt", file="rows.parquet")], rule="strict"
+    )
+    record = result.to_dict()
+    assert [record[f"num_{name}"] for name in ("rows", "items", "comparisons", "rejects")] == [2, 4, 2, 2]
+    assert "2 rows, 2 of 4 comparisons rejected" in result.to_markdown()
+
+
+def test_one_prompt_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    stream = [compared(0, "p", bitmap(2), bitmap(1)), compared(1, "p", bitmap(1), bitmap(3))]
+    result = evaluate_comparisons(Redness(), stream, rule="strict")
+    folder = result.save(tmp_path)
+    public_page(result, "jsonl", folder)
+    record = json.loads((folder / "results.json").read_text())
+    assert record["by_pair"]["accuracy"] == {"value": 0.5, "low": None, "high": None, "confidence": 0.95}
+    for name in ("results.md", "results.html"):
+        text = (folder / name).read_text()
+        assert "nan" not in text.lower()
+        assert "- (one prompt)" in text
+    assert str(result.by_pair.accuracy) == "0.500 - (one prompt)"
+    assert percent(result.by_pair.accuracy) == "50.0 - (one prompt)"
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

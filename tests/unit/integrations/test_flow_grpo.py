@@ -176,7 +176,7 @@ def pipeline() -> Any:
     from diffusers import StableDiffusion3Pipeline
     from peft import LoraConfig, get_peft_model
 
-    from dina_lrm.models.text import quiet_loading
+    from dina_lrm.models.libraries import quiet_loading
 
     with quiet_loading():
         pipeline = StableDiffusion3Pipeline.from_pretrained(bundled_folder("pipeline"))

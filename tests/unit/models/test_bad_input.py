@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from dina_lrm import (
     PromptWarning,
     RewardModel,
 )
+from dina_lrm.models.scoring import whole_number
+from dina_lrm.models.text import check_prompts, prompt_list
 from tests.tiny import MAX_TOKENS, PROMPT, copy_of, make_tiny_reward, tiny_conditioning, tiny_latents
 
 
@@ -33,8 +36,8 @@ def spoiled(value: float) -> torch.Tensor:
     ("latents", "message"),
     [
         (torch.zeros(3, 4, 8, 8), "4 channels, this sd3 backbone takes 16"),
-        (torch.zeros(3, 16, 7, 8), "height 7 and width 8 must be multiples of 2"),
-        (torch.zeros(3, 16, 8, 26), "8 x 26 exceed the position table: at most 24 a side"),
+        (torch.zeros(3, 16, 7, 8), "latents of 8x7: width and height must be multiples of 2"),
+        (torch.zeros(3, 16, 8, 26), "26x8 exceed the position table: at most 24 a side"),
         (spoiled(float("nan")), "1 NaN or infinite"),
         (spoiled(float("inf")), "1 NaN or infinite"),
         (torch.zeros(16, 8, 8), r"shape \(16, 8, 8\)"),
@@ -95,8 +98,70 @@ def test_noise_and_seeds(model: RewardModel) -> None:
         model.score_latents(*args, noise=spoiled(float("nan")))
     with pytest.raises(InvalidInputError, match="2 seeds for 3 samples"):
         model.score_latents(*args, seed=[1, 2])
-    with pytest.raises(InvalidInputError, match="64 bits"):
+    with pytest.raises(InvalidInputError, match="from -9223372036854775808 to 18446744073709551615"):
         model.score_latents(*args, seed=2**70)
+
+
+@pytest.mark.parametrize("seed", ["0", b"0", True, 1.5, [0, True, 2], [0, 1, "2"], torch.zeros(3), 2**64])
+def test_seeds_that_are_no_whole_numbers(model: RewardModel, seed: object) -> None:
+    picture = Image.new("RGB", (16, 16))
+    with pytest.raises(InvalidInputError, match=r"^seed = .*: it must be a whole number from"):
+        model.score_latents(tiny_latents(), tiny_conditioning(), seed=seed)
+    with pytest.raises(InvalidInputError, match=r"^seed = "):
+        model.score(PROMPT, [picture] * 3, seed=seed)
+    if not isinstance(seed, list | torch.Tensor):
+        for method in (model.compare, model.compare_views):
+            with pytest.raises(InvalidInputError, match=r"^seed = "):
+                method(PROMPT, picture, picture, seed=seed)
+
+
+@pytest.mark.parametrize("num_draws", [0, -3, True, False])
+def test_numbers_of_draws(model: RewardModel, num_draws: int) -> None:
+    """Zero draws would have a mean of NaN."""
+    picture, message = (
+        Image.new("RGB", (16, 16)),
+        f"num_draws = {num_draws}: it must be a whole number at least",
+    )
+    with pytest.raises(InvalidInputError, match=message):
+        model.score(PROMPT, picture, num_draws=num_draws)
+    with pytest.raises(InvalidInputError, match=message):
+        model.score_latents(tiny_latents(), tiny_conditioning(), num_draws=num_draws)
+    with pytest.raises(InvalidInputError, match=message):
+        model.compare(PROMPT, picture, picture, num_draws=num_draws)
+    with pytest.raises(InvalidInputError, match=message):
+        model.rank(PROMPT, [picture], num_draws=num_draws)
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, "1", None, True, np.True_, np.float32(1)])
+def test_what_is_no_whole_number(value: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"^count = .*: it must be a whole number at least 1$"):
+        whole_number(value, "count", 1)
+
+
+def test_prompts_that_are_no_text(model: RewardModel) -> None:
+    """A cut-off emoji leaves half of its UTF-16 pair, which nothing can encode."""
+    cut, picture = "a red \ud83d circle", Image.new("RGB", (16, 16))
+    message = r"holds '\\ud83d' at position 6, .*\(a surrogate\)"
+    with pytest.raises(InvalidInputError, match=f"^prompt 1 {message}"):
+        model.score([PROMPT, cut], picture)
+    with pytest.raises(InvalidInputError, match=f"^prompt 1 {message}"):
+        model.encode_prompts([PROMPT, cut])
+    for method in (model.compare, model.compare_views):
+        with pytest.raises(InvalidInputError, match=f"^prompt 0 {message}"):
+            method(cut, picture, picture)
+    for adaptive in (False, True):
+        with pytest.raises(InvalidInputError, match=f"^prompt 0 {message}"):
+            model.rank(cut, [picture], adaptive=adaptive)
+    with pytest.raises(InvalidInputError, match=f"^prompt 0 {message}"):
+        model.prompt_notes(cut)
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"a red circle", {"a": 1}])
+def test_prompts_that_are_neither_one_nor_many(prompts: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"^prompts is a .*: give a string or a list of strings"):
+        prompt_list(prompts)
+    with pytest.raises(InvalidInputError, match=r"^prompt 1 is a "):
+        check_prompts([PROMPT, prompts])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n "])
@@ -141,12 +206,12 @@ def test_unreadable_and_missing_images(model: RewardModel, tmp_path: Path) -> No
     broken.write_bytes((tmp_path / "good.png").read_bytes()[:40])
     (tmp_path / "text.png").write_text("not an image")
     for path in (broken, tmp_path / "text.png"):
-        with pytest.raises(InvalidInputError, match=rf"image 1: .*{path.name}.* is not a readable image"):
+        with pytest.raises(InvalidInputError, match=rf"{path.name}' is not a readable image"):
             model.score(PROMPT, [good, path])
-    with pytest.raises(InvalidInputError, match=r"nothing.png.*no such file"):
+    with pytest.raises(InvalidInputError, match=r"missing file: .*nothing.png"):
         model.score(PROMPT, tmp_path / "nothing.png")
-    with pytest.raises(InvalidInputError, match="not a readable image"):
-        model.score(PROMPT, b"1234")
+    with pytest.raises(InvalidInputError, match=r"^image 1 \(4 bytes\) is not a readable image$"):
+        model.score(PROMPT, [good, b"1234"])
     with pytest.raises(InvalidInputError, match="no images"):
         model.score(PROMPT, [])
 

@@ -373,8 +373,41 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         RewardModel.from_pretrained(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"missing file .*config.json"):
+    with pytest.raises(CheckpointError, match=r"/empty is no reward: it is empty. A reward is a folder with"):
         RewardModel.from_pretrained(tmp_path / "empty")
+
+
+def test_folders_that_are_mistaken_for_rewards(
+    saved: Callable[..., Path], tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is named in full, says what it is, and what would be a reward."""
+
+    def message(location: Path | str) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            RewardModel.from_pretrained(location)
+        assert "A reward is a folder with config.json and reward_head.safetensors" in str(caught.value)
+        return str(caught.value)
+
+    run, latents, pictures = (tmp_path / name for name in ("run", "latents", "pictures"))
+    run.mkdir()
+    (run / "train_config.json").write_text("{}")
+    assert f"{run} is no reward: it is a training run that has not saved a checkpoint yet" in message(run)
+    saved("dina").rename(run / "last")
+    assert f"take its last checkpoint, {run / 'last'}" in message(run)
+    (latents / "pairs").mkdir(parents=True)
+    (latents / "manifest.json").write_text("{}")
+    assert "it holds latents that `dina-lrm prepare` made" in message(latents)
+    assert "it is a diffusers pipeline, whose place is pipeline=..." in message(tiny_backbone)
+    adapter = run / "last" / "backbone_adapter"
+    assert f"it is a LoRA adapter without a reward head; the reward it belongs to is {run / 'last'}" in (
+        message(adapter)
+    )
+    assert "'_class_name'" not in message(tiny_backbone / "transformer")
+    assert "its entries are _class_name, " in message(tiny_backbone / "transformer")
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"")
+    monkeypatch.chdir(pictures)
+    assert f"{pictures} is no reward: there is no config.json among a.png" in message(".")
 
 
 # --- atomic writing

@@ -297,3 +297,66 @@ def test_a_model_on_meta_counts_but_does_not_score(tiny_backbone: Path) -> None:
     assert model.num_parameters()["trainable"] == sum(p.numel() for p in real.trainable_parameters())
     with pytest.raises(UntrainedModelError, match="meta"):
         model.score_latents(tiny_latents(), tiny_conditioning())
+
+
+# --- numbers and precision of the caller
+
+
+def test_numbers_of_numpy_are_numbers(complete: RewardModel) -> None:
+    picture = Image.linear_gradient("L").resize((16, 16))
+    expected = complete.score(PROMPT, picture, 0.25, seed=7, num_draws=2).scores
+    for level, seed in ((np.float32(0.25), np.int64(7)), (np.float64(0.25), np.array(7))):
+        found = complete.score(PROMPT, picture, level, seed=seed, num_draws=np.int64(2)).scores
+        assert torch.equal(found, expected)
+    several = complete.score(PROMPT, [picture] * 3, [0.25, 0.5], seed=[1, 2, 3]).scores
+    for seeds in (np.array([1, 2, 3]), torch.tensor([1, 2, 3]), (1, np.int64(2), 3)):
+        found = complete.score(PROMPT, [picture] * 3, [np.float32(0.25), 0.5], seed=seeds).scores
+        assert torch.equal(found, several)
+
+
+def test_arrays_of_levels_are_as_tensors(model: RewardModel) -> None:
+    args = (tiny_latents(), tiny_conditioning())
+    for levels in (torch.tensor([0.1, 0.4, 0.7]), torch.rand(2, 3)):
+        expected = model.score_latents(*args, levels, seed=0)
+        assert torch.equal(model.score_latents(*args, levels.double().numpy(), seed=0), expected)
+    assert torch.equal(
+        model.score_latents(*args, np.array(0.4), seed=0), model.score_latents(*args, 0.4, seed=0)
+    )
+    with pytest.raises(InvalidInputError, match="for an ensemble give a list of numbers"):
+        model.score_latents(*args, np.array([0.1, 0.4]), seed=0)
+    with pytest.raises(InvalidInputError, match="array of <U3: it must hold numbers"):
+        model.score_latents(*args, np.array(["0.4"] * 3), seed=0)
+
+
+def test_long_and_negative_seeds_are_seeds_of_their_own(model: RewardModel) -> None:
+    seeds = [0, 2**32, 2**33, 2**63, 2**64 - 1, -1, -(2**63)]
+    latents, conditioning = tiny_latents(1).expand(7, -1, -1, -1), tiny_conditioning(1)
+    assert len(set(model.score_latents(latents, conditioning, 0.7, seed=seeds).tolist())) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_callers_autocast_does_not_reach_a_score(tiny_pipeline: Path, dtype: torch.dtype) -> None:
+    """Nor the embeddings that are kept for later."""
+    plain, inside = (make_tiny_reward(tiny_pipeline).requires_grad_(False) for _ in range(2))
+    a, b = (Image.linear_gradient("L").resize(size) for size in ((16, 16), (24, 16)))
+    with torch.autocast("cpu", dtype=dtype):
+        scores = inside.score(PROMPT, [a, b], [0.2, 0.5], num_draws=2).scores
+        probability = inside.compare(PROMPT, a, b)
+        ranked = inside.rank(PROMPT, [a, b])
+        latents, conditioning = inside.encode_images(a), inside.encode_prompts(PROMPT)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, plain.score(PROMPT, [a, b], [0.2, 0.5], num_draws=2).scores)
+    assert probability == plain.compare(PROMPT, a, b)
+    assert [item.score for item in ranked] == [item.score for item in plain.rank(PROMPT, [a, b])]
+    assert torch.equal(latents, plain.encode_images(a))
+    assert torch.equal(conditioning.prompt_embeds, plain.encode_prompts(PROMPT).prompt_embeds)
+
+
+def test_latents_are_scored_in_the_callers_autocast(model: RewardModel) -> None:
+    """An alignment run says with it in which precision its reward is computed."""
+    args = (tiny_latents(), tiny_conditioning(), 0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model.score_latents(*args, seed=0)
+    exact = model.score_latents(*args, seed=0)
+    assert not torch.equal(rough.float(), exact)
+    torch.testing.assert_close(rough.float(), exact, atol=0.2, rtol=0)

@@ -21,7 +21,7 @@ from tests.unit.serving_labelling.conftest import make_items, write_rows
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "absent.jsonl"], "no items to label at absent.jsonl"),
+        (["--input", "absent.jsonl"], "no items to label: nothing at absent.jsonl"),
         (["--choose", "uncertain"], "needs a reward"),
         (["--raters-per-pair", "0"], "--raters-per-pair is at least 1; got 0"),
         (["--port", "70000"], "--port is in [0, 65535]"),
