@@ -69,7 +69,9 @@ def reward(folder, rows):
 def test_training_leaves_a_whole_checkpoint(reward):
     for name in ("config.json", "reward_head.safetensors", "README.md", "metrics.jsonl", "train_config.json"):
         assert (reward / name).is_file(), name
-    rejects = [json.loads(line) for line in (reward / "rejects_train.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (reward / "pairs" / "train" / "rejects.jsonl").read_text().splitlines()
+    ]
     assert [reject["row"] for reject in rejects] == [40]
     assert not list(reward.rglob("*.pkl"))
     assert not list(reward.rglob("*.tmp"))
