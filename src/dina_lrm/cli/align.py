@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> int:
     from dina_lrm import alignment_recipes as recipes
 
-    if not arguments or {"-h", "--help"} & set(arguments[:2]):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print_recipes(to_stderr=not arguments)
         return 0 if arguments else 2
     algorithms, generators = get_args(recipes.AlgorithmName), get_args(recipes.GeneratorName)

@@ -510,7 +510,7 @@ def test_the_command(tiny_pipeline: Path, tmp_path: Path, capsys: pytest.Capture
     assert cli.main(command) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["num_pairs"] == 11
-    assert "comparisons" in told.err
+    assert "15 of 15 pairs" in told.err
     assert cli.main([*command[:2], "--root", str(tmp_path / "none"), "--output", "x"]) == 2
     assert "no folder of hpdv3: nothing at" in capsys.readouterr().err
     assert cli.main([*command, "--processes", "0"]) == 2

@@ -110,7 +110,7 @@ def test_moved_items_are_named(store: VoteStore, items: Items, tmp_path: Path) -
     new.mkdir()
     for file in [items.path, *items.pictures]:
         Path(str(file)).rename(new / Path(str(file)).name)
-    with pytest.raises(InvalidInputError, match=r"no items to label at .*items\.jsonl"):
+    with pytest.raises(InvalidInputError, match=r"no items to label: nothing at .*items\.jsonl"):
         export_votes(store.path, tmp_path / "rows.jsonl")
     export_votes(store.path, tmp_path / "rows.jsonl", new / "items.jsonl")
     assert rows_of(tmp_path / "rows.jsonl")[0]["chosen"].startswith("new/")
