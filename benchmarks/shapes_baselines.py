@@ -36,7 +36,8 @@ from dina_lrm import recipes
 from dina_lrm.build import reward_model
 from dina_lrm.config import TrainConfig
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.data.pairs import load_image, read_pairs
+from dina_lrm.data.own_rows import read_pairs
+from dina_lrm.data.pairs import load_image
 from dina_lrm.data.sources import read_source
 from dina_lrm.evaluation import figures
 from dina_lrm.evaluation.baselines import ClipScore, PickScore, PixelFusion, PixelNetwork, RewardScorer

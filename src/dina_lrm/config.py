@@ -6,6 +6,7 @@ help. The resolved config is stored with the run. Nothing here builds anything: 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ __all__ = [
 
 
 ConfigT = TypeVar("ConfigT")
+
+MOST_STEPS = 1_000_000_000
+"""Optimizer steps of a run; more is a slip of the keyboard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,19 +68,25 @@ class ModelConfig:
 class DataConfig:
     """Where the pairs come from, and what their votes mean."""
 
-    train: str = "shapes"
-    """Training pairs: "shapes" (made on the spot), a folder of `dina-lrm prepare`, a latents file
-    (.safetensors) or a folder of them, or preference rows (.jsonl, .parquet), which are encoded first."""
-    validation: str | None = "shapes"
-    """Validation pairs, in the same forms. None: no validation, and the model stays uncalibrated."""
+    train: str | None = "shapes"
+    """Training pairs: "shapes" (made on the spot); a folder of `dina-lrm prepare`; a latents file
+    (.safetensors) or a folder of them; preference rows (.jsonl, .json, .csv, .parquet) or a folder of pairs
+    (NAME.txt, NAME.chosen.png, NAME.rejected.png), which are prepared first, in OUTPUT/pairs. None: to be
+    given."""
+    validation: str | None = "auto"
+    """Validation pairs, in the same forms. auto: shapes pairs where those are trained on, otherwise a part of
+    the training pairs, set aside by prompt and picture. None: no validation, and the model stays
+    uncalibrated."""
+    validation_fraction: float = 0.1
+    """Share of the training pairs set aside; read only when validation = "auto"."""
+    max_validation_pairs: int = 2000
+    """Set aside at most, whatever the share; read only when validation = "auto"."""
     train_prompts: int = 6000
     """Prompts of the shapes training pairs; read only when train = "shapes"."""
     validation_prompts: int = 500
-    """Prompts of the shapes validation pairs; read only when validation = "shapes"."""
+    """Prompts of the shapes validation pairs; read only for those."""
     cache_gigabytes: float = 2.0
     """Prepared latents kept in memory by each process, and as much again of prompt embeddings."""
-    image_root: str | None = None
-    """Folder that relative image paths start from; None: the folder of the rows file."""
     labels: Literal["votes", "majority"] = "votes"
     """Train towards the share of votes for `chosen`, or towards 1 for the side with most votes.
     No effect on pairs without votes, whose target is 1 either way."""
@@ -239,9 +249,22 @@ class TrainConfig:
             if not condition:
                 raise InvalidInputError(f"{field} = {value!r}: must be {allowed}")
 
-        require(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "at least 1")
+        require(1 <= self.num_steps <= MOST_STEPS, "num_steps", self.num_steps, f"in [1, {MOST_STEPS:,}]")
+        for name in ("batch_size", "accumulation_steps", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        for part, names in (
+            (self.data, ("train_prompts", "validation_prompts", "max_validation_pairs")),
+            (self.validation, ("every", "max_pairs", "batch_size")),
+        ):
+            where = "data" if part is self.data else "validation"
+            for name in names:
+                value = getattr(part, name)
+                require(value >= 1, f"{where}.{name}", value, "at least 1")
+        fraction = self.data.validation_fraction
+        require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
+        cache = self.data.cache_gigabytes
+        require(0 < cache < math.inf, "data.cache_gigabytes", cache, "positive")
         require(
             self.batch_size % self.accumulation_steps == 0,
             "batch_size",
@@ -259,17 +282,14 @@ class TrainConfig:
         )
         budget = self.time_budget_seconds
         require(budget is None or budget > 0, "time_budget_seconds", budget, "positive, or None")
-        for period in ("log_every", "checkpoint_every"):
-            require(getattr(self, period) >= 1, period, getattr(self, period), "at least 1")
         patience = self.validation.patience
         require(patience is None or patience >= 1, "validation.patience", patience, "at least 1, or None")
-        require(self.validation.every >= 1, "validation.every", self.validation.every, "at least 1")
         levels = [*self.validation.noise_levels, *(s for e in self.validation.ensembles for s in e)]
         for sigma in levels:
             require(0.0 <= sigma <= 1.0, "validation noise level", sigma, "in [0, 1]")
         require(len(levels) > 0, "validation.noise_levels", levels, "at least one level or ensemble")
         require(
-            self.optimizer.learning_rate > 0,
+            0 < self.optimizer.learning_rate < math.inf,
             "optimizer.learning_rate",
             self.optimizer.learning_rate,
             "positive",

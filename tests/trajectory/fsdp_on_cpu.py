@@ -29,12 +29,12 @@ def accelerator(**settings: Any) -> Accelerator:
 
 
 def margins(*args: Any, **settings: Any) -> Any:
-    found, target = validation_margins(*args, **settings)
+    found = validation_margins(*args, **settings)
     output = Path(sys.argv[sys.argv.index("--output") + 1])
     if PartialState().is_main_process:
-        labelled = {levels_label(levels): values.tolist() for levels, values in found.items()}
+        labelled = {levels_label(levels): values.tolist() for levels, values in found.by_levels.items()}
         (output / "margins.json").write_text(json.dumps(labelled))
-    return found, target
+    return found
 
 
 if __name__ == "__main__":

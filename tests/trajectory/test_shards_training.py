@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -280,7 +281,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
     assert furthest < 1e-5
 
     held = json.loads((tmp_path / "cut" / "margins.json").read_text())
-    saved, _ = validation_margins(
+    saved = validation_margins(
         PairScorer(RewardModel.from_pretrained(tmp_path / "cut")),
         LatentShards.open(shards),
         [tuple(map(float, label.split("+"))) for label in held],
@@ -289,7 +290,7 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
         batch_size=7,
         seed=recipe("shapes").seed,
     )
-    for levels, margins in saved.items():
+    for levels, margins in saved.by_levels.items():
         assert sorted(margins.tolist()) == pytest.approx(sorted(held[levels_label(levels)]), abs=1e-5)
 
 
@@ -325,7 +326,9 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(
     settings = config(tiny_pipeline, shards, tmp_path / "told", num_steps=60, checkpoint_every=1000)
     calm = replace(settings, output=str(tmp_path / "calm"))
     run = [sys.executable, "-m", "dina_lrm"]
-    process = subprocess.Popen([*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*run, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     lines = tmp_path / "told" / "metrics.jsonl"
     while process.poll() is None and not (lines.exists() and lines.stat().st_size):
         time.sleep(0.01)
@@ -335,9 +338,36 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(
     assert process.returncode == 143, told[-3000:]
     step = json.loads((tmp_path / "told" / "last" / "training_state" / "position.json").read_text())["step"]
     assert 1 <= step < 60
-    assert f"interrupted at step {step}" in told
-    again = told.strip().splitlines()[-1].removeprefix("go on with: dina-lrm ")
+    assert f"interrupted; step {step} was finished, and {tmp_path / 'told' / 'last'} holds it" in told
+    again = told.strip().splitlines()[-1].partition("go on with: dina-lrm ")[2]
     assert again.endswith("--resume")
     for command in (shlex.split(again), arguments(calm)):
         subprocess.run([*run, *command], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     assert_same_weights(tmp_path / "calm", tmp_path / "told")
+
+
+def test_two_processes_prepare_rows_once_and_stop_together(
+    tiny_pipeline: Path, shards: Path, tmp_path: Path
+) -> None:
+    """One of the two is told to stop: both end, after the same step, with a checkpoint that goes on."""
+    settings = config(tiny_pipeline, shards.parent / "rows.jsonl", tmp_path / "two", num_steps=2000)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "-m", "dina_lrm"]
+    settings = replace(settings, checkpoint_every=10_000, data=replace(settings.data, validation=None))
+    with subprocess.Popen(
+        [*launch, *arguments(settings)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines = tmp_path / "two" / "metrics.jsonl"
+        while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+            time.sleep(0.05)
+        workers = [one for one in psutil.Process(process.pid).children() if "dina_lrm" in one.cmdline()]
+        assert len(workers) == 2
+        workers[-1].send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=300)[1]
+    assert process.returncode != 0
+    assert "was finished" in told
+    assert (tmp_path / "two" / "pairs" / "train" / "manifest.json").is_file()
+    position = json.loads((tmp_path / "two" / "last" / "training_state" / "position.json").read_text())
+    assert 1 <= position["step"] < 2000
+    assert f"step {position['step']} was finished" in told

@@ -138,11 +138,11 @@ def test_loss_falls_and_only_what_should_train_moves(
 def test_the_trained_model_has_defaults_from_validation_and_loads_again(
     new_model: Callable[..., RewardModel],
     train_pairs: LatentPairs,
-    validation_pairs: LatentPairs,
     tiny_backbone: Path,
     tmp_path: Path,
 ) -> None:
     model = new_model()
+    validation_pairs = make_pairs(64, seed=2)
     result = train(replace(CONFIG, output=str(tmp_path / "run")), model, train_pairs, validation_pairs)
     assert set(result.validation) == {"0.2", "0.6", "0.2+0.6"}
     assert model.trained
@@ -164,6 +164,30 @@ def test_the_trained_model_has_defaults_from_validation_and_loads_again(
         loaded, validation_pairs, noise_levels=(0.2, 0.6), ensembles=((0.2, 0.6),), num_draws=2
     )
     assert evaluation.default.reliability.scale == result.calibration_scale
+
+
+def test_validation_that_a_coin_could_reach_chooses_nothing(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, tmp_path: Path
+) -> None:
+    """Votes that have nothing to do with the pictures: the default level stays, no scale is stored."""
+    noise = make_pairs(64, seed=2)
+    coin = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.5
+    noise = replace(noise, target=coin.float())
+    model = new_model()
+    default = model.config.noise_levels
+    result = train(replace(CONFIG, num_steps=3, output=str(tmp_path)), model, train_pairs, noise)
+    assert result.noise_levels is None
+    assert result.calibration_scale is None
+    assert result.uncalibrated is not None
+    assert "of 64 validation pairs right, which a coin may get too" in result.uncalibrated
+    assert (model.config.noise_levels, model.config.calibration) == (default, None)
+
+
+def test_a_batch_larger_than_the_pairs_is_refused_by_name(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
+) -> None:
+    with pytest.raises(InvalidInputError, match=r"batch_size = 100000: must be in \[1, 64\]"):
+        train(replace(CONFIG, batch_size=100_000), new_model(), train_pairs)
 
 
 def test_metrics_are_written_and_told(
@@ -472,7 +496,7 @@ def test_a_time_budget_stops_cleanly(
     result = train(config, new_model(), train_pairs, validation_pairs)
     assert result.stopped_by == "time_budget"
     assert 1 <= result.steps < 10**6
-    assert result.noise_levels is not None
+    assert result.margins is not None
     assert (
         json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"]
         == result.steps

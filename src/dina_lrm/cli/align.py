@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table, stderr, stdout
+from dina_lrm.cli.console import UsageError, log, print_json, print_table, resumable, stderr, stdout
 from dina_lrm.cli.options import JsonFlag
 from dina_lrm.cli.train import resuming
 
@@ -59,15 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         config = replace(config, reward=replace(config.reward, models=options.rewards))
     if config.output is None:
         config = replace(config, output=f"runs/{algorithm}-{generator}")
-    from dina_lrm.training.interrupt import Interrupted, raising_interrupted
-
-    try:
-        with raising_interrupted():
-            return run(config, as_json=options.as_json)
-    except Interrupted as interrupted:
-        log(str(interrupted))
-        log(f"go on with: {resuming('align', arguments)}")
-        return interrupted.exit_code
+    with resumable(f"go on with: {resuming('align', arguments)}"):
+        return run(config, as_json=options.as_json)
 
 
 def run(config: "AlignConfig", *, as_json: bool) -> int:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from dina_lrm.cli.console import log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
 from dina_lrm.files import write_whole
 
@@ -28,8 +29,8 @@ class Audit:
     """The other set; by default the same source."""
     against_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """By default the same folder."""
-    against_split: str = "train"
-    """Split of the other set."""
+    against_split: str | None = None
+    """Split of the other set; by default train, or the only one that it has."""
     images: bool = True
     """Hash the images; without, only prompts are compared."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.data.inspection import PHASH_DISTANCE, audit
     from dina_lrm.data.sources import read_source
 
-    other_name = options.against or options.source
-    against_split = None if other_name in ("jsonl", "folder") else options.against_split
+    other_name, against_split = options.against or options.source, other_split(options)
     tested = read_source(options.source, options.root, split=options.split, check_images="none")
     other = read_source(
         other_name,
@@ -53,13 +53,12 @@ def main(arguments: Sequence[str]) -> int:
         split=against_split,
         check_images="none",
     )
-    with progress_bar("images") as progress:
-        task = progress.add_task("hashing", total=None)
+    with WorkProgress() as progress:
         found = audit(
             tested,
             other,
             look_at_images=options.images,
-            on_image=lambda done: progress.update(task, completed=done),
+            on_image=partial(progress.tell, "images"),
         )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,3 +87,30 @@ def main(arguments: Sequence[str]) -> int:
         ["", "found"], rows, title=f"{options.source} against {other_name} {against_split or ''}".rstrip()
     )
     return 0
+
+
+def other_split(options: Audit) -> str | None:
+    """Split of the other set; UsageError where that would be the tested set once more."""
+    from dina_lrm.data.sources import LOCAL, SOURCES
+
+    name = options.against or options.source
+    own, other = SOURCES.get(options.source), SOURCES.get(name)
+    split = options.against_split
+    if split is None and other is not None:
+        if "train" in other.splits:
+            split = "train"
+        elif len(other.splits) == 1:
+            split = other.default_split
+        else:
+            raise UsageError(f"{name} has no split train: give --against-split {'|'.join(other.splits)}")
+    tested = options.split or (own.default_split if own is not None else None)
+    root = options.against_root or options.root
+    if options.source not in (*SOURCES, *LOCAL):
+        return split  # which `read_source` refuses by name
+    if (name, root.resolve(), split) == (options.source, options.root.resolve(), tested):
+        of = f"split {split} of {name}" if split else name
+        raise UsageError(
+            f"nothing to compare with: {of} is the tested set itself. Say what a model was trained on: "
+            "--against SOURCE --against-root DIR, or another --against-split"
+        )
+    return split

@@ -1,4 +1,5 @@
-"""`dina-lrm compare PROMPT A B`: which of two images people would prefer, as a probability."""
+"""`dina-lrm compare PROMPT A B`: which of two images people would prefer, as a probability; or a file of
+pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,24 +9,26 @@ from typing import Annotated
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table
-from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, read_image, scoring_levels
+from dina_lrm.cli.file_mode import FileOptions, refuse_file_flags, run_file
+from dina_lrm.cli.listed import find_pictures
+from dina_lrm.cli.options import JsonFlag, ModelOptions, check_prompt, parse, refuse
+from dina_lrm.scaling.settings import COMPARE, Viewing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Probability that image A is preferred to image B for a prompt."""
+    """Probability that image A is preferred to image B for a prompt, or for every row of a file.
 
-    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
-    """What the images should show."""
-    image_a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """A file."""
-    image_b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """A file."""
+    The rows of --input have the columns prompt, image_a and image_b.
+    """
+
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
+    """What the images should show. Not with --input."""
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="A B")] = ()
+    """The two picture files."""
+    file: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
-    noise_levels: NoiseLevels = ()
-    """0 is clean, 1 is pure noise; several are one ensemble; auto: the model's own."""
-    seed: int = 0
-    """Of the noise; both images get the same."""
+    viewing: Annotated[Viewing, tyro.conf.arg(name="")] = field(default_factory=Viewing)
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """View the images one noise level after another and stop when it is settled which leads, instead of at
     --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-views."""
@@ -34,38 +37,62 @@ class Compare:
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = tyro.cli(Compare, prog="dina-lrm compare", args=arguments)
-    images = [read_image(path) for path in (options.image_a, options.image_b)]
+    options = parse(Compare, "compare", arguments)
+    if options.adaptive:
+        refuse(arguments, ["--noise-levels", "--num-draws"], "is chosen by --adaptive: leave it out")
+    if options.file.input is not None:
+        if options.prompt or options.images:
+            raise UsageError("--input brings its own prompts and images; leave out the others")
+        refuse(arguments, ["--adaptive"], "is for two images on the command line")
+        scoring = options.viewing.scoring()
+        return run_file(options.file, options.model, scoring, COMPARE, as_json=options.as_json)
+    refuse_file_flags(arguments)
+    refuse(arguments, ["--batch-size"], "goes with --input")
+    check_prompt("compare", options.prompt, options.images)
+    if not options.prompt.strip() or len(options.images) != 2:
+        raise UsageError(
+            'give a prompt and two images, as in: dina-lrm compare "a red circle" a.png b.png; '
+            "or --input FILE"
+        )
+    return compare_images(options)
+
+
+def compare_images(options: Compare) -> int:
+    """The probability for one pair."""
+    from dina_lrm.data.pairs import load_image
+
+    prompt, viewing = options.prompt, options.viewing
+    find_pictures(options.images, skip_bad=False)
+    pictures = [load_image(Path(name)) for name in options.images]
     model = options.model.load()
     if options.adaptive:
-        if options.noise_levels:
-            raise UsageError("--adaptive chooses the noise levels: leave out --noise-levels")
-        found = model.compare_views(options.prompt, *images, seed=options.seed)
+        found = model.compare_views(prompt, *pictures, seed=viewing.seed)
         probability, views = found.probability, found.views
         assert model.config.adaptive is not None
         levels = list(model.config.adaptive.noise_levels[:views])
     else:
-        levels, views = scoring_levels(options.noise_levels, model), None
-        probability = float(model.compare(options.prompt, *images, noise_levels=levels, seed=options.seed))
+        levels, views = viewing.levels(model.config.noise_levels), None
+        probability = model.compare(
+            prompt, *pictures, noise_levels=levels, seed=viewing.seed, num_draws=viewing.num_draws
+        )
+    image_a, image_b = options.images
     if options.as_json:
         print_json(
             {
-                "prompt": options.prompt,
-                "image_a": str(options.image_a),
-                "image_b": str(options.image_b),
-                "probability_a_preferred": probability,
+                "prompt": prompt,
+                "image_a": image_a,
+                "image_b": image_b,
+                "probability_a_preferred": float(probability),
                 "noise_levels": levels if isinstance(levels, list) else [levels],
                 "views": views,
-                "seed": options.seed,
+                "num_draws": None if options.adaptive else viewing.num_draws,
+                "seed": viewing.seed,
                 "model": options.model.model,
             }
         )
         return 0
-    rows = [
-        (str(options.image_a), f"{probability:.1%}"),
-        (str(options.image_b), f"{1 - probability:.1%}"),
-    ]
-    print_table(["image", "preferred"], rows, title=options.prompt)
+    rows = [(image_a, f"{probability:.1%}"), (image_b, f"{1 - probability:.1%}")]
+    print_table(["image", "preferred"], rows, title=prompt)
     if views is not None:
         log(f"settled after {views} views of each image")
     return 0

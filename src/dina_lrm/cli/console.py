@@ -5,19 +5,24 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from dina_lrm.errors import ScoringError
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from dina_lrm.training.progress import StepMetrics
 
 
-LOGGED_EVERY = 4096
-"""Comparisons between two lines of progress where their total is not known."""
+WIDE = 10_000
+"""Columns of a table that is not read on a terminal."""
+
+LONGEST_SECONDS, LEAST_SECONDS = 30.0, 2.0
+"""Between two lines of progress: at most, and at least however quick the work."""
 
 
 class UsageError(Exception):
@@ -59,7 +64,9 @@ def log_validation(metrics: "StepMetrics") -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """One JSON object on one line of stdout. NaN and infinity are not JSON and would be a fault of ours."""
-    print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    # Bytes of a file's name that are not UTF-8 are halves of surrogate pairs here, which JSON can escape.
+    print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def print_table(
@@ -78,66 +85,93 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    stdout().print(table)
+    console = stdout()
+    if not console.is_terminal:  # a program reads it: no cell is folded, so that names stay whole
+        console.width = WIDE
+    console.print(table)
 
 
-def progress_bar(unit: str) -> "Progress":
-    """A bar on stderr with rate and time left; nothing is drawn when stderr is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+class WorkProgress:
+    """Rate and time left of long work: a bar on a terminal, elsewhere a line at least every 20th of it or
+    every half a minute, whichever comes first.
 
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(compact=True),
-        console=stderr(),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+    Args:
+        totals: how much there is to do of each kind, where it is known beforehand.
+        draw: a bar on a terminal; without, lines there too, as beside a server's log.
+    """
 
+    def __init__(self, totals: Mapping[str, int | None] | None = None, *, draw: bool = True) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-class ComparisonProgress:
-    """Rate and time left of going through a data set: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int | None) -> None:
-        self.total = total
-        self.bar = progress_bar("")
+        self.totals = dict(totals or {})
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+            console=stderr(),
+            transient=True,
+            disable=not (draw and sys.stderr.isatty()),
+        )
         self.task: Any = None
         self.kind = ""
-        self.started, self.told = time.perf_counter(), 0
+        self.started = self.told_at = time.perf_counter()
+        self.told = 0
 
-    def __enter__(self) -> "ComparisonProgress":
+    def __enter__(self) -> "WorkProgress":
         self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def tell(self, kind: str, done: int, found: int) -> None:
-        """Of `done` comparisons ("pairs"), or of another kind, `found` were there from an earlier run."""
+    def tell(self, kind: str, done: int, found: int = 0, *, total: int | None = None) -> None:
+        """Of one kind of work, such as "pairs", so many are done, of which an earlier run had done `found`:
+        the rate is this run's."""
+        total = self.totals.get(kind) if total is None else total
+        now = time.perf_counter()
         if kind != self.kind:
-            self.kind, self.told = kind, 0
-            self.task = self.bar.add_task(kind, total=self.total if kind == "pairs" else None)
-        rate = (done - found) / max(time.perf_counter() - self.started, 1e-9)
-        self.bar.update(self.task, completed=done, description=f"{kind}, {rate:.1f} a second")
-        every = LOGGED_EVERY if self.total is None else max(1, self.total // 20)
-        if not self.bar.disable or kind != "pairs" or done - self.told < every:
+            if self.kind:  # the first kind is timed from the beginning
+                self.started = self.told_at = now
+            self.kind, self.told = kind, found
+            self.task = self.bar.add_task(kind, total=total, pace="")
+        rate = (done - found) / max(now - self.started, 1e-9)
+        pace = f"{rate:.3g} a second"
+        if total is not None and total > done and rate > 0:  # a total may count a row of several pairs as one
+            pace += f", {duration((total - done) / rate)} left"
+        self.bar.update(self.task, completed=done, total=total, pace=pace)
+        if not self.bar.disable or done == self.told:
             return
-        self.told = done
-        of, left = "", ""
-        if self.total is not None and done <= self.total:  # which counts a row of a list as one
-            of = f" of {self.total:,}"
-            left = f", {(self.total - done) / rate / 60:.0f} min left" if rate > 0 else ""
-        log(f"  {done:,}{of} comparisons, {rate:.1f} a second{left}")
+        steps_on = total is not None and 20 * (done - self.told) >= total
+        if now - self.told_at < (LEAST_SECONDS if steps_on else LONGEST_SECONDS):
+            return
+        self.told, self.told_at = done, now
+        of = f" of {total:,}" if total is not None and total >= done else ""
+        log(f"  {done:,}{of} {kind}, {pace}")
+
+
+def duration(seconds: float) -> str:
+    """Time for people.
+
+    >>> duration(42.4), duration(250), duration(3 * 3600 + 300)
+    ('42 s', '4 min', '3 h 5 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def resumable(hint: str) -> Iterator[None]:
+    """Work that goes on when it is started again: if it is interrupted, or fails for want of a disk or a
+    network, the line on stderr is followed by the hint."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, ScoringError, MemoryError, ChildProcessError) as error:
+        error.add_note(hint)
+        raise
 
 
 @cache

@@ -17,10 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr
-from dina_lrm.cli.options import JsonFlag
+from dina_lrm.cli.options import JsonFlag, parse
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
@@ -37,19 +35,19 @@ class Demo:
     """Generate, train, measure and rank, offline; writes one HTML report."""
 
     output: Path = Path("runs/demo")
-    """Folder for report.html, results.json and the freshly trained reward."""
+    """Folder that receives report.html, results.json and the freshly trained reward."""
     train_seconds: float = 90.0
     """Time for training, evaluation not counted."""
     train_prompts: int = 130
-    """Captions that training pairs are made of."""
+    """Number of captions that training pairs are made of."""
     test_prompts: int = 80
-    """Captions, with new pictures and votes, that both rewards are measured on."""
+    """Number of captions, with new pictures and votes, that both rewards are measured on."""
     num_samples: int = 12
-    """Pictures in the first gallery."""
+    """Number of pictures in the first gallery."""
     num_rankings: int = 5
-    """Captions whose pictures are ranked."""
+    """Number of captions whose pictures are ranked."""
     seed: int = 0
-    """Of captions, pictures, votes, and training."""
+    """Seed of captions, pictures, votes and training."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
@@ -78,7 +76,7 @@ def stderr_line(_: str) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = tyro.cli(Demo, prog="dina-lrm demo", args=arguments)
+    options = parse(Demo, "demo", arguments)
     for name in ("train_prompts", "test_prompts", "num_samples", "num_rankings"):
         if getattr(options, name) < 2:
             raise UsageError(f"--{name.replace('_', '-')} is at least 2; got {getattr(options, name)}")
@@ -295,13 +293,14 @@ def rank_pictures(
 ) -> "list[Ranking]":
     """Each caption's pictures in the reward's order, with the gold judge's opinion."""
     from dina_lrm.cli.demo_report import JudgedPicture, Ranking
-    from dina_lrm.cli.options import scoring_levels
+    from dina_lrm.scaling.settings import Viewing
     from dina_lrm.shapes.judge import judge
 
     rankings: list[Ranking] = []
     for caption, group in zip(captions, groups, strict=False):
         images = [image for _, image in group]
-        output = model.score([caption] * len(images), images, noise_levels=scoring_levels((), model), seed=0)
+        levels = Viewing().levels(model.config.noise_levels)
+        output = model.score([caption] * len(images), images, noise_levels=levels, seed=0)
         pictures: list[JudgedPicture] = []
         for (made_with, image), score in zip(group, output.scores.tolist(), strict=True):
             opinion = judge(image, caption)

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import tyro
 
 from dina_lrm.cli.console import print_json, stdout
-from dina_lrm.cli.options import JsonFlag, ModelOptions, find_device, scoring_levels
+from dina_lrm.cli.options import JsonFlag, ModelOptions, find_device, parse
+from dina_lrm.scaling.settings import Viewing
 
 PACKAGES = (
     "torch",
@@ -60,7 +61,7 @@ class Finding:
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = tyro.cli(Doctor, prog="dina-lrm doctor", args=arguments)
+    options = parse(Doctor, "doctor", arguments)
     findings: list[Finding] = []
     console = stdout()
 
@@ -202,7 +203,7 @@ def check_score(model: Any) -> str:
 
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(220, 40, 40))
-    levels = scoring_levels((), model)
+    levels = Viewing().levels(model.config.noise_levels)
     seconds: list[float] = []
     scores: list[float] = []
     for _ in range(2):

@@ -4,17 +4,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import ComparisonProgress, UsageError, log, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_device, parse_noise_levels
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
-    from dina_lrm.data.latents import LatentPairs
+    from dina_lrm.data.shards import PairSet
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
     from dina_lrm.evaluation.paired import PairedDifference
@@ -27,7 +28,11 @@ TEST_STREAM = 7
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a reward on a benchmark: at single noise levels, as ensembles, and its calibration."""
+    """Measure a reward on pairs: accuracy with intervals, noise levels, ensembles, calibration.
+
+    On your own prepared pairs (--pairs), on a public benchmark (--benchmark NAME --root DIR), or on pairs of
+    the bundled shapes domain, which is the default.
+    """
 
     benchmark: Literal[
         "shapes",
@@ -70,18 +75,20 @@ class Evaluate:
     clip-score pickscore=FOLDER unified-reward=http://HOST:PORT@MODEL. Names are those of the baselines
     guide. Writes costs.html too. Not for shapes."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/BENCHMARK where the
-    model is a folder, and runs/evaluation/BENCHMARK otherwise. On a public benchmark an interrupted run goes
-    on where it stopped when the same command is given again."""
-    pairs: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Encoded pairs (.safetensors) instead of new ones; written there when the file does not exist yet."""
+    """Receives results.json, results.md and scores.parquet. By default MODEL/evaluation/NAME where the model
+    is a folder, and runs/evaluation/NAME otherwise; NAME is the benchmark or the pairs. On a public
+    benchmark an interrupted run goes on where it stopped when the same command is given again."""
+    pairs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER|FILE")] = None
+    """Pairs of latents: a folder of `dina-lrm prepare`, or a file (.safetensors). For a file that does not
+    exist yet shapes pairs are made and kept there."""
     num_prompts: int = 700
-    """Captions that test pairs are made of."""
+    """Captions that new shapes pairs are made of."""
     noise_levels: NoiseLevels = ()
-    """Single levels to measure beside the model's own; auto: 0 to 0.9 for shapes, none for the others."""
+    """Single levels to measure beside the model's own; auto: 0 to 0.9 for pairs of latents, none for public
+    benchmarks."""
     ensembles: tuple[str, ...] | None = None
     """Lists of levels, each measured joined as tokens and as a mean of scores. By default 0.2,0.5,0.7 for
-    shapes, none for the others."""
+    pairs of latents, none for public benchmarks."""
     num_draws: int = 1
     """More than 1 measures the default over that many noise draws too."""
     learn_views: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -97,43 +104,37 @@ class Evaluate:
     """Print one JSON object instead of a table."""
 
 
+PUBLIC_ONLY = ("root", "split", "rule", "tie_threshold", "threshold_split", "against", "scorers")
+"""Options that only a public benchmark reads."""
+
+
 def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Evaluate, prog="dina-lrm evaluate", args=arguments)
     for name in ("num_prompts", "num_draws", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1; got {getattr(options, name)}")
-    if (options.benchmark == "shapes") != (options.root is None):
-        raise UsageError("--root DIR goes with every benchmark but shapes, and not with shapes")
+    if not 0 < options.max_turned < 1:
+        raise UsageError(f"--max-turned is between 0 and 1; got {options.max_turned:g}")
+    refuse_ignored(options)
     if options.benchmark != "shapes":
+        if options.root is None:
+            raise UsageError(f"--benchmark {options.benchmark} needs --root DIR, the folder of its files")
         return evaluate_public(options)
     if options.learn_views and not Path(options.model.model).is_dir():
         raise UsageError("--learn-views stores what it learns in the model's folder: give --model FOLDER")
-    if options.scorers:
-        raise UsageError("--scorers goes with a public benchmark, not with shapes")
     ensembles = [
         parse_noise_levels(levels)
         for levels in (("0.2,0.5,0.7",) if options.ensembles is None else options.ensembles)
     ]
     model = options.model.load()
 
-    from dina_lrm.build import shapes_pairs
-    from dina_lrm.data.latents import LatentPairs, mix_seeds
     from dina_lrm.evaluation.benchmarks import SWEEP_LEVELS, evaluate_latent_pairs
-    from dina_lrm.evaluation.page import shapes_page
+    from dina_lrm.evaluation.page import pairs_page
 
-    if options.pairs is not None and options.pairs.exists():
-        pairs = LatentPairs.load(options.pairs)
-    else:
-        log(f"making {options.benchmark} pairs of {options.num_prompts} captions")
-        pairs = shapes_pairs(
-            model, num_prompts=options.num_prompts, seed=mix_seeds(options.seed, TEST_STREAM)
-        )
-        if options.pairs is not None:
-            pairs.save(options.pairs)
+    pairs = latent_pairs_of(options, model)
     if options.learn_views:
         return learn_views(options, model, pairs)
-    with progress_bar("passes") as progress:
-        task = progress.add_task("measuring", total=None)
+    with WorkProgress() as progress:
         result = evaluate_latent_pairs(
             model,
             pairs,
@@ -142,11 +143,11 @@ def main(arguments: Sequence[str]) -> int:
             num_draws=options.num_draws,
             seed=options.seed,
             batch_size=options.batch_size,
-            benchmark=options.benchmark,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            benchmark=options.benchmark if options.pairs is None else str(options.pairs),
+            on_progress=lambda done, total: progress.tell("passes", done, total=total),
         )
     folder = result.save(options.output or default_output(options))
-    shapes_page(result, folder)
+    pairs_page(result, folder)
     if options.as_json:
         print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
         return 0
@@ -155,20 +156,63 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def learn_views(options: Evaluate, model: "RewardModel", pairs: "LatentPairs") -> int:
+def refuse_ignored(options: Evaluate) -> None:
+    """UsageError for an option that is not read for what is measured."""
+    made = options.pairs is None or not options.pairs.exists()
+    if options.benchmark != "shapes":
+        what, unread = f"--benchmark {options.benchmark}", ["pairs", "num_prompts", "learn_views"]
+        if options.scorers:
+            what = "--scorers"
+            unread += ["model.model", "model.pipeline", "noise_levels", "ensembles", "num_draws"]
+    else:
+        what = f"--pairs {options.pairs}" if options.pairs is not None else "--benchmark shapes"
+        unread = [*PUBLIC_ONLY, *([] if made else ["num_prompts"])]
+        if options.learn_views:
+            what = "--learn-views"
+            unread += ["noise_levels", "ensembles", "num_draws", "batch_size", "output"]
+    if not options.learn_views:
+        unread.append("max_turned")
+    default = Evaluate()
+    for name in unread:
+        read = attrgetter(name)
+        if read(options) != read(default):
+            flag = name.rpartition(".")[2].replace("_", "-")
+            reason = "goes with --learn-views" if name == "max_turned" else f"has no effect with {what}"
+            raise UsageError(f"--{flag} {reason}")
+
+
+def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
+    """The pairs of --pairs; new shapes pairs without it, and for a file that does not exist yet."""
+    from dina_lrm.build import open_shards, shapes_pairs
+    from dina_lrm.data.latents import LatentPairs, mix_seeds
+
+    given = options.pairs
+    if given is not None and given.is_dir():
+        return open_shards(given, model)
+    if given is not None and given.exists():
+        return LatentPairs.load(given)
+    if given is not None and given.suffix != ".safetensors":
+        raise UsageError(f"no folder of prepared pairs at {given}")
+    log(f"making shapes pairs of {options.num_prompts} captions")
+    pairs = shapes_pairs(model, num_prompts=options.num_prompts, seed=mix_seeds(options.seed, TEST_STREAM))
+    if given is not None:
+        pairs.save(given)
+    return pairs
+
+
+def learn_views(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> int:
     """Learn the order of the levels and when to stop, store it, say what it saves."""
     from dataclasses import replace
 
     from dina_lrm.evaluation import adaptive
 
-    with progress_bar("images") as progress:
-        task = progress.add_task("scoring", total=None)
+    with WorkProgress() as progress:
         learned, found = adaptive.learn_views(
             model,
             pairs,
             error=options.max_turned,
             seed=options.seed,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.tell("images", done, total=total),
         )
     model.config = replace(model.config, adaptive=learned)
     model.save_pretrained(options.model.model)
@@ -312,7 +356,7 @@ def measure_public(
         total = source_length(options.benchmark, options.root, split=split)
         if part.path.exists():
             log(f"going on from {part.path}")
-        with ComparisonProgress(total) as progress:
+        with WorkProgress({"pairs": total}) as progress:
             return evaluate_comparisons(
                 score,
                 read_source(options.benchmark, options.root, split=split),
@@ -359,7 +403,7 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
     title += f"scores at {result.settings[0].label}"
     print_table(["rule", "accuracy %", "pairs", "prompts"], rows, title=title)
     ties = f"{result.published.num_rater_ties:,} rater ties, {result.published.num_score_ties:,} score ties"
-    log(f"{ties}; {len(result.rejects):,} of {result.num_rows:,} rows rejected")
+    log(f"{ties}; {result.counts()}")
     for name, value in (("Kendall's tau-b", result.kendall), ("Spearman's rho", result.spearman)):
         if not math.isnan(value.value):
             log(f"{name}, mean over prompts: {value}")
@@ -378,13 +422,19 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
 
 
 def default_output(options: Evaluate) -> Path:
-    folder = Path(options.model.model)
-    return (folder / "evaluation" if folder.is_dir() else Path("runs/evaluation")) / options.benchmark
+    folder, name = Path(options.model.model), str(options.benchmark)
+    if options.pairs is not None:
+        place = options.pairs.resolve()  # LATENTS/test and another test are told apart
+        name = f"{place.parent.name}-{place.stem}" if place.stem in ("train", "test") else place.stem
+    return (folder / "evaluation" if folder.is_dir() else Path("runs/evaluation")) / name
 
 
 def print_result(result: "EvaluationResult") -> None:
     """The table a person reads: each setting, what it costs, how good it is."""
-    title = f"{result.benchmark}: {result.num_pairs:,} pairs of {result.num_prompts:,} captions"
+    title = f"{result.benchmark}: {result.num_pairs:,} pairs of {result.num_prompts:,} prompts"
+    if result.num_rater_ties:
+        title += f", {result.num_rater_ties:,} of them ties of the raters"
+    known = result.bayes is not None
     if result.bayes is not None:
         title += f"; Bayes-optimal accuracy {percent(result.bayes.accuracy)}"
     rows = [
@@ -392,15 +442,17 @@ def print_result(result: "EvaluationResult") -> None:
             item.setting.label + (" (default)" if item is result.default else ""),
             str(item.setting.passes),
             percent(item.accuracy),
-            percent(item.bayes_share),
+            *([percent(item.bayes_share)] if known else []),
             f"{100 * item.reliability.expected_calibration_error:.1f}",
         ]
         for item in result.settings
     ]
-    print_table(["noise levels", "passes", "accuracy %", "% of Bayes", "ECE %"], rows, title=title)
+    headers = ["noise levels", "passes", "accuracy %", *(["% of Bayes"] if known else []), "ECE %"]
+    print_table(headers, rows, title=title)
 
 
 def percent(interval: "Interval | None") -> str:
     if interval is None:
         return "-"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    value, bounds = interval.percents()
+    return f"{value} [{bounds.replace(' to ', ', ')}]" if interval.known else f"{value} {bounds}"

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, print_json, print_table, progress_bar
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from dina_lrm.data.inspection import Inspection
 
 SHOWN = 8
-"""Reasons and resolutions listed in the table; --json has all."""
+"""Resolutions listed in the table; --json has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Inspect:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, latent-cache, folder, or
-    jsonl (our own rows, .jsonl or .parquet)."""
+    jsonl: your own rows, in .jsonl, .json, .csv or .parquet, the text forms also with .gz."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face
     hub has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""
@@ -49,13 +50,12 @@ def main(arguments: Sequence[str]) -> int:
         stream = read_hub(options.source, split=options.split, check_images="none")
     else:
         stream = read_source(options.source, options.root, split=options.split, check_images="none")
-    with progress_bar("rows") as progress:
-        task = progress.add_task(options.source, total=None)
+    with WorkProgress() as progress:
         found = inspect(
             stream,
             look_at_images=options.images,
             max_sizes=options.max_sizes,
-            on_row=lambda rows: progress.update(task, completed=rows),
+            on_row=partial(progress.tell, "rows"),
         )
     if options.as_json:
         print_json({"source": options.source, "split": options.split, **found.to_dict()})
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str]) -> int:
         print_table(
             ["", "count"], list(lines(found)), title=f"{options.source} in {options.root or 'the hub'}"
         )
+    if not found.strict_pairs + found.ties:
+        rows = f"{found.rows:,} rows, all of them rejected" if found.rows else "no rows"
+        log(f"there is nothing to compare in {options.source}: {rows}")
     return 0
 
 
@@ -86,7 +89,7 @@ def lines(found: "Inspection") -> list[tuple[str, str]]:
     if found.missing_images is not None:
         rows.append(("missing images", f"{found.missing_images:,}"))
         rows.append(("unreadable images", f"{found.unreadable_images:,}"))
-    rows += [(f"rejected rows: {reason}", f"{count:,}") for reason, count in found.rejects.most_common(SHOWN)]
+    rows += [(f"rejected: {reason}", f"{count:,}") for reason, count in found.rejects.most_common()]
     sizes = found.resolutions.most_common(SHOWN)
     rows += [(f"size {size}", f"{count:,}") for size, count in sizes]
     if len(found.resolutions) > SHOWN:

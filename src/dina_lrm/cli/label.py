@@ -1,18 +1,25 @@
 """`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
 
-import contextlib
 import os
-import signal
-import socket
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table
-from dina_lrm.cli.options import TOKEN_VARIABLE, JsonFlag, ModelOptions, is_loopback, need_packages
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.options import (
+    TOKEN_VARIABLE,
+    JsonFlag,
+    ModelOptions,
+    is_loopback,
+    need_packages,
+    parse,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -49,10 +56,10 @@ class Label:
     port: int = 8080
     """0 takes any that is free."""
     seed: int = 0
-    """Of the order of pairs and of the sides."""
+    """Seed of the order of pairs and of the sides."""
     token: str | None = None
-    """Asked for on the page; better given in the environment as DINA_LRM_TOKEN, which others cannot see. None
-    lets everybody in."""
+    """A secret that is asked for on the page; better given in the environment as DINA_LRM_TOKEN, which others
+    cannot see. None lets everybody in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ class Export:
     votes: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="VOTES")]
     """The SQLite file."""
     output: Annotated[Path, tyro.conf.arg(metavar="ROWS")]
-    """.jsonl or .parquet."""
+    """The file of rows to write, .jsonl or .parquet."""
     items: Annotated[Path | None, tyro.conf.arg(name="input", metavar="ITEMS")] = None
     """Where the items lie, if they were moved since."""
     as_json: JsonFlag = False
@@ -71,8 +78,10 @@ class Export:
 
 def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] == "export":
-        return export(tyro.cli(Export, prog="dina-lrm label export", args=arguments[1:]))
-    options = tyro.cli(Label, prog="dina-lrm label", args=arguments)
+        return export(parse(Export, "label export", arguments[1:]))
+    options = parse(Label, "label", arguments)
+    if options.model.model == "none":
+        refuse(arguments, ["--pipeline", "--device", "--dtype"], "goes with --model")
     choose = options.choose or ("random" if options.model.model == "none" else "uncertain")
     if choose == "uncertain" and options.model.model == "none":
         raise UsageError(
@@ -101,6 +110,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     from dina_lrm.serving.labelling.app import Labelling, create_app
     from dina_lrm.serving.labelling.estimates import Estimates
     from dina_lrm.serving.labelling.store import VoteStore
+    from dina_lrm.serving.running import Server, bound
 
     failures: list[Exception] = []
 
@@ -108,36 +118,39 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
         failures.append(error)
         server.should_exit = True
 
-    store = VoteStore(options.output)
-    estimates = None
-    if uncertain:
-        estimates = Estimates(items, store, options.model.load, seed=options.seed, on_failure=give_up)
-    labelling = Labelling(
-        items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
-    )
-    hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
-    config = uvicorn.Config(
-        create_app(labelling, token=token, hosts=hosts),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    with _listening(options.host, options.port) as listener:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        log(f"http://{host}:{listener.getsockname()[1]}  (label /, results /results); stop with Ctrl-C")
-        # uvicorn hands a signal on when it has finished; the end of labelling is no failure.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with bound(options.host, options.port) as listener, closing(VoteStore(options.output)) as store:
+        estimates = None
+        if uncertain:
+            progress = WorkProgress({"pairs": len(items.pairs)}, draw=False)
+            estimates = Estimates(
+                items,
+                store,
+                options.model.load,
+                seed=options.seed,
+                on_failure=give_up,
+                on_progress=partial(progress.tell, "pairs"),
+            )
+        labelling = Labelling(
+            items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
+        )
+        hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
+        config = uvicorn.Config(
+            create_app(labelling, token=token, hosts=hosts),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        server = Server(
+            config, listener, lambda at: log(f"{at}  (label /, results /results); stop with Ctrl-C")
+        )
         try:
             if estimates is not None:
                 estimates.start()
-            with contextlib.suppress(KeyboardInterrupt):
-                server.run(sockets=[listener])
+            server.run()
         finally:
             if estimates is not None:
                 estimates.stop()
-            store.close()
     if failures:
         raise failures[0]
     log(f"next: dina-lrm label export {options.output} --output rows.jsonl")
@@ -183,13 +196,3 @@ def report_rejects(items: "Items", votes: Path) -> None:
     log(f"rows that give no pair: {len(items.rejects)}, listed in {file}")
     for reject in items.rejects[:SHOWN]:
         log(f"  {reject.file}, row {reject.row}: {reject.reason}")
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen at --host {host} --port {port}: {error.strerror or error}"
-        ) from error

@@ -2,20 +2,39 @@
 
 import importlib
 import ipaddress
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from dina_lrm.cli.console import UsageError
 from dina_lrm.errors import MissingComponentError
+from dina_lrm.models.options import ModelOptions, find_device
+from dina_lrm.scaling.rows import is_text
 
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
+__all__ = [
+    "TOKEN_VARIABLE",
+    "JsonFlag",
+    "ModelOptions",
+    "NoiseLevels",
+    "check_prompt",
+    "find_device",
+    "is_loopback",
+    "need_packages",
+    "parse",
+    "parse_noise_levels",
+    "refuse",
+]
 
-    from dina_lrm import RewardModel
+OptionsT = TypeVar("OptionsT")
+
+
+# --- types of options --------------------------------------------------------------------------------------
 
 
 def parse_noise_levels(text: str) -> tuple[float, ...]:
@@ -40,66 +59,89 @@ def parse_noise_levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-NoiseLevels = Annotated[
-    tuple[float, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SIGMA[,SIGMA...]",
-        instance_from_str=lambda parts: parse_noise_levels(parts[0]),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda levels: [",".join(f"{level:g}" for level in levels) or "auto"],
-    ),
-]
+_LEVELS = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="SIGMA[,SIGMA...]",
+    instance_from_str=lambda parts: parse_noise_levels(parts[0]),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda levels: [",".join(f"{level:g}" for level in levels) or "auto"],
+)
+NoiseLevels = Annotated[tuple[float, ...], _LEVELS]
 """`0.4` or `0.2,0.5,0.7`; empty, typed as `auto`, stands for the levels the checkpoint was chosen with."""
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _levels_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Several numbers in settings that know nothing of a command line are noise levels."""
+    return _LEVELS if info.type == tuple[float, ...] else None
+
 
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 """`--json`: one JSON object a line on stdout."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which reward, and where it runs."""
+# --- what is typed -----------------------------------------------------------------------------------------
 
-    model: Annotated[str, tyro.conf.arg(metavar="ID")] = "bundled"
-    """The reward: "bundled", a folder, or a hub id."""
-    pipeline: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
-    """The generator whose backbone is read: a folder or a hub id. By default the one the checkpoint names."""
-    device: str = "auto"
-    """Such as cpu, cuda, cuda:1, mps. By default the first GPU, and the CPU where there is none."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the backbone."""
+_DASHED = "\0"
+"""Put before a word behind `--` while tyro reads it: it would take -dash.png for an option."""
 
-    def load(self) -> "RewardModel":
-        import torch
 
-        from dina_lrm import RewardModel
+def parse(kind: type[OptionsT], command: str, arguments: Sequence[str]) -> OptionsT:
+    """The options of `dina-lrm COMMAND`; what stands behind `--` is a prompt or a file, also with a dash."""
+    front = list(takewhile(lambda word: word != "--", arguments))
+    behind = [_DASHED + word if word.startswith("-") else word for word in arguments[len(front) + 1 :]]
+    options = tyro.cli(kind, prog=f"dina-lrm {command}", args=[*front, *behind], registry=_REGISTRY)
+    typed: Any = options
+    marked = {one.name: _unmarked(getattr(typed, one.name)) for one in fields(typed)} if behind else {}
+    return replace(typed, **marked)
 
-        device = find_device(self.device)
-        # Only what was asked for is passed on: the defaults belong to from_pretrained.
-        options: dict[str, Any] = {} if self.pipeline is None else {"pipeline": self.pipeline}
-        return RewardModel.from_pretrained(
-            self.model, device=device, dtype=getattr(torch, self.dtype), **options
+
+def _unmarked(value: Any) -> Any:
+    match value:
+        case str():
+            return value.removeprefix(_DASHED)
+        case Path():
+            return Path(str(value).removeprefix(_DASHED))
+        case tuple():
+            return tuple(map(_unmarked, value))
+    return value
+
+
+def refuse(arguments: Sequence[str], flags: Iterable[str], reason: str) -> None:
+    """UsageError for the first of these flags that was typed, whatever its value: it would be ignored."""
+    words = takewhile(lambda word: word != "--", arguments)
+    typed = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag in flags:
+        if flag in typed:
+            raise UsageError(f"{flag} {reason}")
+
+
+def check_prompt(command: str, prompt: str, images: Sequence[str] = ()) -> None:
+    """UsageError for a prompt that is none, such as a picture's name where the prompt was forgotten."""
+    if not is_text(prompt):
+        found = next(index for index, character in enumerate(prompt) if "\ud800" <= character <= "\udfff")
+        shown = prompt.encode("utf-8", "backslashreplace").decode()
+        raise UsageError(
+            f"the prompt is not text: its character {found} is {prompt[found]!a}, half of a surrogate "
+            f"pair or a byte that is not UTF-8, in: {shown}"
+        )
+    if Path(prompt).suffix and "\0" not in prompt and _is_file(prompt):
+        files = shlex.join([prompt, *images])
+        raise UsageError(
+            f'the prompt comes first, and {prompt!r} is a file; as in: dina-lrm {command} "PROMPT" {files}'
         )
 
 
-def find_device(name: str) -> "torch.device":
-    """The device called `name`, or the best one for "auto"; ValueError when there is no such device."""
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def _is_file(name: str) -> bool:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no device {name!r}; such names are cpu, cuda, cuda:1, mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no device {name!r}: {torch.cuda.device_count()} CUDA devices are visible")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("no device 'mps' on this machine")
-    return device
+        return Path(name).is_file()
+    except OSError:  # a prompt may be longer than a name can be
+        return False
 
+
+# --- servers -----------------------------------------------------------------------------------------------
 
 TOKEN_VARIABLE = "DINA_LRM_TOKEN"
 """Environment variable with the token of a server, where none is typed."""
@@ -124,16 +166,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def scoring_levels(requested: tuple[float, ...], model: "RewardModel") -> float | list[float]:
-    """What `RewardModel.score` takes: one level as a number, several as one ensemble."""
-    levels = requested or tuple(model.config.noise_levels)
-    return levels[0] if len(levels) == 1 else list(levels)
-
-
-def read_image(path: Path, *, root: Path | None = None) -> "Image":
-    """The picture in a file, in RGB; the error names the file."""
-    from dina_lrm.data.pairs import load_image
-
-    return load_image(path if root is None else root / path)

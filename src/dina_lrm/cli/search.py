@@ -1,43 +1,54 @@
 """`dina-lrm search PROMPT`: the best of several samples, chosen while they are being sampled."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, print_json, print_table
-from dina_lrm.cli.options import JsonFlag, ModelOptions, find_device
+from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.options import JsonFlag, ModelOptions, check_prompt, find_device, parse, refuse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dina_lrm import RewardModel
+    from dina_lrm.alignment.policy import Policy
+    from dina_lrm.alignment.rollout import SamplerConfig
     from dina_lrm.alignment.search import SearchResult
+
+PASSES = "passes of the denoiser"
+
+
+FLAGS_OF = {
+    "halving": ("--confidence", "--draft", "--first-check", "--every"),
+    "guided": ("--strength",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """Sample several pictures for a prompt and keep the ones that the reward prefers; no training."""
 
-    prompt: Annotated[str, tyro.conf.Positional]
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
     """What the pictures should show."""
     samples: int = 16
-    """Candidates."""
+    """Number of candidates."""
     method: Literal["halving", "best-of-n", "guided"] = "halving"
     """halving drops candidates while they are noisy; best-of-n samples all to the end; guided moves states
     along the reward's gradient."""
     keep: int = 1
-    """Pictures to write, best first."""
+    """How many pictures to write, best first."""
     steps: int = 28
-    """Sampling steps."""
+    """Sampling steps of a candidate that goes to the end."""
     guidance_scale: float = 4.0
     """Classifier-free guidance; 1 is without."""
     height: int | None = None
-    """In pixels; by default the generator's own."""
+    """Height of the pictures in pixels; by default the generator's own."""
     width: int | None = None
-    """In pixels; by default the generator's own."""
+    """Width of the pictures in pixels; by default the generator's own."""
     confidence: float = 0.5
     """halving: probability that the leader is preferred at which a candidate is dropped; 0.5 halves at every
     check."""
@@ -54,15 +65,19 @@ class Search:
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("search")
     """Receives 000.png, 001.png, ... and search.json."""
     seed: int = 0
-    """Of the candidates."""
+    """Seed of the candidates' noise: the same seed gives the same pictures."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = tyro.cli(Search, prog="dina-lrm search", args=arguments)
+    options = parse(Search, "search", arguments)
+    check_prompt("search", options.prompt)
     if not options.prompt.strip():
-        raise UsageError("the prompt is empty")
+        raise UsageError('give a prompt, as in: dina-lrm search "a red circle" --samples 8')
+    for method, flags in FLAGS_OF.items():
+        if method != options.method:
+            refuse(arguments, flags, f"goes with --method {method}")
     if options.keep < 1 or options.samples < 1:
         raise UsageError(f"--keep {options.keep}, --samples {options.samples}: must be at least 1")
     if options.model.model.startswith(("http://", "https://")):
@@ -70,9 +85,9 @@ def main(arguments: Sequence[str]) -> int:
             f"--model {options.model.model}: a search looks at predicted latents step by step, so the reward "
             f"has to be here: a folder, or a hub id"
         )
+    options.output.mkdir(parents=True, exist_ok=True)
     import torch
 
-    from dina_lrm.alignment import search
     from dina_lrm.alignment.policy import Policy
     from dina_lrm.alignment.rollout import SamplerConfig
     from dina_lrm.build_alignment import latent_reward, load_generator
@@ -93,23 +108,10 @@ def main(arguments: Sequence[str]) -> int:
         height=options.height,
         width=options.width,
     )
-    common = {"samples": options.samples, "seed": options.seed, "sampler": sampler}
-    match options.method:
-        case "halving":
-            result = search.successive_halving(
-                policy,
-                model,
-                options.prompt,
-                confidence=options.confidence,
-                draft=options.draft,
-                first_check=options.first_check,
-                every=options.every,
-                **common,
-            )
-        case "best-of-n":
-            result = search.best_of_n(policy, model, options.prompt, **common)
-        case "guided":
-            result = search.guided(policy, model, options.prompt, strength=options.strength, **common)
+    plain = options.samples * options.steps * (1 if options.guidance_scale == 1 else 2)
+    with WorkProgress({PASSES: None if options.method == "halving" else plain}) as progress:
+        policy.network.register_forward_hook(counted(progress))
+        result = run(options, policy, model, sampler)
     kept = min(options.keep, len(result.scores))
     files = write(options, policy.pictures(result.latents[:kept]), result)
     if options.as_json:
@@ -120,7 +122,6 @@ def main(arguments: Sequence[str]) -> int:
         for file, score, index in zip(files, result.scores.tolist(), result.indices, strict=False)
     ]
     print_table(["picture", "score", "candidate"], rows, title=options.prompt)
-    plain = options.samples * options.steps * (1 if options.guidance_scale == 1 else 2)
     log(
         f"{result.evaluations:.0f} passes of the denoiser, scoring included; sampling {options.samples} to "
         f"the end alone takes {plain}"
@@ -130,14 +131,49 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run(options: Search, policy: "Policy", model: "RewardModel", sampler: "SamplerConfig") -> "SearchResult":
+    """The search itself."""
+    from dina_lrm.alignment import search
+
+    common = {"samples": options.samples, "seed": options.seed, "sampler": sampler}
+    match options.method:
+        case "halving":
+            return search.successive_halving(
+                policy,
+                model,
+                options.prompt,
+                confidence=options.confidence,
+                draft=options.draft,
+                first_check=options.first_check,
+                every=options.every,
+                **common,
+            )
+        case "best-of-n":
+            return search.best_of_n(policy, model, options.prompt, **common)
+        case "guided":
+            return search.guided(policy, model, options.prompt, strength=options.strength, **common)
+
+
+def counted(progress: WorkProgress) -> Callable[..., None]:
+    """A hook of the denoiser that tells how many states have gone through it."""
+    done = 0
+
+    def hook(_network: object, _inputs: object, output: Any) -> None:
+        nonlocal done
+        done += len(output[0])
+        progress.tell(PASSES, done)
+
+    return hook
+
+
 def write(options: Search, pictures: "Sequence[Image]", result: "SearchResult") -> list[Path]:
     """The pictures and search.json."""
-    from dina_lrm.files import write_whole
+    from dina_lrm.files import write_whole, written_aside
 
-    options.output.mkdir(parents=True, exist_ok=True)
     files = [options.output / f"{index:03d}.png" for index in range(len(pictures))]
     for file, picture in zip(files, pictures, strict=True):
-        picture.save(file)
+        with written_aside(file) as aside:
+            picture.save(aside, format="PNG")
     record = summary(options, result) | {"files": [file.name for file in files]}
     write_whole(options.output / "search.json", (json.dumps(record, indent=2) + "\n").encode())
     return files

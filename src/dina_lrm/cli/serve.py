@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dina_lrm.cli.console import UsageError, log
-from dina_lrm.cli.options import TOKEN_VARIABLE, find_device, is_loopback, need_packages
+from dina_lrm.cli.options import TOKEN_VARIABLE, find_device, is_loopback, need_packages, parse, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +31,22 @@ class Serve:
     port: int = 8000
     """0 takes any that is free."""
     max_batch_size: int = 8
-    """Rows in one pass of the model."""
+    """Most rows in one pass of the model."""
     max_wait_ms: float = 10.0
     """Longest that a row waits for others to share a pass with."""
     max_queue: int = 512
     """Rows that wait at once; what comes on top is refused with 503 and Retry-After."""
     max_rows: int = 256
-    """Rows of one request; also its pictures."""
+    """Most rows, or pictures, of one request."""
     max_body_mib: float = 64.0
-    """Size of one request."""
+    """Largest request, in MiB."""
     max_megapixels: float = 16.0
-    """Of one picture."""
+    """Largest picture, in megapixels."""
     max_prompt_length: int = 2000
-    """Characters."""
+    """Longest prompt, in characters."""
     token: str | None = None
-    """Asked for as a bearer token; better given in the environment as DINA_LRM_TOKEN, which others cannot
-    see. None lets everybody in."""
+    """A secret that is asked for as a bearer token; better given in the environment as DINA_LRM_TOKEN, which
+    others cannot see. None lets everybody in."""
     cors_origins: tuple[str, ...] = ()
     """Pages of other origins that may call the server from a browser."""
     page: bool = True
@@ -54,11 +54,11 @@ class Serve:
     replicas: int = 1
     """Processes behind one port, through Ray Serve (extra `scale`)."""
     ray_address: str | None = None
-    """Of a Ray cluster to run on; by default one is started on this machine."""
+    """Address of a Ray cluster to run on; by default one is started on this machine."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = tyro.cli(Serve, prog="dina-lrm serve", args=arguments)
+    options = parse(Serve, "serve", arguments)
     if options.replicas < 1:
         raise UsageError(f"--replicas is at least 1; got {options.replicas}")
     if not 0 <= options.port <= 65535:
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     if token is None and not is_loopback(options.host):
         log(f"warning: everybody who reaches {options.host} can use this server; set {TOKEN_VARIABLE}")
     if options.replicas > 1 or options.ray_address is not None:
+        refuse(arguments, ["--page"], "needs a single server without --replicas and --ray-address")
         from dina_lrm.scaling.replicas import serve_replicas
 
         serve_replicas(
@@ -97,9 +98,10 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 0
     from dina_lrm.serving.app import create_app
+    from dina_lrm.serving.running import bound
     from dina_lrm.serving.server import log_as_json, serve
 
-    log_as_json()
-    log(f"loading {settings.model} on {settings.device}")
-    app = create_app(settings)
-    return 0 if serve(app, host=options.host, port=options.port) else 1
+    with bound(options.host, options.port) as listener:  # a taken port is told before a model is loaded
+        log_as_json()
+        log(f"loading {settings.model} on {settings.device}")
+        return 0 if serve(create_app(settings), listener) else 1

@@ -1,6 +1,7 @@
 """`dina-lrm train RECIPE --output RUN`: a recipe plus typed overrides (`--optimizer.learning-rate 3e-4`)."""
 
 import inspect
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr, stdout
+from dina_lrm.cli.console import (
+    UsageError,
+    log,
+    log_validation,
+    print_json,
+    print_table,
+    resumable,
+    stderr,
+    stdout,
+)
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
@@ -42,16 +52,10 @@ def main(arguments: Sequence[str]) -> int:
         args=rest,
         default=Train(config=base),
     )
-    from dina_lrm.training.interrupt import Interrupted, raising_interrupted
-
-    try:
-        with raising_interrupted():
-            return run(options.config, as_json=options.as_json)
-    except Interrupted as interrupted:
-        log(str(interrupted))
-        if options.config.output is not None:
-            log(f"go on with: {resuming('train', arguments)}")
-        return interrupted.exit_code
+    if options.config.output is None:
+        return run(options.config, as_json=options.as_json)
+    with resumable(f"go on with: {resuming('train', arguments)}"):
+        return run(options.config, as_json=options.as_json)
 
 
 def resuming(command: str, arguments: Sequence[str]) -> str:
@@ -80,8 +84,23 @@ def run(config: "TrainConfig", *, as_json: bool) -> int:
         log("scores by default at sigma = " + ", ".join(f"{level:g}" for level in result.noise_levels))
     if config.output is not None:
         log(f"reward: {config.output}")
-        log(f"next: dina-lrm evaluate --model {config.output} --benchmark shapes")
+        log(f"next: dina-lrm evaluate --model {shlex.quote(config.output)} {unseen_pairs(config.data.train)}")
     return 0
+
+
+def unseen_pairs(train: str | None) -> str:
+    """Flags of `dina-lrm evaluate` for pairs of the same kind that were not trained on."""
+    if train is None or train == "shapes":
+        return "--benchmark shapes"
+    folder = Path(train)
+    beside = folder.parent / "test"
+    if folder.name == "train" and (beside / "manifest.json").is_file():
+        return f"--pairs {shlex.quote(str(beside))}"
+    try:
+        source = json.loads((folder / "prepare.json").read_text())["source"]
+    except (OSError, ValueError, KeyError):
+        source = "folder" if folder.is_dir() else "jsonl"
+    return f"--benchmark {source} --root {'FOLDER' if source != 'jsonl' else 'TEST_ROWS'}"
 
 
 def refuse_to_overwrite(config: "TrainConfig") -> None:
@@ -108,6 +127,7 @@ def summarize(config: "TrainConfig", result: "TrainResult") -> dict[str, object]
         "best_accuracy": result.best_accuracy,
         "noise_levels": None if result.noise_levels is None else list(result.noise_levels),
         "calibration_scale": result.calibration_scale,
+        "uncalibrated": result.uncalibrated,
         "validation": result.validation,
     }
 

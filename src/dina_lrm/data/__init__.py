@@ -1,8 +1,9 @@
-"""Preference data: rows of prompts and images (`pairs`), the same pairs as latents in memory (`latents`),
-and on disk (`prepare`, `shards`)."""
+"""Preference data: rows of prompts and images (`own_rows`, `sources`), the same pairs as latents in memory
+(`latents`), and on disk (`prepare`, `shards`)."""
 
 from dina_lrm.data.latents import LatentPairs, PairBatch, batch_indices, encode_pairs
-from dina_lrm.data.pairs import PairRows, PreferencePair, Reject, read_pairs, write_rejects
+from dina_lrm.data.own_rows import PairRows, read_pairs
+from dina_lrm.data.pairs import PreferencePair, Reject, write_rejects
 from dina_lrm.data.shards import LatentShards
 
 __all__ = [

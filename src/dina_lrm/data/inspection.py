@@ -5,7 +5,6 @@ Both work on the stream of `data.sources`, in memory that grows with the number 
 """
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dina_lrm.data.pairs import ImageSource, Reject, load_image
-from dina_lrm.data.sources import Comparison
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.pairs import ImageSource, Reject, image_size, load_image
 from dina_lrm.data.split import fold_prompt
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault
 
 __all__ = ["Audit", "Inspection", "Overlap", "audit", "inspect"]
 
@@ -31,7 +30,6 @@ class Inspection:
     """Counts over a stream of comparisons and rejects."""
 
     rows: int = 0
-    """Rows that gave a comparison or a reject."""
     prompts: int = 0
     """Distinct, as written."""
     strict_pairs: int = 0
@@ -86,17 +84,16 @@ def inspect(
     compared: set[int] = set()
     owner: dict[int, int] = {}  # image -> its first prompt, or 0 once it has two
     for item in stream:
-        if isinstance(item, Reject):
-            found.rejects[item.reason.split(":")[0]] += 1
-            rows.add(_key("reject", str(item.row), item.reason))
-            continue
-        pair = item.pair
-        rows.add(_key(item.file, str(item.row)))
+        rows.add(_key(item.file or "", str(item.row)))
         if on_row is not None and len(rows) % 1000 == 0:
             on_row(len(rows))
+        if isinstance(item, Reject):
+            found.rejects[item.reason.split(":")[0]] += 1
+            continue
+        pair = item.pair
         prompt = _key(pair.prompt)
         prompts.add(prompt)
-        if item.tie:
+        if pair.tie:
             found.ties += 1
         else:
             found.strict_pairs += 1
@@ -126,14 +123,16 @@ def inspect(
 def _look(image: ImageSource, found: Inspection, max_sizes: int) -> None:
     assert found.missing_images is not None
     assert found.unreadable_images is not None
-    if isinstance(image, Path) and not image.is_file():
+    fault = file_fault(image) if isinstance(image, Path) else None
+    if fault == "is missing":
         found.missing_images += 1
+    elif fault is not None:
+        found.unreadable_images += 1
     elif found.resolutions.total() < max_sizes:
         try:
-            source: Any = io.BytesIO(image) if isinstance(image, bytes) else image
-            with Image.open(source) as opened:
-                found.resolutions[f"{opened.width}x{opened.height}"] += 1
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            height, width = image_size(image)
+            found.resolutions[f"{width}x{height}"] += 1
+        except InvalidInputError:
             found.unreadable_images += 1
 
 
@@ -226,7 +225,7 @@ def audit(
     near = list(_near(own.pictures, theirs.pictures))
     tainted_prompts = {fold_prompt(overlap.tested) for overlap in overlaps}
     tainted_images = {overlap.tested for overlap in (*same_files, *near)}
-    strict = [item for item in comparisons if not item.tie and item.chosen_was_first is not None]
+    strict = [item for item in comparisons if not item.pair.tie and item.chosen_was_first is not None]
     return Audit(
         prompts=len(own.prompts),
         shared_prompts=len(overlaps),
@@ -265,10 +264,10 @@ def _fingerprints(
             seen.add(key)
             done()
             try:
+                found.pictures[_name(image)] = _perceptual_hash(image)
                 content = image.read_bytes() if isinstance(image, Path) else image
                 if isinstance(content, bytes):
                     found.files.setdefault(hashlib.sha256(content).digest(), _name(image))
-                found.pictures[_name(image)] = _perceptual_hash(image)
             except (OSError, InvalidInputError):
                 found.unreadable += 1
     return found
@@ -319,4 +318,5 @@ def _image_key(image: ImageSource) -> int:
 
 
 def _key(*parts: str) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest())
+    content = "\0".join(parts).encode(errors="surrogatepass")  # a file's name need not be UTF-8
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())

@@ -188,18 +188,23 @@ class LatentPairs:
 
     def split_by_prompt(self, fraction: float, *, seed: int = 0) -> tuple["LatentPairs", "LatentPairs"]:
         """Two parts that share no prompt; the second holds about `fraction` of the prompts."""
-        prompts = self.prompt_index.unique()
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
-        held_out = torch.isin(self.prompt_index, prompts[order[: round(fraction * len(prompts))]])
+        held_out = drawn_prompts(self.prompt_index, fraction, seed)
         return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
 
     def fingerprint(self) -> str:
         """Changes when the pairs, their order, their targets or the latents' values change."""
         digest = hashlib.sha256(json.dumps([self.prompts, list(self.latents.shape)]).encode())
-        for column in (self.prompt_index, self.chosen, self.rejected, self.target):
-            digest.update(column.cpu().contiguous().numpy().tobytes())
-        digest.update(self.latents.sum(dtype=torch.float64).cpu().numpy().tobytes())
+        for column in (self.prompt_index, self.chosen, self.rejected, self.target, self.latents):
+            digest.update(column.cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+    @property
+    def picture(self) -> Int64[Tensor, " image"]:
+        """Number of the picture in each row of `latents`; rows of equal content are one picture."""
+        rows = self.latents.cpu().contiguous().numpy()
+        known: dict[bytes, int] = {}
+        digests = (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+        return torch.tensor([known.setdefault(one, len(known)) for one in digests], dtype=torch.int64)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
@@ -329,6 +334,13 @@ def distinct_images(chosen: Tensor, rejected: Tensor, draws: Tensor | None) -> t
     return first_occurrences(torch.stack([own.repeat(2), torch.cat([chosen, rejected])], dim=1))
 
 
+def drawn_prompts(prompt_index: Int64[Tensor, " pair"], fraction: float, seed: int) -> Tensor:
+    """Which pairs belong to prompts that are drawn, about `fraction` of all."""
+    prompts = prompt_index.unique()
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    return torch.isin(prompt_index, prompts[order[: round(fraction * len(prompts))]])
+
+
 def batch_indices(
     num_pairs: int, batch_size: int, *, seed: int, step: int, groups: Int64[Tensor, " pair"] | None = None
 ) -> Int64[Tensor, " batch"]:
@@ -380,7 +392,9 @@ def encode_pairs(
     rejects: list[Reject] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentPairs:
-    """Encode images with the model's VAE and prompts with its text encoders, each once.
+    """Pairs of pictures of one size to latents in memory; prompts and pictures are encoded once each.
+
+    Pictures of any size are encoded by `build.prepare_source`, which is `dina-lrm prepare`.
 
     Args:
         model: a `RewardModel` over a full pipeline.
@@ -428,10 +442,11 @@ def encode_pairs(
             images.append(image)
             kept.append(row)
         if len(sizes) > 1:
-            listed = ", ".join(f"{height}x{width}" for height, width in sizes)
+            listed = ", ".join(f"{width}x{height}" for height, width in sizes)
             raise InvalidInputError(
-                f"images of {len(sizes)} sizes ({listed}) do not fit one table of latents; "
-                "pass size=(height, width)"
+                f"pictures of {len(sizes)} sizes ({listed}) do not fit one table of latents: encode_pairs "
+                "takes one size, or size=(height, width) to crop to; `dina-lrm prepare`, and training on "
+                "rows, take any sizes"
             )
         if images:
             seeds = [mix_seeds(seed, row) for row in kept] if sample else None

@@ -5,22 +5,25 @@ gives one file, which appears whole; what is in it depends on the part and the s
 matter how many processes there are or how often they are stopped: files that are there are not made again,
 and the last run ends with the same bytes as one that was never stopped. Prompts follow when all parts are
 there, each encoded once, and the manifest comes last.
+
+What a run goes on with has to be what it was begun with: the digests of the source's files are settings, and
+a part keeps the digests of its pictures, which are read again before the run goes on.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -30,30 +33,42 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import filelock
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 
 from dina_lrm.data.buckets import Size, needs_padding, pair_bucket, place
-from dina_lrm.data.pairs import ImageSource, Reject, StoredLatent, load_image, write_rejects
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.own_rows import TIE
+from dina_lrm.data.pairs import (
+    ImageSource,
+    Reject,
+    StoredLatent,
+    image_name,
+    image_size,
+    load_image,
+    reasons,
+    write_rejects,
+)
 from dina_lrm.data.shards import (
     FORMAT,
     PromptRow,
     prompt_hash,
+    shard_pictures,
     shard_prompts,
     shard_rejects,
     write_pairs,
     write_prompts,
 )
-from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
-from dina_lrm.files import write_whole
+from dina_lrm.files import file_fault, write_whole
 from dina_lrm.pictures import rgb_tensor
 
-__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "prepare"]
+__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "content_digest", "prepare", "unwanted"]
 
 PICTURES_PER_CALL = 16
 PROMPTS_PER_CALL = 16
 PROMPTS_PER_FILE = 512
+READERS = 8
+"""Threads that read pictures again."""
 
 
 @runtime_checkable
@@ -92,8 +107,10 @@ class PrepareSettings:
     max_text_tokens: int | None
     pairs_per_shard: int
     pairs_per_row_group: int
-    files: dict[str, int]
-    """Of the source, with their sizes in bytes."""
+    files: dict[str, str]
+    """Of the source, with the digests of their content."""
+    part: dict[str, Any] | None = None
+    """Which part of the source this is, where it is split (`data.split.SourcePart`)."""
 
     def __post_init__(self) -> None:
         for name, least in (("pairs_per_shard", 1), ("pairs_per_row_group", 1), ("max_pixels", 1)):
@@ -143,7 +160,8 @@ def prepare(
         done.
 
     Raises:
-        InvalidInputError: the folder belongs to other settings, or another process works on it.
+        InvalidInputError: the folder belongs to other settings; a file of the source or a picture has changed
+            since it was begun; another process works on it; no pair can be used.
         DinaError: a process died; what was finished is kept.
         OSError: the disk is full; what was finished is kept.
     """
@@ -186,8 +204,10 @@ class _Preparation:
 
     def run(self, stream: Iterable[Comparison | Reject]) -> Prepared:
         size = self.settings.pairs_per_shard
+        self._check_pictures()
         with _processes(self.load_encoder, self.devices, self.root) as pool:
             shards = self._make("pairs", pool, _make_shard, _cut(stream, size))
+            self._need_pairs(shards)
             num_cut = 0
             tables: list[Path] = []
             if self.settings.embeddings:
@@ -196,6 +216,45 @@ class _Preparation:
                 )
                 num_cut = self.num_cut
         return self._finish(shards, tables, num_cut)
+
+    def _check_pictures(self) -> None:
+        """A picture that was replaced since its part was made would make the folder a mixture of both."""
+        parts = sorted((self.output / "pairs").glob("part-*.parquet"))
+        changed: list[str] = []
+        readers = ThreadPoolExecutor(READERS)
+        try:
+            for number, part in enumerate(parts, start=1):
+                before = shard_pictures(part)
+                now = readers.map(content_digest, [self.root / name for name in before])
+                changed += [name for name, digest in zip(before, now, strict=True) if digest != before[name]]
+                self._tell("finished parts checked", number, 0)
+        finally:
+            readers.shutdown(cancel_futures=True)
+        if changed:
+            number = len(set(changed))
+            raise InvalidInputError(
+                f"{changed[0]}{f' and {number - 1:,} other pictures' if number > 1 else ''} changed since "
+                f"{self.output} was begun: put back what was there, or prepare into another folder"
+            )
+
+    def _need_pairs(self, shards: Sequence[Path]) -> None:
+        """Where there is no pair, only the list of rejects stays, so that the folder can be used again."""
+        import pyarrow.parquet as parquet
+
+        if any(parquet.read_metadata(shard).num_rows for shard in shards):
+            return
+        found = [shard_rejects(shard) for shard in shards]
+        rejects = [Reject(**reject) for own, _ in found for reject in own]
+        shutil.rmtree(self.output / "pairs")
+        (self.output / "prepare.json").unlink()
+        if not rejects:
+            files = ", ".join(list(self.settings.files)[:3])
+            raise InvalidInputError(f"no pair to prepare: {self.settings.source} ({files}) holds no rows")
+        write_rejects(rejects, self.output / "rejects.jsonl")
+        raise InvalidInputError(
+            f"no pair to prepare: none of {len(rejects):,} comparisons can be used{reasons(rejects)}. "
+            f"All are listed in {self.output / 'rejects.jsonl'}"
+        )
 
     def _prompts(self, shards: Sequence[Path]) -> Iterator[str]:
         """Distinct prompts of all pairs, in order of appearance."""
@@ -234,7 +293,9 @@ class _Preparation:
                     done, found = done + len(part), found + len(part)
                     self._tell(kind, done, found)
                     continue
-                running.append((pool.submit(task, part, file, self.settings), len(part)))
+                with _signals_held():  # which a process that is started here inherits
+                    future = pool.submit(task, part, file, self.settings)
+                running.append((future, len(part)))
                 while len(running) >= 2 * len(self.devices):
                     collect()
             while running:
@@ -308,13 +369,46 @@ def _check_settings(file: Path, settings: PrepareSettings) -> None:
     except json.JSONDecodeError as error:
         raise InvalidInputError(f"{file} is damaged: {error}") from error
     now = json.loads(json.dumps(asdict(settings)))
+    _check_files(file.parent, before.pop("files", {}), now.pop("files"))
     differing = [
         f"{one.name} was {before.get(one.name)!r} and is {now[one.name]!r}"
         for one in fields(settings)
-        if before.get(one.name) != now[one.name]
+        if before.get(one.name) != now.get(one.name)
     ]
     if differing:
         raise InvalidInputError(f"{file.parent} was begun with other settings: {'; '.join(differing)}")
+
+
+def _check_files(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Of the source."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            what = "is new" if name not in before else "is gone" if name not in now else "has changed"
+            raise InvalidInputError(
+                f"{name} {what} since {output} was begun: prepare into another folder, or delete that one"
+            )
+
+
+def content_digest(file: Path) -> str | None:
+    """SHA-256 of a file; None where there is none that can be read."""
+    if file_fault(file) is not None:
+        return None
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def unwanted(
+    item: Comparison, *, ties: Literal["reject", "half"], min_confidence: float | None
+) -> str | None:
+    """Why a comparison is not asked for, or None."""
+    if item.pair.tie and ties == "reject":
+        return TIE
+    if min_confidence is not None and item.confidence is not None and item.confidence < min_confidence:
+        return f"confidence: {item.confidence:g} is under {min_confidence:g}"
+    return None
 
 
 def _cut(stream: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -371,6 +465,7 @@ _worker: _Worker | None = None
 def _processes(
     load_encoder: LoadEncoder, devices: Sequence[str], root: Path
 ) -> Iterator[ProcessPoolExecutor]:
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     names = context.SimpleQueue()
     for device in devices:
@@ -382,13 +477,29 @@ def _processes(
         yield pool
         pool.shutdown()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # A part takes long, and what of it is done is lost anyway.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
         raise
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block has ended. The parent alone answers them, and ends its
+    processes: a terminal sends Ctrl-C to all."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(load_encoder: LoadEncoder, names: Any, root: Path) -> None:
     global _worker
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = names.get()
     if torch.device(device).type == "cpu":
@@ -458,6 +569,7 @@ class _Shard:
         self.items, self.settings, self.worker = items, settings, worker
         self.rejects: dict[int, Reject] = {}
         self.sizes: dict[ImageSource, Size | str] = {}
+        self.digests: dict[ImageSource, str | None] = {}
 
     def write(self, file: Path) -> None:
         wanted: dict[Size, list[int]] = {}
@@ -466,7 +578,8 @@ class _Shard:
             if isinstance(item, Reject):
                 self.rejects[index] = item
                 continue
-            if (fault := self._unwanted(item)) is not None:
+            asked = {"ties": self.settings.ties, "min_confidence": self.settings.min_confidence}
+            if (fault := unwanted(item, **asked)) is not None:
                 self._reject(index, fault)
             elif isinstance(item.pair.chosen, StoredLatent):
                 stored.append(index)
@@ -489,27 +602,21 @@ class _Shard:
             for start in range(0, len(by_shape[shape]), size)
         ]
         rejects = [asdict(self.rejects[index]) for index in sorted(self.rejects)]
-        write_pairs(file, groups, rejects=rejects, num_items=len(self.items))
+        pictures = {self._name(one): digest for one, digest in self.digests.items() if isinstance(one, Path)}
+        write_pairs(file, groups, rejects=rejects, num_items=len(self.items), pictures=pictures)
 
     def _reject(self, index: int, reason: str) -> None:
-        item = self.items[index]
-        assert isinstance(item, Comparison)
-        self.rejects[index] = Reject(row=item.row, reason=reason, prompt=item.pair.prompt, file=item.file)
-
-    def _unwanted(self, item: Comparison) -> str | None:
-        least = self.settings.min_confidence
-        if item.tie and self.settings.ties == "reject":
-            return "tie: nobody won"
-        if least is not None and item.confidence is not None and item.confidence < least:
-            return f"confidence: {item.confidence:g} is under {least:g}"
-        return None
+        self.rejects[index] = self._comparison(index).reject(reason)
 
     def _bucket(self, item: Comparison) -> Size | str:
         """Size of both sides, or what is wrong."""
-        sizes = [self._size(side) for side in (item.pair.chosen, item.pair.rejected)]
+        pair = item.pair
+        sizes = [self._size(side) for side in (pair.chosen, pair.rejected)]
         for size in sizes:
             if isinstance(size, str):
                 return size
+        if self.digests[pair.chosen] == self.digests[pair.rejected]:  # both have a size, so both were read
+            return f"same picture: on both sides, {self._name(pair.chosen)}"
         first, second = (size for size in sizes if not isinstance(size, str))
         bucket = pair_bucket(first, second)
         if self.settings.mixed_sizes == "reject" and any(needs_padding(s, bucket) for s in (first, second)):
@@ -518,8 +625,14 @@ class _Shard:
 
     def _size(self, image: ImageSource) -> Size | str:
         if image not in self.sizes:
+            # Before it is decoded: if it is replaced meanwhile, the next run finds another digest.
+            match image:
+                case Path():
+                    self.digests[image] = content_digest(image)
+                case bytes():
+                    self.digests[image] = hashlib.sha256(image).hexdigest()
             try:
-                height, width = _picture_size(image)
+                height, width = image_size(image)
                 self.sizes[image] = self.worker.encoder.picture_size(height, width)
             except InvalidInputError as error:
                 self.sizes[image] = self._reason(image, error)
@@ -584,7 +697,7 @@ class _Shard:
         yield {
             "prompt": pair.prompt,
             "prompt_hash": prompt_hash(pair.prompt),
-            "target": 0.5 if item.tie else pair.target,
+            "target": pair.target,
             "votes_chosen": pair.votes_chosen,
             "votes_rejected": pair.votes_rejected,
             "confidence": item.confidence,
@@ -601,13 +714,13 @@ class _Shard:
     def _reason(self, image: ImageSource, error: InvalidInputError) -> str:
         """With the picture's name from the root; what it is too small for is said under one heading."""
         text = str(error).replace(str(image), self._name(image)) if isinstance(image, Path) else str(error)
-        known = text.startswith(("missing file", "unreadable image", "no picture"))
+        known = text.startswith(("missing file", "no file", "unreadable image", "no picture"))
         return text if known else f"size: {self._name(image)}: {text}"
 
     def _name(self, image: ImageSource) -> str:
         if isinstance(image, Path):
             root = self.worker.root
-            return image.relative_to(root).as_posix() if image.is_relative_to(root) else str(image)
+            return image_name(image.relative_to(root) if image.is_relative_to(root) else image)
         if isinstance(image, StoredLatent):
             return image.name
         assert isinstance(image, bytes)
@@ -617,24 +730,3 @@ class _Shard:
         item = self.items[index]
         assert isinstance(item, Comparison)
         return item
-
-
-_QUARTER_TURNS = (5, 6, 7, 8)
-"""Orientations of EXIF that exchange height and width."""
-
-
-def _picture_size(image: ImageSource) -> Size:
-    """Height and width as a viewer shows it, from the header alone."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    if isinstance(image, StoredLatent):
-        raise InvalidInputError("no picture: one side is a latent, the other is not")
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            turned = opened.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
-            return (opened.width, opened.height) if turned else (opened.height, opened.width)
-    except FileNotFoundError as error:
-        raise InvalidInputError(f"missing file: {image}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-        raise InvalidInputError(f"unreadable image: {name} ({error})") from error

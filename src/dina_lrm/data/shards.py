@@ -25,7 +25,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.data.buckets import BucketOrder, same_bucket
-from dina_lrm.data.latents import LatentPairs, PairBatch, distinct_images, first_occurrences
+from dina_lrm.data.latents import (
+    LatentPairs,
+    PairBatch,
+    distinct_images,
+    drawn_prompts,
+    first_occurrences,
+)
+from dina_lrm.data.split import fold_prompt, held_out
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
 
@@ -35,6 +42,7 @@ __all__ = [
     "PromptRow",
     "PromptTable",
     "prompt_hash",
+    "set_aside",
     "write_pairs",
     "write_prompts",
 ]
@@ -88,6 +96,7 @@ def write_pairs(
     *,
     rejects: Sequence[Mapping[str, Any]],
     num_items: int,
+    pictures: Mapping[str, str | None],
 ) -> None:
     """One shard: a row group for each of `groups`, whose rows have one latent shape; whole or not at all.
 
@@ -95,11 +104,13 @@ def write_pairs(
         rejects: of the part of the source that the shard covers; kept in the file, so that a shard accounts
             for everything it was made from.
         num_items: comparisons and rejects that the part holds.
+        pictures: digest of every file that was looked at for it, by name; None for one that was not there.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     metadata = {"format": FORMAT, "num_items": str(num_items), "rejects": json.dumps(list(rejects))}
+    metadata["pictures"] = json.dumps(dict(pictures))
     schema = _pair_schema(metadata)
     large = ("latents_chosen", "latents_rejected")
     options: Any = {
@@ -223,6 +234,11 @@ def shard_rejects(file: Path) -> tuple[list[dict[str, Any]], int]:
     return json.loads(metadata[b"rejects"]), int(metadata[b"num_items"])
 
 
+def shard_pictures(file: Path) -> dict[str, str | None]:
+    """Digests of the picture files behind a shard, see `write_pairs`."""
+    return json.loads(_open(file).schema_arrow.metadata.get(b"pictures", b"{}"))
+
+
 def shard_prompts(file: Path) -> list[str]:
     """Distinct prompts of a shard, in order of appearance."""
     column = _open(file).read(columns=["prompt"]).column("prompt")
@@ -329,6 +345,8 @@ class LatentShards:
     chosen: Int64[Tensor, " pair"]
     """Number of the picture among all pictures, a picture at two sizes counting as two."""
     rejected: Int64[Tensor, " pair"]
+    picture: Int64[Tensor, " image"]
+    """By the number in `chosen` or `rejected`: the number of the picture, whatever its size."""
     prompts: list[str]
     prompt_index: Int64[Tensor, " pair"]
     target: Float[Tensor, " pair"]
@@ -336,6 +354,10 @@ class LatentShards:
     digests: dict[str, str]
     """SHA-256 of every shard."""
     read_prompts: Callable[[Sequence[str]], list[PromptRow]]
+    settings: Mapping[str, Any]
+    """Of `dina-lrm prepare`, as the manifest states them."""
+    num_rejects: int
+    """Comparisons of the source that could not be used; rejects.jsonl lists them."""
     latent_space: str | None = None
     _read: _RowGroups = field(default_factory=lambda: _RowGroups(["latents_chosen", "latents_rejected"]))
     _orders: dict[Any, BucketOrder] = field(default_factory=dict)
@@ -389,6 +411,8 @@ class LatentShards:
             folder=folder,
             digests=manifest["digests"],
             read_prompts=read_prompts,
+            settings=manifest["settings"],
+            num_rejects=sum(manifest["counts"]["rejects"].values()),
             latent_space=manifest["settings"].get("latent_space"),
             _read=_RowGroups(["latents_chosen", "latents_rejected"], cache_bytes),
             **columns.tensors(),
@@ -414,6 +438,15 @@ class LatentShards:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         names = ("row_group", "row", "bucket", "chosen", "rejected", "prompt_index", "target")
         return replace(self, _orders={}, **{name: getattr(self, name)[rows] for name in names})
+
+    def split_by_prompt(self, fraction: float, *, seed: int = 0) -> tuple["LatentShards", "LatentShards"]:
+        """Two parts that share no prompt; the second holds about `fraction` of the prompts."""
+        held_out = drawn_prompts(self.prompt_index, fraction, seed)
+        return self.subset((~held_out).nonzero().flatten()), self.subset(held_out.nonzero().flatten())
+
+    @property
+    def bayes(self) -> None:
+        """The law of the raters is not known."""
 
     def order(
         self, step: int, *, batch_size: int, seed: int, by_prompt: bool = False
@@ -478,6 +511,29 @@ PairSet = LatentPairs | LatentShards
 """Pairs to train and measure on: in memory, or on disk."""
 
 
+def set_aside(
+    pairs: PairSet, fraction: float, *, max_pairs: int | None = None, seed: int = 0
+) -> tuple[PairSet, PairSet]:
+    """Pairs to train on and pairs to measure on, which share neither a prompt nor a picture.
+
+    Prompts that differ in case or punctuation alone are one; see `split.held_out`, also for the arguments.
+    """
+    folded: dict[str, int] = {}
+    number = [folded.setdefault(fold_prompt(prompt), len(folded)) for prompt in pairs.prompts]
+    picture = pairs.picture.numpy()
+    taken = torch.from_numpy(
+        held_out(
+            np.array(number)[pairs.prompt_index.numpy()],
+            picture[pairs.chosen.numpy()],
+            picture[pairs.rejected.numpy()],
+            fraction=fraction,
+            max_pairs=max_pairs,
+            seed=seed,
+        )
+    )
+    return pairs.subset((~taken).nonzero().flatten()), pairs.subset(taken.nonzero().flatten())
+
+
 class _Columns:
     """The small columns of all shards, gathered."""
 
@@ -524,9 +580,11 @@ class _Columns:
             name: torch.from_numpy(np.concatenate([part[name] for part in self.parts]))
             for name in self.parts[0]
         }
+        names: dict[str, int] = {}
         return {
             "places": self.places,
             "shapes": list(self.shapes),
             "prompts": list(self.prompts),
+            "picture": torch.tensor([names.setdefault(name, len(names)) for name, _ in self.images]),
             **columns,
         }

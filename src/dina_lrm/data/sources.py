@@ -8,13 +8,13 @@
     pickapic     parquet: jpg_0, jpg_1, label_0, label_1
     imagerewarddb  parquet of the configs *_pair (img_better, img_worse) and *_group (lists with ranks)
     folder       NAME.txt with NAME.chosen.* and NAME.rejected.* beside it, in any subfolder
-    jsonl        our own rows, .jsonl or .parquet (`data.pairs`)
+    jsonl        our own rows, whatever the file's form (`data.own_rows`, `data.rows`)
     latent-cache  the latents that the paper's code caches: parquet, and an index in CSV
 
 The parquet sets can also be streamed from the Hugging Face hub, through `datasets` (`read_hub`).
 
-Nothing is dropped: what cannot be a comparison is a `Reject` with its reason. Ties are comparisons on which
-nobody won; which side they name `chosen` means nothing. Files of any size are read as a stream.
+Nothing is dropped: what cannot be a comparison is a `Reject` with its reason, and a picture that is not there
+costs the comparisons that need it and no others. Files of any size are read as a stream.
 
 Source: the layouts are those of the data sets' own readers; each reader's docstring says whose.
 """
@@ -22,26 +22,20 @@ Source: the layouts are those of the data sets' own readers; each reader's docst
 import ast
 import csv
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dina_lrm.data.pairs import (
-    Check,
-    ImageSource,
-    PreferencePair,
-    Reject,
-    StoredLatent,
-    checked_votes,
-    image_cell,
-    number,
-    pairs_of_row,
-)
-from dina_lrm.data.rows import BadRow, count_rows, rows_of_file
+from dina_lrm.data.comparisons import Check, Comparison, ReadRow, Row, Votes, number, share, votes_of
+from dina_lrm.data.own_rows import own_row, read_file
+from dina_lrm.data.pairs import Reject, StoredLatent
+from dina_lrm.data.rows import FORMS, PATTERNS, BadRow, checked_row, count_rows, is_rows_file, shown
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault, not_a_file
 
 __all__ = [
+    "LOCAL",
     "SOURCES",
     "Comparison",
     "Source",
@@ -53,25 +47,6 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Two pictures for one prompt, and what raters said."""
-
-    pair: PreferencePair
-    tie: bool = False
-    """Nobody won. `pair` names the sides in stored order then."""
-    confidence: float | None = None
-    """That the preference is right, in [0, 1], as the data set states it."""
-    generators: tuple[str | None, str | None] = (None, None)
-    """What drew the chosen and the rejected picture."""
-    chosen_was_first: bool | None = None
-    """Whether the chosen side stood first (left, 0) before raters; None where the layout does not keep it."""
-    row: int
-    """Position of the row in the file, from 0."""
-    file: str
-    """The file it comes from, relative to the root."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """One data set's layout."""
 
@@ -79,39 +54,9 @@ class Source:
     splits: dict[str, tuple[str, ...]]
     """Files of each split, relative to the root; glob patterns allowed."""
     default_split: str
-    read_row: Callable[["_Row"], Iterator[Comparison]]
+    read_row: ReadRow
     hub: tuple[str, str | None] | None = None
     """Repository and config on the Hugging Face hub, where it is published as a table."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row and where it came from."""
-
-    values: Mapping[str, Any]
-    index: int
-    file: str
-    root: Path
-    check: Check
-
-    def image(self, cell: Any, field: str, *folders: str) -> ImageSource:
-        """The picture in a cell: bytes, or a path under the root, looked for in `folders` too."""
-        if isinstance(cell, str) and folders:
-            places = [self.root / folder / cell for folder in ("", *folders)]
-            cell = str(next((place for place in places if place.is_file()), places[1]))
-        return image_cell(cell, field, self.root, self.check)
-
-    def prompt(self, field: str = "prompt") -> str:
-        value = self.values.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise BadRow(f"no prompt: {field} = {value!r}")
-        return value
-
-    def compare(self, prompt: str, chosen: ImageSource, rejected: ImageSource, **about: Any) -> Comparison:
-        names = ("votes_chosen", "votes_rejected", "source", "width", "height")
-        votes = {name: about.pop(name) for name in names if name in about}
-        pair = PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **votes)
-        return Comparison(pair=pair, row=self.index, file=self.file, **about)
 
 
 def read_source(
@@ -120,7 +65,7 @@ def read_source(
     """Comparisons of a data set, row by row, with a `Reject` for each row that cannot be one.
 
     Args:
-        name: one of `SOURCES`, "folder", "latent-cache" or "jsonl".
+        name: one of `SOURCES` or `LOCAL`.
         root: folder that holds the data set's files as published; for jsonl, also the file itself.
         split: see `SOURCES[name].splits`; None: its default.
         check_images: "none" leaves images alone, so that counts can be had without them.
@@ -132,21 +77,19 @@ def read_source(
     if name == "folder":
         yield from _folder(root, check_images)
         return
-    read_row = {"jsonl": _own_row, "latent-cache": _cached_row}.get(name)
+    read_row = {"jsonl": own_row, "latent-cache": _cached_row}.get(name)
     if read_row is None:
         read_row = _source(name, split)[0].read_row
     files = source_files(name, root, split=split)
     base = root if root.is_dir() else root.parent
     kept = _cache_index(root) if name == "latent-cache" else None
     for file in files:
-        relative = str(file.relative_to(base))
-        for index, values in enumerate(rows_of_file(file)):
-            if kept is not None and (file.name, index) not in kept:
-                values = BadRow("not in the index of the cache")
-            if isinstance(values, BadRow):
-                yield Reject(row=index, reason=str(values), file=relative)
-                continue
-            yield from _comparisons(read_row, _Row(values, index, relative, base, check_images))
+        relative = _text(file.relative_to(base))
+        for item in read_file(file, read_row, name=relative, root=base, check=check_images):
+            if kept is not None and (file.name, item.row) not in kept:
+                yield Reject(row=item.row, reason="not in the index of the cache", file=relative)
+            else:
+                yield item
 
 
 def source_files(name: str, root: str | Path, *, split: str | None = None) -> list[Path]:
@@ -155,24 +98,28 @@ def source_files(name: str, root: str | Path, *, split: str | None = None) -> li
     Raises:
         InvalidInputError: no such source or split, or none of its files are there.
     """
-    root = Path(root)
+    root, kind = Path(root), "pairs" if name == "folder" else name
     match name:
         case "folder":
             patterns: tuple[str, ...] = ("**/*.txt",)
         case "jsonl":
-            if root.suffix in (".jsonl", ".parquet"):
-                if not root.is_file():
-                    raise InvalidInputError(f"no file of preference rows at {root}")
+            if not root.is_dir():
+                if file_fault(root) is not None:
+                    raise InvalidInputError(f"no preference rows: {not_a_file(root)}")
+                if not is_rows_file(root):
+                    raise InvalidInputError(f"rows are {FORMS}: not {root}")
                 return [root]
-            patterns = ("*.jsonl", "*.parquet")
+            patterns = PATTERNS
         case "latent-cache":
             patterns = ("**/part_rank*.parquet",)
         case _:
             source, split = _source(name, split)
             patterns = source.splits[split]
-    files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
+    if not root.is_dir():
+        raise InvalidInputError(f"no folder of {kind}: {not_a_file(root)}")
+    files = [file for pattern in patterns for file in sorted(root.glob(pattern)) if not file.is_dir()]
     if not files:
-        raise InvalidInputError(f"no {', '.join(patterns)} in {root}: is this the folder of {name}?")
+        raise InvalidInputError(f"no {', '.join(patterns)} in {root}: is this the folder of {kind}?")
     return files
 
 
@@ -184,7 +131,7 @@ def source_length(name: str, root: str | Path, *, split: str | None = None) -> i
     files = source_files(name, root, split=split)
     if name == "folder":
         return len(files)
-    if any(file.suffix == ".parquet" for file in files):
+    if any(file.suffix.lower() == ".parquet" for file in files):
         return sum(count_rows(file) for file in files)
     return sum(1 for _ in read_source(name, root, split=split, check_images="none"))
 
@@ -204,8 +151,7 @@ def read_hub(
     """
     import datasets
 
-    own = name in ("jsonl", "folder", "latent-cache")
-    source, split = (None, split) if own else _source(name, split)
+    source, split = (None, split) if name in LOCAL else _source(name, split)
     if source is None or source.hub is None or split is None:
         raise InvalidInputError(
             f"{name} is not published as a table that can be streamed: it needs the folder of its files"
@@ -223,13 +169,16 @@ def read_hub(
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
     for index, values in enumerate(stream):
-        row = _Row(values, index, f"{repository}/{split}", Path(), check_images)
-        yield from _comparisons(source.read_row, row)
+        file, checked = f"{repository}/{split}", checked_row(values)
+        if isinstance(checked, BadRow):
+            yield Reject(row=index, reason=str(checked), file=file)
+        else:
+            yield from Row(checked, index, None, file, Path(), check_images).read(source.read_row)
 
 
 def _source(name: str, split: str | None) -> tuple["Source", str]:
     if name not in SOURCES:
-        known = ", ".join(("jsonl", "folder", "latent-cache", *SOURCES))
+        known = ", ".join((*LOCAL, *SOURCES))
         raise InvalidInputError(f"unknown source {name!r}; known: {known}")
     source = SOURCES[name]
     split = source.default_split if split is None else split
@@ -238,27 +187,15 @@ def _source(name: str, split: str | None) -> tuple["Source", str]:
     return source, split
 
 
-def _comparisons(
-    read_row: Callable[["_Row"], Iterator[Comparison]], row: "_Row"
-) -> Iterator[Comparison | Reject]:
-    try:
-        yield from read_row(row)
-    except BadRow as bad:
-        prompt = row.values.get("prompt") or row.values.get("caption")
-        prompt = prompt if isinstance(prompt, str) else None
-        yield Reject(row=row.index, reason=str(bad), prompt=prompt, file=row.file)
+def _text(path: Path) -> str:
+    """Its name; half of a character, as a name that is no UTF-8 gives, is written as an escape."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 # --- layouts of our own ------------------------------------------------------------------------------------
 
 
-def _own_row(row: _Row) -> Iterator[Comparison]:
-    """Our own rows: chosen and rejected, or images and ranks (`data.pairs`)."""
-    for pair, tie in pairs_of_row(row.values, row.root, row.check):
-        yield Comparison(pair=pair, tie=tie is not None, row=row.index, file=row.file)
-
-
-def _cached_row(row: _Row) -> Iterator[Comparison]:
+def _cached_row(row: Row) -> Iterator[Comparison | Reject]:
     """A row of the latent cache: latent1 is the chosen side, both in float32, shifted and scaled.
 
     `detailed_results` is a dict written as text, with votes_chosen, votes_rejected and confidence. Source:
@@ -267,7 +204,7 @@ def _cached_row(row: _Row) -> Iterator[Comparison]:
     values = row.values
     try:
         details = ast.literal_eval(values.get("detailed_results") or "{}")
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise BadRow(f"detailed_results: not a dict written as text ({error})") from error
     if not isinstance(details, Mapping):
         raise BadRow(f"detailed_results: {type(details).__name__}, not a dict")
@@ -282,14 +219,13 @@ def _cached_row(row: _Row) -> Iterator[Comparison]:
                 sides[-1].array()
             except InvalidInputError as error:
                 raise BadRow(f"{error} in {side}") from error
-    confidence = _stated(details.get("confidence"))
     yield row.compare(
         row.prompt(),
         *sides,
-        confidence=None if confidence is None else number(confidence, "confidence"),
-        generators=(_stated(values.get("model1")), _stated(values.get("model2"))),
+        confidence=share(details.get("confidence"), "confidence"),
+        generators=(row.text("model1"), row.text("model2")),
         source="latent-cache",
-        **_votes(details.get("votes_chosen"), details.get("votes_rejected")),
+        votes=_votes(details.get("votes_chosen"), details.get("votes_rejected")),
     )
 
 
@@ -325,60 +261,66 @@ def _cache_index(root: Path) -> set[tuple[str, int]] | None:
 
 def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
     """NAME.txt holds the prompt; NAME.chosen.png and NAME.rejected.png, of any format, lie beside it."""
-    if not root.is_dir():
-        raise InvalidInputError(f"no folder of pairs at {root}")
     beside: dict[Path, dict[str, list[Path]]] = {}
-    for index, file in enumerate(sorted(root.rglob("*.txt"))):
+    for index, file in enumerate(source_files("folder", root)):
         if file.parent not in beside:
             named = beside[file.parent] = {}
             for place in file.parent.iterdir():
                 named.setdefault(place.stem, []).append(place)
+        name = _text(file.relative_to(root))
         try:
-            prompt = file.read_text(encoding="utf-8").strip()
+            fault = file_fault(file)
+            prompt = None if fault is not None else file.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            yield Reject(row=index, reason=f"unreadable prompt: {file.name} ({error})", file=file.name)
+            prompt, fault = None, f"cannot be read ({error})"
+        if prompt is None:
+            yield Reject(row=index, reason=f"unreadable prompt: {_text(Path(file.name))} {fault}", file=name)
             continue
         values: dict[str, Any] = {"prompt": prompt}
         for side in ("chosen", "rejected"):
             places = beside[file.parent].get(f"{file.stem}.{side}", [])
             values[side] = str(places[0].relative_to(root)) if len(places) == 1 else None
-        row = _Row(values, index, str(file.relative_to(root)), root, check)
-        try:
-            images = [row.image(values[side], f"{file.stem}.{side}.*") for side in ("chosen", "rejected")]
-            yield row.compare(row.prompt(), *images)
-        except BadRow as bad:
-            yield Reject(row=index, reason=str(bad), prompt=prompt or None, file=row.file)
+        checked = checked_row(values)
+        if isinstance(checked, BadRow):
+            yield Reject(row=index, reason=str(checked), file=name)
+        else:
+            yield from Row(checked, index, None, name, root, check).read(_folder_row)
+
+
+def _folder_row(row: Row) -> Iterator[Comparison | Reject]:
+    stem = Path(row.file).stem
+    sides = [row.image(row.values.get(side), f"{stem}.{side}.*") for side in ("chosen", "rejected")]
+    yield row.compare(row.prompt(), *sides)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
 
 
-def _hpdv3(row: _Row) -> Iterator[Comparison]:
+def _hpdv3(row: Row) -> Iterator[Comparison | Reject]:
     """path1 is always the preferred image, so a reader that keeps the sides teaches position, not preference.
 
     choice_dist and confidence are null (or the string "null") for Midjourney and HPDv2 rows, and absent in
     test.json. Source: MizzenAI/HPDv3.
     """
     values = row.values
-    votes = _stated(values.get("choice_dist"))
-    given: dict[str, Any] = {}
-    if votes is not None:
-        if not isinstance(votes, Sequence) or len(votes) != 2:
-            raise BadRow(f"votes: choice_dist = {votes!r} is not a pair of numbers")
-        given = _votes(*sorted((number(vote, "choice_dist") for vote in votes), reverse=True))
-    confidence = _stated(values.get("confidence"))
+    dist = values.get("choice_dist")
+    votes = None
+    if dist not in (None, "null"):
+        if not isinstance(dist, list) or len(dist) != 2:
+            raise BadRow(f"votes: choice_dist = {shown(dist)} is not a pair of numbers")
+        votes = _votes(*sorted((number(vote, "choice_dist") for vote in dist), reverse=True))
     yield row.compare(
         row.prompt(),
         row.image(values.get("path1"), "path1"),
         row.image(values.get("path2"), "path2"),
-        confidence=None if confidence is None else number(confidence, "confidence"),
-        generators=(_stated(values.get("model1")), _stated(values.get("model2"))),
+        confidence=share(values.get("confidence"), "confidence"),
+        generators=(row.text("model1"), row.text("model2")),
         source="hpdv3",
-        **given,
+        votes=votes,
     )
 
 
-def _hpdv3_plus(row: _Row) -> Iterator[Comparison]:
+def _hpdv3_plus(row: Row) -> Iterator[Comparison | Reject]:
     """path1 is preferred. Source: Junjun2333/HPDv3-PlusPlus."""
     values = row.values
     subset = Path(row.file).stem.rpartition("_")[2]
@@ -390,13 +332,12 @@ def _hpdv3_plus(row: _Row) -> Iterator[Comparison]:
     )
 
 
-def _hpdv2(row: _Row) -> Iterator[Comparison]:
+def _hpdv2(row: Row) -> Iterator[Comparison | Reject]:
     """train.json: of two files, human_preference 1 is the better one. test.json: lists with ranks, lower is
     better. Source: tgxs002/HPSv2, `HPDDataset` and `RankingDataset`."""
     values, prompt = row.values, row.prompt()
     if "human_preference" in values:
-        files, votes = _lists(values, "file_path", "human_preference")
-        numbers = [number(vote, "human_preference") for vote in votes]
+        files, numbers = row.lists("file_path", "human_preference")
         if len(files) != 2:
             raise BadRow(f"file_path: needs 2 files, has {len(files)}")
         images = [row.image(file, "file_path", "train", "HPD/train") for file in files]
@@ -410,41 +351,43 @@ def _hpdv2(row: _Row) -> Iterator[Comparison]:
             source="hpdv2",
         )
         return
-    files, ranks = _lists(values, "image_path", "rank")
+    files, ranks = row.lists("image_path", "rank")
     images = [row.image(file, "image_path", "test", "HPD/test") for file in files]
-    yield from _ranked(row, prompt, images, [number(rank, "rank") for rank in ranks], "hpdv2")
+    yield from row.ranked(prompt, images, ranks, source="hpdv2")
 
 
-def _imagereward(row: _Row) -> Iterator[Comparison]:
+def _imagereward(row: Row) -> Iterator[Comparison | Reject]:
     """466 prompts with 4 to 9 pictures and their ranking, 1 is best, ties allowed: 6,399 strict pairs and 831
     tied ones. Source: zai-org/ImageReward, data/test.json."""
-    files, ranks = _lists(row.values, "generations", "ranking")
+    files, ranks = row.lists("generations", "ranking")
     images = [row.image(file, "generations", "images", "test_images") for file in files]
-    yield from _ranked(row, row.prompt(), images, [number(rank, "ranking") for rank in ranks], "imagereward")
+    yield from row.ranked(row.prompt(), images, ranks, source="imagereward")
 
 
-def _imagerewarddb(row: _Row) -> Iterator[Comparison]:
+def _imagerewarddb(row: Row) -> Iterator[Comparison | Reject]:
     """Configs *_pair, whose ties were dropped, and *_group. Source: zai-org/ImageRewardDB."""
     values, prompt = row.values, row.prompt()
     if "img_better" in values:
         sides = [row.image(values.get(name), name) for name in ("img_better", "img_worse")]
         yield row.compare(prompt, *sides, source="imagerewarddb")
-    elif isinstance(values.get("image"), Sequence):
-        cells, ranks = _lists(values, "image", "rank")
+    elif isinstance(values.get("image"), list):
+        cells, ranks = row.lists("image", "rank")
         images = [row.image(cell, "image") for cell in cells]
-        yield from _ranked(row, prompt, images, [number(rank, "rank") for rank in ranks], "imagerewarddb")
+        yield from row.ranked(prompt, images, ranks, source="imagerewarddb")
     else:
         raise BadRow("one picture a row: use a config that ends in _pair or _group")
 
 
-def _genai_bench(row: _Row) -> Iterator[Comparison]:
+def _genai_bench(row: Row) -> Iterator[Comparison | Reject]:
     """Battles with four outcomes; "tievote" and "bothbad_vote" are ties. Source: TIGER-Lab/GenAI-Bench,
     config image_generation; its own code scores split test_v1, others split test."""
     values, vote = row.values, row.values.get("vote_type")
     if vote not in ("leftvote", "rightvote", "tievote", "bothbad_vote"):
-        raise BadRow(f"votes: vote_type = {vote!r} is none of leftvote, rightvote, tievote, bothbad_vote")
+        raise BadRow(
+            f"votes: vote_type = {shown(vote)} is none of leftvote, rightvote, tievote, bothbad_vote"
+        )
     left, right = (row.image(values.get(f"{side}_image"), f"{side}_image") for side in ("left", "right"))
-    models = values.get("left_model"), values.get("right_model")
+    models = row.text("left_model"), row.text("right_model")
     swap = vote == "rightvote"
     yield row.compare(
         row.prompt(),
@@ -457,7 +400,7 @@ def _genai_bench(row: _Row) -> Iterator[Comparison]:
     )
 
 
-def _pickapic(row: _Row) -> Iterator[Comparison]:
+def _pickapic(row: Row) -> Iterator[Comparison | Reject]:
     """label_0 and label_1 are 1 and 0, 0 and 1, or 0.5 each for a tie; rows without a label are rejected.
     Source: yuvalkirstain/pickapic_v1 and _v2; in the `_no_images` editions jpg_0 and jpg_1 are absent."""
     values = row.values
@@ -473,7 +416,7 @@ def _pickapic(row: _Row) -> Iterator[Comparison]:
         for side in (0, 1)
     ]
     images = [row.image(cell, f"jpg_{side}") for side, cell in enumerate(cells)]
-    models = values.get("model_0"), values.get("model_1")
+    models = row.text("model_0"), row.text("model_1")
     first = labels[0] >= labels[1]
     yield row.compare(
         row.prompt("caption"),
@@ -486,47 +429,14 @@ def _pickapic(row: _Row) -> Iterator[Comparison]:
     )
 
 
-def _votes(chosen: Any, rejected: Any) -> dict[str, float]:
-    """Fields of the row type; none where the layout states none."""
-    if _stated(chosen) is None or _stated(rejected) is None:
-        return {}
-    votes = checked_votes(chosen, rejected)
-    return {"votes_chosen": votes[0], "votes_rejected": votes[1]}
+def _votes(chosen: Any, rejected: Any) -> Votes | None:
+    """None where the layout states none."""
+    stated = [None if votes == "null" else votes for votes in (chosen, rejected)]
+    return None if None in stated else votes_of(*stated)
 
 
-def _ranked(
-    row: _Row, prompt: str, images: Sequence[ImageSource], ranks: Sequence[float], source: str
-) -> Iterator[Comparison]:
-    """Every two pictures of a ranked list: lower rank is better, equal ranks are a tie."""
-    if len(images) < 2:
-        raise BadRow(f"images: needs at least 2, has {len(images)}")
-    for i, j in itertools.combinations(range(len(images)), 2):
-        first = ranks[i] <= ranks[j]
-        better, worse = (i, j) if first else (j, i)
-        yield row.compare(
-            prompt,
-            images[better],
-            images[worse],
-            tie=ranks[i] == ranks[j],
-            chosen_was_first=first,
-            source=source,
-        )
-
-
-def _lists(values: Mapping[str, Any], images: str, ranks: str) -> tuple[Sequence[Any], Sequence[Any]]:
-    pair = values.get(images), values.get(ranks)
-    if not all(isinstance(column, Sequence) and not isinstance(column, str) for column in pair):
-        raise BadRow(f"{images} and {ranks}: need to be two lists")
-    files, numbers = pair[0] or (), pair[1] or ()
-    if len(files) != len(numbers):
-        raise BadRow(f"{images} and {ranks}: {len(files)} and {len(numbers)} entries")
-    return files, numbers
-
-
-def _stated(value: Any) -> Any:
-    """None also for the string "null", which some of HPDv3's rows hold."""
-    return None if value in (None, "null") else value
-
+LOCAL = ("jsonl", "folder", "latent-cache")
+"""Sources of one's own: they have no splits."""
 
 SOURCES: dict[str, Source] = {
     source.name: source

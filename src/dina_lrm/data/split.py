@@ -4,15 +4,22 @@ Pairs that share a prompt or a picture are connected, also through other pairs, 
 together. Both `dina-lrm prepare --test-fraction` and the validation pairs of a training run are cut here.
 """
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.pairs import ImageSource, Reject, StoredLatent, image_name
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["fold_prompt", "held_out"]
+__all__ = ["SourcePart", "fold_prompt", "held_out", "split_source"]
 
 
 def fold_prompt(prompt: str) -> str:
@@ -80,3 +87,95 @@ def held_out(
             f"{int(members.min(initial=num_pairs))} pairs, and {wanted} are wanted"
         )
     return taken[group]
+
+
+# --- a source, before anything is encoded ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourcePart:
+    """Which of the comparisons and rejects that a source gives belong to a part."""
+
+    name: str
+    fraction: float
+    """That the split was made with."""
+    seed: int
+    keep: NDArray[np.bool_]
+    """(item,) in the order of the source."""
+
+    def __len__(self) -> int:
+        return int(self.keep.sum())
+
+    def of(self, stream: Iterable[Comparison | Reject]) -> Iterator[Comparison | Reject]:
+        """The part of the source's stream."""
+        return (item for item, kept in zip(stream, self.keep, strict=True) if kept)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON types; another split has others."""
+        digest = hashlib.sha256(np.packbits(self.keep).tobytes()).hexdigest()
+        return {"name": self.name, "fraction": self.fraction, "seed": self.seed, "digest": digest[:32]}
+
+
+def split_source(
+    stream: Iterable[Comparison | Reject],
+    *,
+    fraction: float,
+    seed: int = 0,
+    usable: Callable[[Comparison], bool] = lambda _: True,
+) -> dict[str, SourcePart]:
+    """The parts "train" and "test" of a source, without a prompt or a picture in common; see `held_out`.
+
+    Prompts are compared as `fold_prompt` gives them, pictures by their content: of files of different size
+    only the sizes are read.
+
+    Args:
+        fraction: of the usable comparisons, in (0, 1), for "test". Rejects and all others are in "train", so
+            both parts together account for everything.
+        usable: whether a comparison can become a pair.
+    """
+    prompts: dict[str, int] = {}
+    pictures: dict[bytes | Path, int] = {}
+    rows: list[tuple[int, int, int, int]] = []
+    num_items = 0
+    for num_items, item in enumerate(stream, start=1):
+        if isinstance(item, Comparison) and usable(item):
+            prompt = prompts.setdefault(fold_prompt(item.pair.prompt), len(prompts))
+            sides = [
+                pictures.setdefault(_identity(side), len(pictures))
+                for side in (item.pair.chosen, item.pair.rejected)
+            ]
+            rows.append((num_items - 1, prompt, *sides))
+    if not rows:
+        raise InvalidInputError(f"no pair to split: none of {num_items:,} comparisons can be used")
+    index, prompt, chosen, rejected = np.array(rows, dtype=np.int64).T
+    same = _one_number_a_content(pictures)
+    test = np.zeros(num_items, dtype=bool)
+    test[index] = held_out(prompt, same[chosen], same[rejected], fraction=fraction, seed=seed)
+    return {
+        name: SourcePart(name=name, fraction=fraction, seed=seed, keep=keep)
+        for name, keep in (("train", ~test), ("test", test))
+    }
+
+
+def _identity(image: ImageSource) -> bytes | Path:
+    """A file, or the digest of what lies in the table."""
+    if isinstance(image, Path):
+        return image
+    content = image.content if isinstance(image, StoredLatent) else image
+    return hashlib.sha256(content if isinstance(content, bytes) else image_name(content).encode()).digest()
+
+
+def _one_number_a_content(pictures: dict[bytes | Path, int]) -> NDArray[np.int64]:
+    """Numbers of the pictures, equal where two files hold the same."""
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for picture in pictures:
+        if isinstance(picture, Path):
+            by_size[picture.stat().st_size].append(picture)
+    numbers = np.arange(len(pictures))
+    first: dict[bytes, int] = {}
+    for files in by_size.values():
+        for file in files if len(files) > 1 else ():
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").digest()
+            numbers[pictures[file]] = first.setdefault(digest, pictures[file])
+    return numbers

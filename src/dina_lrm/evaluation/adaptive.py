@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, likeliest, stopping_views
-from dina_lrm.data.latents import LatentPairs
+from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import pairwise_accuracy
 from dina_lrm.evaluation.noise_sweep import PairScores, score_images
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None] | None
 
 def joined_scores(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     ensembles: Sequence[tuple[float, ...]],
     *,
     seed: int = 0,
@@ -93,7 +93,7 @@ class ViewOrder:
 
 def order_views(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     *,
     levels: Sequence[float] = LEVELS,
     num_views: int = NUM_VIEWS,
@@ -156,7 +156,7 @@ def stop_views(order: ViewOrder, margins: Float[Tensor, "view pair"], *, error: 
 
 def learn_views(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     *,
     error: float = 0.05,
     seed: int = 0,

@@ -132,5 +132,7 @@ def alignment_page(
 
 def _gained(name: str, point: AlignmentPoint) -> Fact:
     gain = point.gains[name]
-    note = f"update {point.step}, 95 % interval {gain.low:+.3g} to {gain.high:+.3g}"
-    return Fact(value=f"{gain.value:+.3g}", label=f"{name} gained", note=note)
+    interval = (
+        f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}" if gain.known else "one prompt: no interval"
+    )
+    return Fact(value=f"{gain.value:+.3g}", label=f"{name} gained", note=f"update {point.step}, {interval}")

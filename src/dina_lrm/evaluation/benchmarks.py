@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dina_lrm.data.latents import LatentPairs
+from dina_lrm.data.shards import PairSet
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import Interval, Ties, cluster_bootstrap, pair_correctness
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, SettingResult, noise_sweep
 from dina_lrm.files import write_whole, written_aside
@@ -63,7 +64,7 @@ class EvaluationResult:
     seconds: float
     scores: dict[str, PairScores] = field(repr=False)
     """Raw scores of every setting, by label; not part of `to_dict`."""
-    pairs: LatentPairs = field(repr=False)
+    pairs: PairSet = field(repr=False)
     """The pairs that were measured; not part of `to_dict`."""
 
     @property
@@ -86,19 +87,21 @@ class EvaluationResult:
         lines = [f"**{self.benchmark}**: {self.num_pairs} pairs of {self.num_prompts} prompts."]
         if self.bayes is not None:
             lines.append(f"Bayes-optimal accuracy {100 * self.bayes.accuracy.value:.1f} %.")
+        known = self.bayes is not None
         lines += [
             "",
-            "| noise levels | passes | accuracy % | 95 % interval | % of Bayes | 95 % interval | ECE % "
-            "| log-loss |",
-            "|---|--:|--:|---|--:|---|--:|--:|",
+            "| noise levels | passes | accuracy % | 95 % interval "
+            + ("| % of Bayes | 95 % interval " if known else "")
+            + "| ECE % | log-loss |",
+            "|---|--:|--:|---|" + ("--:|---|" if known else "") + "--:|--:|",
         ]
         for result in self.settings:
             name = result.setting.label + (" (default)" if result is self.default else "")
             cells = [
                 name,
                 str(result.setting.passes),
-                *_percent(result.accuracy),
-                *_percent(result.bayes_share),
+                *result.accuracy.percents(),
+                *(result.bayes_share.percents() if known and result.bayes_share else ()),
             ]
             cells += [
                 f"{100 * result.reliability.expected_calibration_error:.1f}",
@@ -106,6 +109,8 @@ class EvaluationResult:
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", f"Intervals resample prompts. Equal scores count as {self.ties}."]
+        if self.num_rater_ties:
+            lines.append(f"{self.num_rater_ties} pairs on which raters tied are not counted.")
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> Path:
@@ -138,7 +143,7 @@ class EvaluationResult:
 
 def evaluate_latent_pairs(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     *,
     noise_levels: Sequence[float] = SWEEP_LEVELS,
     ensembles: Sequence[Sequence[float]] = (PAPER_ENSEMBLE,),
@@ -159,12 +164,14 @@ def evaluate_latent_pairs(
         seed: of the noise.
         ties: what equal scores count as.
         batch_size: images per call; no effect on the result.
-        benchmark: its name in the report.
+        benchmark: what the pairs are called in the report.
         on_progress: called with (work done, work in all), in passes over images.
     """
     start = time.perf_counter()
     if len(pairs) == 0:
-        raise ValueError("there are no pairs to evaluate on")
+        raise InvalidInputError("there are no pairs to evaluate on")
+    if num_draws < 1:
+        raise InvalidInputError(f"num_draws = {num_draws}: must be at least 1")
     default = Setting(noise_levels=tuple(model.config.noise_levels))
     singles = [Setting(noise_levels=(float(level),)) for level in sorted(set(noise_levels))]
     several = [
@@ -204,12 +211,6 @@ def evaluate_latent_pairs(
         scores=scores,
         pairs=pairs,
     )
-
-
-def _percent(interval: Interval | None) -> tuple[str, str]:
-    if interval is None:
-        return "", ""
-    return f"{100 * interval.value:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ it. Here both kinds of tie are explicit: pairs on which the raters tied are neve
 a tie between two scores counts as the policy `ties` says and is reported beside the result.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +47,26 @@ class Interval:
     confidence: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        bounds = f"[{self.low:.3f}, {self.high:.3f}]" if self.known else "- (one prompt)"
+        return f"{self.value:.3f} {bounds}"
+
+    @property
+    def known(self) -> bool:
+        """Whether there are bounds: one prompt says nothing about others."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
+    def percents(self) -> tuple[str, str]:
+        """The estimate and its bounds in percent, as tables show them.
+
+        >>> Interval(value=0.5, low=0.25, high=0.75).percents()
+        ('50.0', '25.0 to 75.0')
+        >>> cluster_bootstrap([1.0, 0.0], ["one prompt"] * 2).percents()
+        ('50.0', '- (one prompt)')
+        """
+        if math.isnan(self.value):
+            return "-", "-"
+        bounds = f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+        return f"{100 * self.value:.1f}", bounds if self.known else "- (one prompt)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

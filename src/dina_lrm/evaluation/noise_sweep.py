@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dina_lrm.core.ensemble import average_levels
 from dina_lrm.core.noise import seeded_noise
-from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.data.latents import first_occurrences, mix_seeds
+from dina_lrm.data.shards import PairSet
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import (
     Interval,
     Reliability,
@@ -44,6 +46,10 @@ class Setting:
     """Several levels: concatenate their tokens, or average their scores. No effect on one level."""
     num_draws: int = 1
     """Noise draws whose scores are averaged."""
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 1:
+            raise InvalidInputError(f"num_draws = {self.num_draws}: must be at least 1")
 
     @property
     def label(self) -> str:
@@ -107,7 +113,7 @@ ScoreImages = Callable[[Tensor, Conditioning, Tensor], Float[Tensor, "way image"
 
 def score_pairs(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     setting: Setting,
     *,
     seed: int = 0,
@@ -148,7 +154,7 @@ def score_pairs(
 @torch.no_grad()
 def score_images(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     score: ScoreImages,
     *,
     seed: int,
@@ -161,36 +167,52 @@ def score_images(
     Args:
         seed, draw, batch_size, on_progress: as in `score_pairs`.
     """
-    model.check_inputs(pairs.latents[:1], _conditioning(pairs, slice(None)), pairs.latent_space)
-    images = torch.stack([torch.cat([pairs.chosen, pairs.rejected]), pairs.prompt_index.repeat(2)], dim=1)
-    unique, position = torch.unique(images, dim=0, return_inverse=True)
-    shape = tuple(pairs.latents.shape[1:])
+    for pair in pairs.examples:
+        latents, conditioning = _sides(pairs, pair[None], torch.zeros(1, dtype=torch.bool))
+        model.check_inputs(latents, conditioning, pairs.latent_space)
+    # Every picture of a prompt once, as the side of the first pair that it is in.
+    sides = torch.stack([torch.cat([pairs.chosen, pairs.rejected]), pairs.prompt_index.repeat(2)], dim=1)
+    first, position = first_occurrences(sides)
     parts: list[Tensor] = []
-    for start in range(0, len(unique), batch_size):
-        rows, prompts = unique[start : start + batch_size].unbind(dim=1)
-        noise = seeded_noise(shape, [mix_seeds(seed, draw, int(prompt)) for prompt in prompts])[0]
-        latents = pairs.latents[rows].to(model.device, model.dtype)
-        conditioning = _conditioning(pairs, prompts).to(model.device, model.dtype)
-        parts.append(score(latents, conditioning, noise.to(model.device)).float().cpu())
-        if on_progress is not None:
-            on_progress(start + len(rows), len(unique))
-    chosen, rejected = torch.cat(parts, dim=1)[:, position].chunk(2, dim=1)
+    rows: list[Tensor] = []
+    for own in _of_one_shape(pairs, first % len(pairs)):
+        for some in own.split(batch_size):
+            pair, is_rejected = first[some] % len(pairs), first[some] >= len(pairs)
+            latents, conditioning = _sides(pairs, pair, is_rejected)
+            prompts = pairs.prompt_index[pair].tolist()
+            noise = seeded_noise(tuple(latents.shape[1:]), [mix_seeds(seed, draw, one) for one in prompts])[0]
+            latents = latents.to(model.device, model.dtype)
+            conditioning = conditioning.to(model.device, model.dtype)
+            parts.append(score(latents, conditioning, noise.to(model.device)).float().cpu())
+            rows.append(some)
+            if on_progress is not None:
+                on_progress(sum(map(len, rows)), len(first))
+    order = torch.cat(rows).argsort()
+    chosen, rejected = torch.cat(parts, dim=1)[:, order][:, position].chunk(2, dim=1)
     return PairScores(chosen=chosen, rejected=rejected)
 
 
-def _conditioning(pairs: LatentPairs, prompts: Tensor | slice) -> Conditioning:
-    pooled, mask = pairs.pooled_prompt_embeds, pairs.attention_mask
-    return Conditioning(
-        prompt_embeds=pairs.prompt_embeds[prompts],
-        pooled_prompt_embeds=None if pooled is None else pooled[prompts],
-        attention_mask=None if mask is None else mask[prompts],
-    )
+def _of_one_shape(pairs: PairSet, pair: Tensor) -> list[Tensor]:
+    """Positions in `pair`, by the latent shape of these pairs."""
+    everything = torch.arange(len(pairs))
+    shape = torch.empty(len(pairs), dtype=torch.int64)
+    for number, own in enumerate(pairs.parts(everything, len(pairs))):
+        shape[own] = number
+    return [(shape[pair] == number).nonzero().flatten() for number in shape[pair].unique().tolist()]
+
+
+def _sides(pairs: PairSet, pair: Tensor, is_rejected: Tensor) -> tuple[Tensor, Conditioning]:
+    """One side of each of these pairs, all of one shape, and its conditioning."""
+    batch = pairs.batch(pair)
+    latents = batch.latents_chosen.clone()
+    latents[is_rejected] = batch.latents_rejected[is_rejected]
+    return latents, Conditioning(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.attention_mask)
 
 
 def measure(
     setting: Setting,
     scores: PairScores,
-    pairs: LatentPairs,
+    pairs: PairSet,
     *,
     ties: Ties = "wrong",
     scale: float | None = None,
@@ -232,7 +254,7 @@ def measure(
 
 def noise_sweep(
     model: RewardModel,
-    pairs: LatentPairs,
+    pairs: PairSet,
     settings: Sequence[Setting],
     *,
     seed: int = 0,

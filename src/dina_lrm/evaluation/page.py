@@ -12,7 +12,7 @@ from dina_lrm.evaluation.public import PublicResult
 from dina_lrm.evaluation.report import Block, Fact, Paragraph, Plot, Plots, Report, Section, Table, write_html
 from dina_lrm.evaluation.rules import RULES
 
-__all__ = ["cost_page", "public_page", "reliability_curve", "shapes_page"]
+__all__ = ["cost_page", "pairs_page", "public_page", "reliability_curve"]
 
 
 def reliability_curve(label: str, bins: Reliability) -> figures.ReliabilityCurve:
@@ -26,13 +26,21 @@ def reliability_curve(label: str, bins: Reliability) -> figures.ReliabilityCurve
     )
 
 
-def shapes_page(result: EvaluationResult, folder: Path) -> None:
-    """FOLDER/results.html of a result on shapes pairs."""
+def pairs_page(result: EvaluationResult, folder: Path) -> None:
+    """FOLDER/results.html of a result on pairs of latents."""
+    known = result.bayes is not None
     rows = [
-        [one.setting.label, str(one.setting.passes), *_percent(one.accuracy), *_percent(one.bayes_share)]
+        [
+            one.setting.label,
+            str(one.setting.passes),
+            *one.accuracy.percents(),
+            *(one.bayes_share.percents() if one.bayes_share else ()),
+            f"{100 * one.reliability.expected_calibration_error:.1f}",
+        ]
         for one in result.settings
     ]
-    headers = ["noise levels", "passes", "accuracy %", "95 % interval", "% of Bayes", "95 % interval"]
+    headers = ["noise levels", "passes", "accuracy %", "95 % interval"]
+    headers += [*(["% of Bayes", "95 % interval"] if known else []), "ECE %"]
     curve = [(one.setting.noise_levels[0], one.accuracy) for one in result.sweep]
     _write(
         folder,
@@ -54,16 +62,17 @@ def public_page(result: PublicResult, benchmark: str, folder: Path) -> None:
     rows = [
         [
             one.label,
-            *_percent(one.accuracy.accuracy),
-            *_percent(one.by_pair.accuracy),
+            *one.accuracy.accuracy.percents(),
+            *one.by_pair.accuracy.percents(),
             f"{100 * one.reliability.expected_calibration_error:.1f}",
         ]
         for one in result.settings
     ]
     headers = ["scores", f"{rule} %", "95 % interval", "strict, by pair %", "95 % interval", "ECE %"]
     singles = [(one.label, one.by_pair.accuracy) for one in result.settings if _is_number(one.label)]
-    rejected = f"{len(result.rejects):,} of {result.num_rows:,} rows could not be used (rejects.jsonl)."
-    compared = f"{len(result.comparisons):,} comparisons of {result.published.num_prompts:,} prompts."
+    rejected = f"{len(result.rejects):,} could not be used (rejects.jsonl)."
+    compared = f"{len(result.comparisons):,} of {result.num_items:,} comparisons of {result.num_rows:,} rows,"
+    compared += f" {result.published.num_prompts:,} prompts."
     _write(
         folder,
         title=f"{result.model} on {benchmark}",
@@ -107,7 +116,7 @@ def cost_page(results: Sequence[PublicResult], benchmark: str, folder: Path) -> 
     rows = [
         [
             r.model,
-            *_percent(r.published.accuracy),
+            *r.published.accuracy.percents(),
             "-" if r.cost.flops is None else f"{r.cost.flops / 1e12:.4g}",
             f"{r.cost.seconds:.4g}",
             f"{r.cost.peak_memory_bytes / 1e9:.2f}",
@@ -159,12 +168,6 @@ def _write(
         title=title, summary=summary, facts=facts, sections=[Section(title="Accuracy", blocks=blocks)]
     )
     write_html(report, folder / "results.html")
-
-
-def _percent(interval: Interval | None) -> tuple[str, str]:
-    if interval is None or interval.value != interval.value:  # NaN
-        return "-", "-"
-    return f"{100 * interval.value:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def _is_number(label: str) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dina_lrm.data.pairs import Reject, image_name, write_rejects
-from dina_lrm.data.sources import Comparison
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.pairs import Reject, image_name, reasons, write_rejects
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.cost import MeasuredCost
 from dina_lrm.evaluation.metrics import Interval, Reliability, agreement, reliability
@@ -67,7 +67,12 @@ class ScoredComparison:
     """Share of votes for `chosen`; 0.5 for a tie."""
     row: int
     """Position of the row in the file, from 0."""
+    line: int | None
+    """Where the row begins in the file, from 1; None where the form has no lines."""
     file: str
+
+    def reject(self, reason: str) -> Reject:
+        return Reject(row=self.row, line=self.line, reason=reason, prompt=self.prompt, file=self.file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +95,21 @@ class PublicResult:
     """Every way of scoring; the first is the one above."""
     cost: MeasuredCost
     num_rows: int
-    """Comparisons and rejects: all that the source gave."""
+    """Of the source; a ranked list is one row and several comparisons."""
     rejects: tuple[Reject, ...]
     comparisons: tuple[ScoredComparison, ...]
     scores: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     """Of the chosen and the rejected side, (draw, comparison) each, by setting."""
+
+    @property
+    def num_items(self) -> int:
+        """Comparisons that the source gave: scored or rejected. A row that cannot be read counts as one."""
+        return len(self.comparisons) + len(self.rejects)
+
+    def counts(self) -> str:
+        """Of rows and of comparisons, in words."""
+        rejected = f"{len(self.rejects):,} of {self.num_items:,} comparisons rejected"
+        return f"{self.num_rows:,} rows, {rejected}"
 
     @property
     def score_chosen(self) -> NDArray[np.float64]:
@@ -128,6 +143,7 @@ class PublicResult:
             ],
             "cost": asdict(self.cost),
             "num_rows": self.num_rows,
+            "num_items": self.num_items,
             "num_comparisons": len(self.comparisons),
             "num_rejects": len(self.rejects),
         }
@@ -137,14 +153,14 @@ class PublicResult:
         rule = self.published.rule
         lines = [
             f"**{self.model}**: {len(self.comparisons):,} comparisons of {self.published.num_prompts:,} "
-            f"prompts, {len(self.rejects):,} of {self.num_rows:,} rows rejected.",
+            f"prompts; {self.counts()}.",
             "",
             f"| scores | {rule} % | 95 % interval | strict, by pair % | 95 % interval | ECE % "
             "| draws agree % |",
             "|---|--:|---|--:|---|--:|--:|",
         ]
         for one in self.settings:
-            cells = [one.label, *_percent(one.accuracy.accuracy), *_percent(one.by_pair.accuracy)]
+            cells = [one.label, *one.accuracy.accuracy.percents(), *one.by_pair.accuracy.percents()]
             cells.append(f"{100 * one.reliability.expected_calibration_error:.1f}")
             cells.append("" if one.draw_agreement is None else f"{100 * one.draw_agreement:.1f}")
             lines.append("| " + " | ".join(cells) + " |")
@@ -261,7 +277,9 @@ def evaluate_comparisons(
     sides: list[tuple[int, int]] = []
     rejects: list[Reject] = []
     num_rows = num_resumed = 0
-    for num_rows, item in enumerate(stream, start=1):
+    last = None
+    for num_items, item in enumerate(stream, start=1):
+        num_rows, last = num_rows + ((item.file, item.row) != last), (item.file, item.row)
         if isinstance(item, Reject):
             rejects.append(item)
             num_resumed += 1
@@ -279,28 +297,31 @@ def evaluate_comparisons(
                     prompt=pair.prompt,
                     chosen=chosen,
                     rejected=rejected,
-                    tie=item.tie,
-                    target=0.5 if item.tie else pair.target,
+                    tie=pair.tie,
+                    target=pair.target,
                     row=item.row,
+                    line=item.line,
                     file=item.file,
                 )
             )
             num_resumed += max(sides[-1]) < pictures.num_resumed
-        if on_progress is not None and num_rows % batch_size == 0:
-            on_progress(num_rows, num_resumed)
+        if on_progress is not None and num_items % batch_size == 0:
+            on_progress(num_items, num_resumed)
     scores = pictures.scores()
+    num_items = len(comparisons) + len(rejects)
     if on_progress is not None:
-        on_progress(num_rows, num_resumed)
+        on_progress(num_items, num_resumed)
     scored: list[int] = []
     for index, (item, two) in enumerate(zip(comparisons, sides, strict=True)):
         broken = next((pictures.unreadable[side] for side in two if side in pictures.unreadable), None)
         if broken is None:
             scored.append(index)
         else:
-            rejects.append(Reject(row=item.row, reason=broken, prompt=item.prompt, file=item.file))
+            rejects.append(item.reject(broken))
     if not scored:
-        first = f", first: {rejects[0].reason}" if rejects else ""
-        raise InvalidInputError(f"none of {num_rows} rows can be evaluated{first}")
+        raise InvalidInputError(
+            f"none of {num_items} comparisons of {num_rows} rows can be evaluated{reasons(rejects)}"
+        )
     comparisons = [comparisons[index] for index in scored]
     shown = np.array(sides)[scored]
     both = {
@@ -363,12 +384,6 @@ def as_json(result: RuleAccuracy | PairedDifference) -> dict[str, Any]:
         if isinstance(value, dict):  # an Interval
             record[name] = _finite(value)
     return record
-
-
-def _percent(interval: Interval) -> tuple[str, str]:
-    if not np.isfinite(interval.value):
-        return "", ""
-    return f"{100 * interval.value:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def _finite(interval: dict[str, float]) -> dict[str, float | None]:

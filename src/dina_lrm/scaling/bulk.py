@@ -1,4 +1,4 @@
-"""Scores of a whole dataset, by this process or by many Ray workers.
+"""Results for all rows of a dataset, by this process or by many Ray workers.
 
 The input is cut into parts, fixed ranges of its rows (`sources`). A worker reads a part, scores it and writes
 its file, aside and renamed, so that a part is there whole or not at all; doing it twice gives the same file.
@@ -7,9 +7,10 @@ missing is done. Ray Data is not used: its blocks are cut and ordered at run tim
 nor what is left to do would be a function of the input.
 
     OUTPUT/manifest.json        input with fingerprints, model, settings: another run is refused
-    OUTPUT/part-000000.parquet  row, the input's columns, score, standard_error, error
-    OUTPUT/rejects.jsonl        rows without a score, with the reason; absent without any
+    OUTPUT/part-000000.parquet  row, the input's columns, the results, error
+    OUTPUT/rejects.jsonl        rows without a result, with the reason; absent without any
     OUTPUT/summary.json         written last, when every row has been found once
+    OUTPUT/rows-000000.jsonl    an input file that had to be converted (.csv, .json, .gz)
 """
 
 import hashlib
@@ -19,63 +20,37 @@ import posixpath
 import re
 import socket
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import pyarrow
 import pyarrow.parquet
-from fsspec.implementations.local import LocalFileSystem
 
-from dina_lrm.errors import InvalidInputError, PromptWarning
-from dina_lrm.files import write_whole
+from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
+from dina_lrm.files import write_whole, written_aside
 from dina_lrm.scaling.cluster import check_device, connected, share, whole_path
-from dina_lrm.scaling.rows import Scoring, score_rows
-from dina_lrm.scaling.sources import Part, Plan, filesystem, make_plan, open_file, read_part
+from dina_lrm.scaling.places import filesystem, is_local, open_file
+from dina_lrm.scaling.rows import Result, results_of_rows
+from dina_lrm.scaling.settings import BulkJob, Scoring
+from dina_lrm.scaling.sources import Part, Plan, converted_lines, make_plan, read_part
 
 if TYPE_CHECKING:
     from dina_lrm.models.checkpoint import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["BulkJob", "BulkSummary", "score_dataset"]
+__all__ = ["BulkFolder", "BulkJob", "BulkSummary", "Scoring", "score_dataset"]
 
 FORMAT = "dina-lrm scores"
 FORMAT_VERSION = 1
 RETRIES_PER_PART = 3
 """How often a part may bring its worker down before the run gives up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BulkJob:
-    """What is to be scored, with what, and where the scores go."""
-
-    input: str
-    """A .parquet, .jsonl or .tar file, a folder of them, or a pattern; a path or a URL such as s3://."""
-    output: str
-    """Folder; a path or a URL."""
-    model: str = "bundled"
-    pipeline: str | None = None
-    device: str = "auto"
-    """"auto": a GPU where there are any. Workers on GPUs have one each, whatever its number."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    noise_levels: tuple[float, ...] | None = None
-    """None: the checkpoint's."""
-    num_draws: int = 1
-    target_error: float | None = None
-    max_draws: int = 64
-    seed: int = 0
-    batch_size: int = 16
-    rows_per_part: int = 1000
-    """Also what is lost, at most, when a worker dies."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_draws", "batch_size", "rows_per_part"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} = {getattr(self, name)}: must be at least 1")
+SIGN_OF_LIFE_SECONDS = 20.0
+"""Longest silence towards `on_progress` while workers are busy."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +65,9 @@ class BulkSummary:
     """None: there are no rejects."""
     parts: int
     parts_found: int
-    """Of an earlier run."""
+    """Parts that an earlier run had done."""
     workers_replaced: int
-    """That died on the way."""
+    """Workers that died on the way."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,7 @@ class _PartDone:
     notes: tuple[str, ...]
     """Warnings about prompts."""
     process: str
-    """That has done it: host and process id."""
+    """Host and process id."""
 
 
 def score_dataset(
@@ -119,11 +94,13 @@ def score_dataset(
             started here; None: one a GPU, or two. 0: this process does it, without Ray.
         model: used by this process instead of loading it.
         overwrite: start over where the output is of another run.
-        on_progress: told rows done and rows in all: once at the start, then after each part.
+        on_progress: told rows done and rows in all: once at the start, then after each batch or part, and
+            now and then in between.
 
     Raises:
         InvalidInputError: an input that cannot be read, an output that belongs to another run, more workers
             than the cluster has room for.
+        ScoringError: a server with pictures cannot be reached. What was done is kept.
         ChildProcessError: a part has brought its worker down again and again. What was done is kept.
     """
     from dina_lrm.models.checkpoint import read_checkpoint
@@ -131,20 +108,16 @@ def score_dataset(
     if workers is not None and workers < 0:
         raise InvalidInputError(f"workers = {workers}: must be at least 1, or 0 for this process")
     if workers != 0:
-        check_device(job.device)
-    plan = make_plan(job.input, job.rows_per_part)
-    checkpoint = read_checkpoint(job.model)
-    scoring = Scoring(
-        noise_levels=job.noise_levels or tuple(checkpoint.config.noise_levels),
-        num_draws=job.num_draws,
-        target_error=job.target_error,
-        max_draws=job.max_draws,
-        seed=job.seed,
-        batch_size=job.batch_size,
-    )
-    folder = _Folder(job.output)
+        check_device(job.reward.device)
+    folder = BulkFolder(job.output)
+    plan = make_plan(job.input, job.rows_per_part, job.output, job.task)
+    checkpoint = read_checkpoint(job.reward.model)
+    levels = job.scoring.noise_levels or tuple(checkpoint.config.noise_levels)
+    job = replace(job, scoring=replace(job.scoring, noise_levels=levels))
     with folder.locked():
-        folder.prepare(_manifest(job, plan, scoring, _weights_digest(checkpoint)), overwrite)
+        folder.prepare(_manifest(job, plan, _weights_digest(checkpoint)), overwrite)
+        for path, name in plan.converted:
+            folder.write_stream(name, converted_lines(path))
         there = folder.names()
         missing = [part for part in plan.parts if part.name not in there]
         done = plan.rows - sum(part.rows for part in missing)
@@ -152,9 +125,9 @@ def score_dataset(
         processes: dict[int, str] = {}
         replaced, told = 0, set[str]()
         if workers == 0:
-            run = _alone(_Scorer(job, scoring, plan, model), missing)
+            run = _alone(_Scorer(job, plan, model), missing, lambda rows: on_progress(done + rows, plan.rows))
         else:
-            run = _with_ray(job, scoring, plan, missing, workers)
+            run = _with_ray(job, plan, missing, workers, lambda: on_progress(done, plan.rows))
         with closing(run):
             for worker, result in run:
                 done += result.rows
@@ -165,10 +138,10 @@ def score_dataset(
                     if note not in told:
                         told.add(note)
                         warnings.warn(note, PromptWarning, stacklevel=2)
-        scored, rejected = _check_and_list_rejects(folder, plan)
+        done_well, rejected = _check_and_list_rejects(folder, plan)
         summary = BulkSummary(
             rows=plan.rows,
-            scored=scored,
+            scored=done_well,
             rejected=rejected,
             output=job.output,
             rejects=folder.location("rejects.jsonl") if rejected else None,
@@ -176,7 +149,7 @@ def score_dataset(
             parts_found=len(plan.parts) - len(missing),
             workers_replaced=replaced,
         )
-        folder.write("summary.json", _json({"rows": plan.rows, "scored": scored, "rejected": rejected}))
+        folder.write("summary.json", _json({"rows": plan.rows, "scored": done_well, "rejected": rejected}))
     return summary
 
 
@@ -186,68 +159,55 @@ def score_dataset(
 class _Scorer:
     """Holds the model and does parts; the model is loaded for the first one."""
 
-    def __init__(
-        self, job: BulkJob, scoring: Scoring, plan: Plan, model: "RewardModel | None" = None
-    ) -> None:
-        self.job, self.scoring, self.plan = job, scoring, plan
-        self.folder = _Folder(job.output)
+    def __init__(self, job: BulkJob, plan: Plan, model: "RewardModel | None" = None) -> None:
+        self.job, self.plan = job, plan
+        self.folder = BulkFolder(job.output)
         self.fs, _ = filesystem(job.input)
         if model is not None:
             self.model = model
 
     @cached_property
     def model(self) -> "RewardModel":
-        import torch
+        return self.job.reward.load()
 
-        from dina_lrm.models.reward_model import RewardModel
-
-        job = self.job
-        device = job.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Only what was asked for is passed on: the defaults belong to from_pretrained.
-        options: dict[str, Any] = {} if job.pipeline is None else {"pipeline": job.pipeline}
-        return RewardModel.from_pretrained(
-            job.model, device=device, dtype=getattr(torch, job.dtype), **options
-        )
-
-    def score(self, part: Part) -> _PartDone:
-        """Read a part, score it, and write its file."""
-        open_picture = partial(open_file, fs=self.fs, folder=posixpath.dirname(part.path))
+    def score(self, part: Part, on_rows: Callable[[int], None] = lambda rows: None) -> _PartDone:
+        """Read a part, score it, and write its file; tells how many of its rows are done."""
+        job, plan = self.job, self.plan
+        open_picture = partial(open_file, fs=self.fs, folder=part.folder)
         tables: list[pyarrow.Table] = []
-        records: list[dict[str, Any]] = []
+        results: list[Result] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
-            for table, rows in read_part(self.plan, part, self.scoring.batch_size):
+            for table, rows in read_part(plan, part, job.scoring.batch_size):
                 tables.append(table)
-                records += score_rows(self.model, rows, self.scoring, open_picture)
+                results += results_of_rows(self.model, rows, job.scoring, open_picture, job.task)
+                on_rows(len(results))
         notes = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, PromptWarning))
-        self.folder.write(part.name, _parquet(pyarrow.concat_tables(tables), records))
+        table = _with_results(pyarrow.concat_tables(tables), part, results, plan)
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        self.folder.write(part.name, sink.getvalue().to_pybytes())
         return _PartDone(part.rows, tuple(notes), f"{socket.gethostname()}:{os.getpid()}")
 
 
-def _parquet(columns: pyarrow.Table, records: Sequence[dict[str, Any]]) -> bytes:
-    table = columns.add_column(
-        0, "row", pyarrow.array([record["row"] for record in records], pyarrow.int64())
-    )
-    for name, kind in (
-        ("score", pyarrow.float64()),
-        ("standard_error", pyarrow.float64()),
-        ("error", pyarrow.string()),
-    ):
-        table = table.append_column(name, pyarrow.array([record[name] for record in records], kind))
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+def _with_results(columns: pyarrow.Table, part: Part, results: Sequence[Result], plan: Plan) -> pyarrow.Table:
+    numbers = pyarrow.array(range(part.first_row, part.first_row + part.rows), pyarrow.int64())
+    table = columns.add_column(0, "row", numbers)
+    kinds = dict.fromkeys(plan.task.results, pyarrow.float64()) | {"error": pyarrow.string()}
+    for name, kind in kinds.items():
+        table = table.append_column(name, pyarrow.array([result[name] for result in results], kind))
+    return table
 
 
-def _alone(scorer: _Scorer, parts: Sequence[Part]) -> Generator[tuple[int, _PartDone], None, None]:
+def _alone(
+    scorer: _Scorer, parts: Sequence[Part], on_rows: Callable[[int], None]
+) -> Generator[tuple[int, _PartDone], None, None]:
     for part in parts:
-        yield 0, scorer.score(part)
+        yield 0, scorer.score(part, on_rows)
 
 
 def _with_ray(
-    job: BulkJob, scoring: Scoring, plan: Plan, parts: Sequence[Part], workers: int | None
+    job: BulkJob, plan: Plan, parts: Sequence[Part], workers: int | None, on_wait: Callable[[], None]
 ) -> Generator[tuple[int, _PartDone], None, None]:
     """Which worker has done a part, part by part. A worker has one part at a time.
 
@@ -255,14 +215,15 @@ def _with_ray(
     """
     if not parts:
         return
-    job = replace(
-        job,
-        output=whole_path(job.output),
-        model=whole_path(job.model),
-        pipeline=None if job.pipeline is None else whole_path(job.pipeline),
+    pipeline = job.reward.pipeline
+    reward = replace(
+        job.reward,
+        model=whole_path(job.reward.model),
+        pipeline=None if pipeline is None else whole_path(pipeline),
     )
+    job = replace(job, output=whole_path(job.output), reward=reward)
     with connected() as ray:
-        count, on_gpu = share(ray.cluster_resources(), job.device, workers)
+        count, on_gpu = share(ray.cluster_resources(), job.reward.device, workers)
         actor = ray.remote(_Scorer).options(
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
@@ -270,8 +231,7 @@ def _with_ray(
             max_task_retries=RETRIES_PER_PART,
         )
         free = [
-            (number, actor.remote(job, scoring, replace(plan, parts=())))
-            for number in range(min(count, len(parts)))
+            (number, actor.remote(job, replace(plan, parts=()))) for number in range(min(count, len(parts)))
         ]
         waiting = iter(parts)
         running: dict[Any, tuple[tuple[int, Any], Part]] = {}
@@ -281,12 +241,15 @@ def _with_ray(
                 running[worker[1].score.remote(part)] = worker, part
             if not running:
                 return
-            finished, _ = ray.wait(list(running))
+            finished, _ = ray.wait(list(running), timeout=SIGN_OF_LIFE_SECONDS)
+            if not finished:
+                on_wait()
+                continue
             worker, part = running.pop(finished[0])
             try:
                 result = ray.get(finished[0])
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ValueError | OSError):  # says all that there is to say
+                if isinstance(error.cause, DinaError | ValueError | OSError):  # says all that there is to say
                     raise error.cause from None
                 raise
             except ray.exceptions.RayActorError as error:
@@ -301,14 +264,14 @@ def _with_ray(
 # --- the output --------------------------------------------------------------------------------------------
 
 
-class _Folder:
+class BulkFolder:
     """The output. A file in it is there whole or not at all: renamed into place, as object stores do it
     themselves."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.fs, self.path = filesystem(url)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_local = is_local(self.fs)
 
     def location(self, name: str) -> str:
         return posixpath.join(self.url, name)
@@ -337,6 +300,15 @@ class _Folder:
         else:
             self.fs.pipe_file(posixpath.join(self.path, name), content)
 
+    def write_stream(self, name: str, lines: Iterable[bytes]) -> None:
+        if self.is_local:
+            with written_aside(Path(self.path) / name) as aside, aside.open("wb") as file:
+                file.writelines(lines)
+        else:
+            with self.fs.open(posixpath.join(self.path, name), "wb") as file:
+                for line in lines:
+                    file.write(line)  # pyright: ignore[reportArgumentType]
+
     def open(self, name: str) -> Any:
         return self.fs.open(posixpath.join(self.path, name), "rb")
 
@@ -361,7 +333,7 @@ class _Folder:
             if different := sorted(key for key in manifest if there.get(key) != manifest[key]):
                 raise InvalidInputError(
                     f"{self.url!r} is of a run with another {', '.join(different)}; repeat that run's "
-                    "options, or overwrite it"
+                    "options, or --overwrite"
                 )
             for name in found:
                 if name.endswith(".partial"):  # of a worker that was killed
@@ -370,30 +342,33 @@ class _Folder:
         self.write("manifest.json", _json(manifest))
 
 
-_OURS = re.compile(r"(part-\d{6,}\.parquet|summary\.json|rejects\.jsonl|manifest\.json)(\.\d+\.partial)?")
+_OURS = re.compile(
+    r"(part-\d{6,}\.parquet|rows-\d{6,}\.jsonl|summary\.json|rejects\.jsonl|manifest\.json)(\.\d+\.partial)?"
+)
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _manifest(job: BulkJob, plan: Plan, scoring: Scoring, weights: str) -> dict[str, Any]:
-    """What the scores depend on, and how they are cut into files."""
+def _manifest(job: BulkJob, plan: Plan, weights: str) -> dict[str, Any]:
+    """What the results depend on, and how they are cut into files."""
     files = [
         {"name": posixpath.basename(file.path), "rows": file.rows, "bytes": file.bytes, "sha256": file.sha256}
         for file in plan.files
     ]
-    settings = asdict(scoring) | {"noise_levels": list(scoring.noise_levels)}
+    settings = asdict(job.scoring) | {"noise_levels": list(job.scoring.noise_levels)}
     del settings["batch_size"]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "input": files,
         "rows_per_part": job.rows_per_part,
-        "model": job.model,
+        "task": job.task.name,
+        "model": job.reward.model,
         "weights_sha256": weights,
-        "pipeline": job.pipeline,
-        "dtype": job.dtype,
+        "pipeline": job.reward.pipeline,
+        "dtype": job.reward.dtype,
         **settings,
     }
 
@@ -410,14 +385,14 @@ def _weights_digest(checkpoint: "Checkpoint") -> str:
     return digest.hexdigest()
 
 
-def _check_and_list_rejects(folder: _Folder, plan: Plan) -> tuple[int, int]:
+def _check_and_list_rejects(folder: BulkFolder, plan: Plan) -> tuple[int, int]:
     """See that every row is there once, and write the rejects down; returns rows scored and rejected."""
     rejects: list[str] = []
     for part in plan.parts:
         where = folder.location(part.name)
         try:
             with folder.open(part.name) as file:
-                table = pyarrow.parquet.read_table(file, columns=["row", "prompt", "image", "error"])
+                table = pyarrow.parquet.read_table(file, columns=["row", *plan.task.columns, "error"])
         except pyarrow.ArrowException as error:
             raise InvalidInputError(f"{where!r} is damaged: delete it, and repeat the run") from error
         if table["row"].to_pylist() != list(range(part.first_row, part.first_row + part.rows)):

@@ -70,10 +70,10 @@ def serve_replicas(
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port}, logging_config={"enable_access_log": False})
         stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
         try:
             serve.run(_application(settings, count, on_gpu), name=APPLICATION)
+            for number in (signal.SIGTERM, signal.SIGINT):  # until now they end the command
+                signal.signal(number, lambda *_: stop.set())
             where = f"http://{host}:{port}"
             print(f"{where}  ({count} replicas; API /docs, health /healthz)", file=sys.stderr, flush=True)
             while not stop.wait(1.0):

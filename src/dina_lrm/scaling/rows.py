@@ -1,4 +1,5 @@
-"""One row of a dataset: read, checked, scored. The same whether one process does it or many."""
+"""Rows of a prompt with pictures: checked, scored or compared. The same for a few pictures on the command
+line, for a file of them, and for a worker among many."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,70 +7,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault
+from dina_lrm.scaling.settings import COMPARE, SCORE, Scoring, Task
+
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["Row", "Scoring", "parse_row", "score_batch", "score_rows"]
+__all__ = ["Row", "is_text", "parse_row", "picture_file", "results_of_rows"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How a picture is scored; see `RewardModel.score`."""
-
-    noise_levels: tuple[float, ...]
-    """In [0, 1]; several are one ensemble."""
-    num_draws: int = 1
-    target_error: float | None = None
-    max_draws: int = 64
-    seed: int = 0
-    """Of every picture's noise: a score does not depend on what is scored beside it."""
-    batch_size: int = 16
-    """Pictures in memory at once."""
+Result = dict[str, Any]
+"""A value for each result column of the task, and `error`: None, or why there are no values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row as read. `error` says why it cannot be scored; then `prompt` and `image` may be missing."""
+    """One row as read. `error` says why it can have no result; then prompt and pictures may be missing."""
 
     index: int
     prompt: str | None = None
-    image: str | bytes | None = None
+    pictures: tuple[str | bytes | None, ...] = ()
+    """In the order of the task's columns: a path or URL, or the content of a file."""
     error: str | None = None
 
 
-def parse_row(index: int, record: Any) -> Row:
-    """A row from its columns; `image` is a path, bytes, or the struct of both that Hugging Face datasets
+def parse_row(index: int, record: Any, task: Task = SCORE) -> Row:
+    """A row from its columns; a picture is a path, bytes, or the struct of both that Hugging Face datasets
     write.
 
     >>> parse_row(3, {"prompt": "a red circle", "image": {"bytes": None, "path": "a.png"}})
-    Row(index=3, prompt='a red circle', image='a.png', error=None)
+    Row(index=3, prompt='a red circle', pictures=('a.png',), error=None)
     >>> parse_row(4, {"prompt": "a red circle"}).error
     'image is missing'
     """
     if not isinstance(record, dict):
-        return Row(
-            index=index, error=f"a row is an object with prompt and image; got {type(record).__name__}"
-        )
-    prompt, image = record.get("prompt"), record.get("image")
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+        wanted = " and ".join(task.columns)
+        return Row(index=index, error=f"a row is an object with {wanted}; got {type(record).__name__}")
+    cells = [record.get(name) for name in task.columns]
+    cells = [cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
     error = None
-    for name, value, kinds in (("prompt", prompt, str), ("image", image, (str, bytes))):
-        if value is None:
+    for name, cell in zip(task.columns, cells, strict=True):
+        if cell is None:
             error = error or f"{name} is missing"
-        elif not isinstance(value, kinds):
-            error = error or f"{name} has type {type(value).__name__}"
-        elif isinstance(value, str) and not _is_text(value):
+        elif not isinstance(cell, str if name == "prompt" else (str, bytes)):
+            error = error or f"{name} has type {type(cell).__name__}"
+        elif isinstance(cell, str) and not is_text(cell):
             error = error or f"{name} is not text: it holds half of a surrogate pair"
+    prompt, *pictures = (
+        cell if isinstance(cell, bytes) or (isinstance(cell, str) and is_text(cell)) else None
+        for cell in cells
+    )
     return Row(
         index=index,
-        prompt=prompt if isinstance(prompt, str) and _is_text(prompt) else None,
-        image=image if isinstance(image, bytes) or (isinstance(image, str) and _is_text(image)) else None,
+        prompt=prompt if isinstance(prompt, str) else None,
+        pictures=tuple(pictures),
         error=error,
     )
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether a string can be encoded: half of a surrogate pair, say of a cut-off emoji, cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -77,76 +76,94 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def score_batch(
-    model: "RewardModel", prompts: list[str], images: list[Any], scoring: Scoring
-) -> tuple[list[float], list[float | None]]:
-    """Scores, and standard errors where more than one draw was asked for."""
-    levels = scoring.noise_levels
+def picture_file(path: Path) -> Path:
+    """The path, if a file is there: a folder has no content, and a FIFO or a device no end.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    fault = file_fault(path)
+    if fault is not None:
+        raise InvalidInputError(f"missing file: {path}" if fault == "is missing" else f"{path} {fault}")
+    return path
+
+
+def results_of_rows(
+    model: "RewardModel",
+    rows: Sequence[Row],
+    scoring: Scoring,
+    open_file: Callable[[str], Path | bytes],
+    task: Task = SCORE,
+) -> list[Result]:
+    """One result a row, in order. All rows are in memory at once.
+
+    A row that the model refuses is found by trying one at a time.
+
+    Args:
+        open_file: a picture's file, or its bytes, from what a row calls it; InvalidInputError where there is
+            none. Whatever else it raises ends the run: it is no fault of the row.
+    """
+    from dina_lrm.data.pairs import load_image
+
+    results: list[Result] = []
+    good: list[tuple[Result, str, list[Image]]] = []
+    for row in rows:
+        result: Result = dict.fromkeys(task.results) | {"error": row.error}
+        results.append(result)
+        if row.error is not None:
+            continue
+        try:
+            if not row.prompt or not row.prompt.strip():
+                raise InvalidInputError("the prompt is empty")
+            named = [
+                one for one in row.pictures if one is not None
+            ]  # none is missing where there is no error
+            sources = [open_file(one) if isinstance(one, str) else one for one in named]
+            good.append((result, row.prompt, [load_image(source) for source in sources]))
+        except InvalidInputError as error:
+            result["error"] = str(error)
+
+    def fill(batch: Sequence[tuple[Result, str, "list[Image]"]]) -> None:
+        prompts = [prompt for _, prompt, images in batch for _ in images]
+        values = _ask(model, prompts, [image for _, _, images in batch for image in images], scoring, task)
+        for (result, _, _), found in zip(batch, values, strict=True):
+            if all(value is None or math.isfinite(value) for value in found):
+                result.update(zip(task.results, found, strict=True))
+            else:
+                result["error"] = f"the {task.name} is not finite: {found[0]}"
+
+    if good:
+        try:
+            fill(good)
+        except InvalidInputError:
+            for item in good:
+                try:
+                    fill([item])
+                except InvalidInputError as error:
+                    item[0]["error"] = str(error)
+    return results
+
+
+def _ask(
+    model: "RewardModel", prompts: list[str], images: "list[Image]", scoring: Scoring, task: Task
+) -> list[tuple[float | None, ...]]:
+    """The values of the result columns, row by row."""
+    levels = scoring.levels(model.config.noise_levels)
     output = model.score(
         prompts,
         images,
-        noise_levels=levels[0] if len(levels) == 1 else list(levels),
+        noise_levels=levels,
         seed=scoring.seed,
         num_draws=scoring.num_draws,
         target_error=scoring.target_error,
         max_draws=scoring.max_draws,
     )
     scores = [float(score) for score in output.scores]
-    if output.standard_errors is None:
-        return scores, [None] * len(scores)
-    return scores, [float(error) for error in output.standard_errors]
+    if task == COMPARE:
+        from dina_lrm.models.scoring import preference_probability
 
-
-def score_rows(
-    model: "RewardModel", rows: Sequence[Row], scoring: Scoring, open_file: Callable[[str], Path | bytes]
-) -> list[dict[str, Any]]:
-    """One record a row, in order, with row, prompt, image (where it is a path), score, standard_error, error.
-
-    A row that the model refuses is found by scoring one at a time.
-
-    Args:
-        open_file: a picture's file, or its bytes, from what a row calls it; ValueError where there is none.
-    """
-    from dina_lrm.data.pairs import load_image
-
-    records: list[dict[str, Any]] = []
-    good: list[tuple[dict[str, Any], Any]] = []
-    for row in rows:
-        record: dict[str, Any] = {
-            "row": row.index,
-            "prompt": row.prompt,
-            "image": row.image if isinstance(row.image, str) else None,
-            "score": None,
-            "standard_error": None,
-            "error": row.error,
-        }
-        records.append(record)
-        if row.error is None:
-            try:
-                if not row.prompt or not row.prompt.strip():
-                    raise ValueError("the prompt is empty")
-                assert row.image is not None
-                source = open_file(row.image) if isinstance(row.image, str) else row.image
-                good.append((record, load_image(source)))
-            except ValueError as error:
-                record["error"] = str(error)
-
-    def fill(batch: list[tuple[dict[str, Any], Any]]) -> None:
-        prompts, images = [record["prompt"] for record, _ in batch], [image for _, image in batch]
-        scores, errors = score_batch(model, prompts, images, scoring)
-        for (record, _), score, error in zip(batch, scores, errors, strict=True):
-            if math.isfinite(score):
-                record["score"], record["standard_error"] = score, error
-            else:
-                record["error"] = f"the score is not finite: {score}"
-
-    if good:
-        try:
-            fill(good)
-        except ValueError:
-            for item in good:
-                try:
-                    fill([item])
-                except ValueError as error:
-                    item[0]["error"] = str(error)
-    return records
+        read_at = levels if isinstance(levels, list) else [levels]
+        pairs = zip(scores[::2], scores[1::2], strict=True)
+        return [(preference_probability(a - b, read_at, model.config),) for a, b in pairs]
+    errors = output.standard_errors
+    return list(zip(scores, [None] * len(scores) if errors is None else map(float, errors), strict=True))

@@ -2,6 +2,9 @@
 
 Rows are numbered through all files, the files in the order of their names. A part lies in one file. What the
 plan reads also makes the fingerprint: all of a .jsonl, the footer of a .parquet, the headers of a .tar.
+
+A part of a .csv, .json or .gz file cannot be found without reading all that stands before it, so such a file
+is written once as JSON lines beside the results (`Plan.converted`), and its parts are those of that file.
 """
 
 import hashlib
@@ -16,22 +19,29 @@ from typing import Any, Literal
 
 import fsspec
 import pyarrow
-import pyarrow.fs
 import pyarrow.parquet
-from fsspec.implementations.arrow import ArrowFSWrapper
-from fsspec.implementations.local import LocalFileSystem
 
+from dina_lrm.data.rows import BadRow, rows_of_file
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.scaling.rows import Row, parse_row
+from dina_lrm.scaling.places import filesystem, find_files, is_local
+from dina_lrm.scaling.rows import Row, is_text, parse_row
+from dina_lrm.scaling.settings import SCORE, Task
 
-__all__ = ["Part", "Plan", "SourceFile", "filesystem", "make_plan", "open_file", "read_part"]
+__all__ = ["Part", "Plan", "SourceFile", "converted_lines", "make_plan", "read_part"]
 
-Kind = Literal["parquet", "jsonl", "tar"]
-SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "jsonl", ".tar": "tar"}
+Kind = Literal["parquet", "jsonl", "tar", "converted"]
+SUFFIXES: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".tar": "tar",
+    ".json": "converted",
+    ".csv": "converted",
+    ".jsonl.gz": "converted",
+    ".json.gz": "converted",
+    ".csv.gz": "converted",
+}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 """In a tar shard."""
-RESULTS = ("row", "score", "standard_error", "error")
-"""Columns that are added, so that the input may not have them."""
 _TAR_SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in ("key", "prompt", "image", "json")])
 
 
@@ -53,6 +63,8 @@ class Part:
 
     index: int
     path: str
+    folder: str
+    """Of the input file: relative paths of pictures begin there."""
     first_row: int
     """Number of its first row in the whole input."""
     rows: int
@@ -61,7 +73,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of the file with its scores."""
+        """The file with its results."""
         return f"part-{self.index:06d}.parquet"
 
 
@@ -70,127 +82,87 @@ class Plan:
     """An input, cut into parts."""
 
     url: str
+    """Of the input, or of the folder with the converted rows: where the paths of the parts lie."""
     kind: Kind
     files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]
     schema: pyarrow.Schema
-    """Of the input's columns as they are written out: pictures that lie in the table are left out."""
+    """The input's columns as they are written out: pictures that lie in the table are left out."""
+    task: Task = SCORE
+    converted: tuple[tuple[str, str], ...] = ()
+    """Input files that are written as JSON lines, and the names of these."""
 
     @property
     def rows(self) -> int:
         return sum(file.rows for file in self.files)
 
 
-# --- files -------------------------------------------------------------------------------------------------
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URL, and the path on it; without a scheme a path is local.
-
-    s3:// is pyarrow's (credentials, region and AWS_ENDPOINT_URL from the environment, or as a query:
-    s3://bucket/folder?region=...); every other scheme is fsspec's.
-
-    Raises:
-        InvalidInputError: no such scheme, or its library is not installed.
-    """
-    try:
-        if url.startswith("s3://"):
-            s3, path = pyarrow.fs.FileSystem.from_uri(url)
-            return ArrowFSWrapper(s3), path
-        fs, path = fsspec.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InvalidInputError(f"cannot read from {url!r}: {error}") from error
-    return fs, str(path)
-
-
-def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> Path | bytes:
-    """A picture's file from what a row calls it: a URL, an absolute path, or a path beside the row's file.
-
-    Raises:
-        InvalidInputError: there is none. Other trouble, of the network say, is an OSError.
-    """
-    path = posixpath.join(folder, name)
-    if "://" in name:
-        fs, path = filesystem(name)
-    if isinstance(fs, LocalFileSystem):
-        return Path(path)
-    try:
-        with _open(fs, path) as file:
-            return file.read()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InvalidInputError(f"missing file: {name}") from error
-
-
-def _open(fs: fsspec.AbstractFileSystem, path: str) -> Any:
-    return fs.open(path, "rb")
-
-
-def _find(url: str) -> tuple[fsspec.AbstractFileSystem, Kind, list[str]]:
-    """The input's files, in order."""
-    fs, path = filesystem(url)
-    if fs.isfile(path):
-        found = [path]
-    elif fs.isdir(path):
-        listed = (str(name) for name in fs.ls(path, detail=False))
-        found = sorted(name for name in listed if posixpath.splitext(name)[1] in SUFFIXES)
-    else:
-        found = sorted(str(name) for name in fs.glob(path)) if any(c in path for c in "*?[") else []
-    if not found:
-        raise InvalidInputError(f"no {', '.join(SUFFIXES)} at {url!r}")
-    kinds = {posixpath.splitext(name)[1] for name in found}
-    if len(kinds) > 1 or not kinds <= SUFFIXES.keys():
-        raise InvalidInputError(
-            f"input files are all {' or all '.join(SUFFIXES)}; {url!r} has {sorted(kinds)}"
-        )
-    return fs, SUFFIXES[kinds.pop()], found
-
-
 # --- the plan ----------------------------------------------------------------------------------------------
 
 
-def make_plan(url: str, rows_per_part: int) -> Plan:
+def make_plan(url: str, rows_per_part: int, output: str, task: Task = SCORE) -> Plan:
     """Cut an input into parts.
 
     Args:
         url: a file, a folder of files of one kind, or a pattern such as shards/*.tar; a path or a URL.
+        output: folder that converted rows are written to.
 
     Raises:
         InvalidInputError: no rows, files that are damaged or do not fit together, columns that are missing
             or whose names are those of the results.
     """
-    fs, kind, paths = _find(url)
+    fs, suffix, paths = find_files(url, tuple(SUFFIXES))
+    kind = SUFFIXES[suffix]
+    if kind == "tar" and task != SCORE:
+        raise InvalidInputError(f"a .tar sample has one picture, and a row {len(task.pictures)}: {url!r}")
+    if kind == "converted" and not is_local(fs):
+        raise InvalidInputError(
+            f"{suffix} is read from the local disk only; {url!r} has to be .jsonl or .parquet"
+        )
     files: list[SourceFile] = []
     parts: list[Part] = []
     schemas: list[pyarrow.Schema] = []
     kinds_of_values: dict[str, set[str]] = {}
+    names: list[tuple[str, str]] = []
     first_row = 0
     for path in paths:
         digest = hashlib.sha256()
+        place = path
         match kind:
             case "parquet":
-                rows, schema = _scan_parquet(fs, path, digest)
+                rows, schema = _scan_parquet(fs, path, digest, task)
                 schemas.append(schema)
                 starts = list(range(0, rows, rows_per_part))
             case "jsonl":
-                rows, starts = _scan_lines(fs, path, rows_per_part, digest, kinds_of_values)
+                with _open(fs, path) as lines:
+                    rows, starts = _scan_lines(lines, rows_per_part, digest, kinds_of_values, task)
+            case "converted":
+                names.append((path, f"rows-{len(names):06d}.jsonl"))
+                place = posixpath.join(filesystem(output)[1], names[-1][1])
+                lines = converted_lines(path)
+                rows, starts = _scan_lines(lines, rows_per_part, digest, kinds_of_values, task)
             case "tar":
                 rows, starts = _scan_tar(fs, path, rows_per_part, digest)
         files.append(SourceFile(path, rows, fs.size(path) or 0, digest.hexdigest()))
         for number, start in enumerate(starts):
             begin = number * rows_per_part
             count = min(rows_per_part, rows - begin)
-            parts.append(Part(len(parts), path, first_row + begin, count, start))
+            parts.append(Part(len(parts), place, posixpath.dirname(path), first_row + begin, count, start))
         first_row += rows
     if not parts:
         raise InvalidInputError(f"{url!r} holds no rows")
     schema = _TAR_SCHEMA
     if kind == "parquet":
         schema = _common_schema(schemas, paths)
-    elif kind == "jsonl":
-        schema = _json_schema(kinds_of_values)
-    if taken := [name for name in RESULTS if name in schema.names]:
+    elif kind != "tar":
+        if missing := [name for name in task.columns if name not in kinds_of_values]:
+            there = ", ".join(map(repr, kinds_of_values)) or "no columns"
+            raise InvalidInputError(f"no row of {url!r} has {' or '.join(missing)}; they have {there}")
+        schema = _json_schema(kinds_of_values, task)
+    if taken := [name for name in ("row", *task.results, "error") if name in schema.names]:
         raise InvalidInputError(f"{url!r} has a column {taken[0]!r}, the name of a result: rename it")
-    return Plan(url, kind, tuple(files), tuple(parts), schema)
+    where = output if kind == "converted" else url
+    return Plan(where, kind, tuple(files), tuple(parts), schema, task, tuple(names))
 
 
 def read_part(plan: Plan, part: Part, chunk: int) -> Iterator[tuple[pyarrow.Table, list[Row]]]:
@@ -200,16 +172,20 @@ def read_part(plan: Plan, part: Part, chunk: int) -> Iterator[tuple[pyarrow.Tabl
         InvalidInputError: the file has changed since it was planned, or is damaged.
     """
     fs, _ = filesystem(plan.url)
-    reader = {"parquet": _parquet_rows, "jsonl": _json_rows, "tar": _tar_rows}[plan.kind]
+    reader = {"parquet": _parquet_rows, "tar": _tar_rows}.get(plan.kind, _json_rows)
     count = 0
     try:
-        for table, rows in reader(fs, part, plan.schema, chunk):
+        for table, rows in reader(fs, part, plan, chunk):
             count += len(rows)
             yield table, rows
     except (pyarrow.ArrowInvalid, tarfile.TarError) as error:
         raise InvalidInputError(f"{part.path!r} is damaged near its row {part.start}: {error}") from error
     if count != part.rows:
         raise InvalidInputError(f"{part.path!r} has changed since this run began")
+
+
+def _open(fs: fsspec.AbstractFileSystem, path: str) -> Any:
+    return fs.open(path, "rb")
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -222,25 +198,28 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _open_parquet(fs: fsspec.AbstractFileSystem, path: str) -> pyarrow.parquet.ParquetFile:
-    source = path if isinstance(fs, LocalFileSystem) else _open(fs, path)
+    source = path if is_local(fs) else _open(fs, path)
     # By default Arrow keeps what was read of a table, which may hold pictures, until the end.
     return pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
 
 
-def _scan_parquet(fs: fsspec.AbstractFileSystem, path: str, digest: Any) -> tuple[int, pyarrow.Schema]:
+def _scan_parquet(
+    fs: fsspec.AbstractFileSystem, path: str, digest: Any, task: Task
+) -> tuple[int, pyarrow.Schema]:
     try:
         with _open_parquet(fs, path) as file:
             metadata, schema = file.metadata, file.schema_arrow
     except (pyarrow.ArrowException, OSError) as error:
         raise InvalidInputError(f"{path!r} is not a Parquet file: {error}") from error
-    if missing := sorted({"prompt", "image"} - set(schema.names)):
+    if missing := [name for name in task.columns if name not in schema.names]:
         raise InvalidInputError(f"{path!r} has no column {', '.join(missing)}; it has {schema.names}")
     size = metadata.serialized_size
     digest.update(fs.tail(path, size + 8))
-    place = schema.get_field_index("image")
     schema = schema.remove_metadata()
-    if not _is_string(schema.field(place).type):
-        schema = schema.set(place, pyarrow.field("image", pyarrow.string()))
+    for name in task.pictures:
+        place = schema.get_field_index(name)
+        if not _is_string(schema.field(place).type):
+            schema = schema.set(place, pyarrow.field(name, pyarrow.string()))
     return metadata.num_rows, schema
 
 
@@ -255,7 +234,7 @@ def _common_schema(schemas: list[pyarrow.Schema], paths: list[str]) -> pyarrow.S
 
 
 def _parquet_rows(
-    fs: fsspec.AbstractFileSystem, part: Part, schema: pyarrow.Schema, chunk: int
+    fs: fsspec.AbstractFileSystem, part: Part, plan: Plan, chunk: int
 ) -> Iterator[tuple[pyarrow.Table, list[Row]]]:
     with _open_parquet(fs, part.path) as file:
         groups: list[int] = []
@@ -271,13 +250,14 @@ def _parquet_rows(
                 skip -= len(batch)
                 continue
             table = pyarrow.Table.from_batches([batch.slice(skip, left)])
-            cells = table.select(["prompt", "image"]).to_pylist()
-            rows = [parse_row(index + number, cell) for number, cell in enumerate(cells)]
-            place = table.schema.get_field_index("image")
-            if not _is_string(table.schema.field(place).type):
-                names = [_picture_name(cell["image"]) for cell in cells]
-                table = table.set_column(place, "image", pyarrow.array(names, pyarrow.string()))
-            yield table.cast(schema), rows
+            cells = table.select(plan.task.columns).to_pylist()
+            rows = [parse_row(index + number, cell, plan.task) for number, cell in enumerate(cells)]
+            for name in plan.task.pictures:
+                place = table.schema.get_field_index(name)
+                if not _is_string(table.schema.field(place).type):
+                    names = [_picture_name(cell[name]) for cell in cells]
+                    table = table.set_column(place, name, pyarrow.array(names, pyarrow.string()))
+            yield table.cast(plan.schema), rows
             skip, index, left = 0, index + len(rows), left - len(rows)
             if not left:
                 return
@@ -297,22 +277,29 @@ def _picture_name(cell: Any) -> str | None:
 
 
 def _scan_lines(
-    fs: fsspec.AbstractFileSystem, path: str, every: int, digest: Any, kinds: dict[str, set[str]]
+    lines: Iterable[bytes], every: int, digest: Any, kinds: dict[str, set[str]], task: Task
 ) -> tuple[int, list[int]]:
+    """How many rows there are, and where the parts begin; notes the kinds of values in each column."""
     rows, offset = 0, 0
     starts: list[int] = []
-    with _open(fs, path) as lines:
-        for line in lines:
-            digest.update(line)
-            if line.strip():
-                if rows % every == 0:
-                    starts.append(offset)
-                rows += 1
-                record = _parse(line)
-                for name, value in record.items() if isinstance(record, dict) else ():
-                    kinds.setdefault(_text(name), set()).add(_kind(value))
-            offset += len(line)
+    for line in lines:
+        digest.update(line)
+        if line.strip():
+            if rows % every == 0:
+                starts.append(offset)
+            rows += 1
+            record = _parse(line)
+            for name, value in record.items() if isinstance(record, dict) else ():
+                kinds.setdefault(_text(name), set()).add(_kind(value))
+        offset += len(line)
     return rows, starts
+
+
+def converted_lines(path: str) -> Iterator[bytes]:
+    """The rows of a file that has no lines to begin at, one a line. A string stands for a row that is none,
+    and says why."""
+    for row in rows_of_file(Path(path)):
+        yield json.dumps(str(row.values) if isinstance(row.values, BadRow) else row.values).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Any:
@@ -338,7 +325,7 @@ def _kind(value: Any) -> str:
     return "other"
 
 
-def _json_schema(kinds: dict[str, set[str]]) -> pyarrow.Schema:
+def _json_schema(kinds: dict[str, set[str]], task: Task) -> pyarrow.Schema:
     """A column whose values are all booleans, all integers of 64 bits, all numbers or all strings has that
     type; any other is JSON text."""
     types = {
@@ -349,7 +336,7 @@ def _json_schema(kinds: dict[str, set[str]]) -> pyarrow.Schema:
         ("str",): pyarrow.string(),
     }
     fields = {name: types.get(tuple(sorted(found - {"null"}))) for name, found in kinds.items()}
-    fields |= {"prompt": pyarrow.string(), "image": pyarrow.string()}
+    fields |= dict.fromkeys(task.columns, pyarrow.string())
     # Strings and JSON text are both stored as strings; the field's metadata tells them apart.
     return pyarrow.schema(
         [
@@ -362,7 +349,7 @@ def _json_schema(kinds: dict[str, set[str]]) -> pyarrow.Schema:
 
 
 def _json_rows(
-    fs: fsspec.AbstractFileSystem, part: Part, schema: pyarrow.Schema, chunk: int
+    fs: fsspec.AbstractFileSystem, part: Part, plan: Plan, chunk: int
 ) -> Iterator[tuple[pyarrow.Table, list[Row]]]:
     index = part.first_row
     with _open(fs, part.path) as lines:
@@ -370,28 +357,29 @@ def _json_rows(
         mine = islice((line for line in lines if line.strip()), part.rows)
         for some in _chunks(mine, chunk):
             records = [_parse(line) for line in some]
-            rows = [
-                Row(index=index + number, error=f"not JSON: {record}")
-                if isinstance(record, Exception)
-                else parse_row(index + number, record)
-                for number, record in enumerate(records)
-            ]
+            rows = [_json_row(index + number, record, plan) for number, record in enumerate(records)]
             cells = [
                 {_text(name): value for name, value in record.items()} if isinstance(record, dict) else {}
                 for record in records
             ]
-            columns = [_column(field, cells, rows) for field in schema]
-            yield pyarrow.table(columns, schema=schema), rows
+            columns = [_column(field, cells, plan.task) for field in plan.schema]
+            yield pyarrow.table(columns, schema=plan.schema), rows
             index += len(rows)
 
 
-def _column(field: pyarrow.Field, cells: list[dict[str, Any]], rows: list[Row]) -> pyarrow.Array:
-    if field.name == "prompt":
-        return pyarrow.array([row.prompt for row in rows], field.type)
-    if field.name == "image":
-        names = [row.image if isinstance(row.image, str) else None for row in rows]
-        return pyarrow.array(names, field.type)
+def _json_row(index: int, record: Any, plan: Plan) -> Row:
+    if isinstance(record, Exception):
+        return Row(index=index, error=f"not JSON: {record}")
+    if plan.kind == "converted" and isinstance(record, str):
+        return Row(index=index, error=record)
+    return parse_row(index, record, plan.task)
+
+
+def _column(field: pyarrow.Field, cells: list[dict[str, Any]], task: Task) -> pyarrow.Array:
     values = [record.get(field.name) for record in cells]
+    if field.name in task.columns:
+        names = [_picture_name(value) for value in values]
+        return pyarrow.array([name if name and is_text(name) else None for name in names], field.type)
     if field.metadata:
         values = [None if value is None else json.dumps(value) for value in values]
     elif pyarrow.types.is_string(field.type):
@@ -450,7 +438,7 @@ def _scan_tar(fs: fsspec.AbstractFileSystem, path: str, every: int, digest: Any)
 
 
 def _tar_rows(
-    fs: fsspec.AbstractFileSystem, part: Part, schema: pyarrow.Schema, chunk: int
+    fs: fsspec.AbstractFileSystem, part: Part, plan: Plan, chunk: int
 ) -> Iterator[tuple[pyarrow.Table, list[Row]]]:
     index = part.first_row
     with _open(fs, part.path) as file:
@@ -459,7 +447,7 @@ def _tar_rows(
             for some in _chunks(islice(_samples(tar), part.rows), chunk):
                 read = [_tar_row(index + number, tar, *sample) for number, sample in enumerate(some)]
                 columns = [cells for _, cells in read]
-                yield pyarrow.Table.from_pylist(columns, schema), [row for row, _ in read]
+                yield pyarrow.Table.from_pylist(columns, plan.schema), [row for row, _ in read]
                 index += len(read)
 
 

@@ -1,13 +1,15 @@
 """One server process: uvicorn around the app, logs as JSON lines on stderr."""
 
 import logging
-import signal
+import socket
 import sys
 
 import uvicorn
 from fastapi import FastAPI
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
+
+from dina_lrm.serving.running import Server
 
 __all__ = ["log_as_json", "serve"]
 
@@ -33,32 +35,27 @@ def log_as_json() -> None:
         logger.setLevel(logging.INFO)
 
 
-def serve(app: FastAPI, *, host: str, port: int) -> bool:
+def serve(app: FastAPI, listener: socket.socket) -> bool:
     """Serve until SIGTERM or SIGINT, then finish what was accepted.
 
     Args:
-        port: 0 for any that is free; the log says which.
+        listener: bound to the address; it is closed at the end.
 
     Returns:
-        Whether it had started: False where the port is taken or the warm-up failed; the log says why.
+        Whether it had started: False where the warm-up failed; the log says why.
+
+    Raises:
+        KeyboardInterrupt: stopped before it was up.
     """
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         timeout_keep_alive=75,
         server_header=False,
     )
-    server = uvicorn.Server(config)
-    # uvicorn hands SIGTERM on when it has finished; without a handler that would be the exit code.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        listener = config.bind_socket()
-        with listener:
-            server.run(sockets=[listener])
-    except SystemExit:
-        return False
+    logger = logging.getLogger("dina_lrm.serving")
+    server = Server(config, listener, lambda address: logger.info("serving at %s", address))
+    server.run()
     return server.started

@@ -1,27 +1,25 @@
 """SIGINT and SIGTERM in a run: what is in progress is finished and saved before the process ends.
 
-    with Interrupt() as interrupt:
-        while step < num_steps:
-            ...
-            stop = interrupt.asked(accelerator)
-            if stop or a checkpoint is due:
-                save()
-            if stop:
-                raise Interrupted(interrupt.number, "stopped after step 7 ...")
+with Interrupt() as interrupt:
+    while step < num_steps:
+        ...
+        stop = interrupt.asked(accelerator)
+        if stop or a checkpoint is due:
+            save()
+        if stop:
+            raise Interrupted(interrupt.number, "stopped after step 7 ...")
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
 
-__all__ = ["Interrupt", "Interrupted", "raising_interrupted"]
+__all__ = ["Interrupt", "Interrupted"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 1.0
@@ -30,32 +28,16 @@ its own and the one of its process group."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that ended because of a signal.
+    """A run that ended because of a signal, of which its argument is the number.
 
     Args:
         number: of the signal.
-        message: what was kept.
+        kept: what was kept; a note of the exception.
     """
 
-    def __init__(self, number: int, message: str = "interrupted") -> None:
-        super().__init__(message)
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports a process that a signal ended: 130 after SIGINT, 143 after SIGTERM."""
-        return 128 + self.number
-
-
-@contextmanager
-def raising_interrupted() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise `Interrupted` at once; see `Interrupt` for where they do not."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    with _handled(handle):
-        yield
+    def __init__(self, number: int, kept: str) -> None:
+        super().__init__(number)
+        self.add_note(kept)
 
 
 class Interrupt:
@@ -77,12 +59,14 @@ class Interrupt:
         return signal.SIGTERM if self.received is None else self.received
 
     def __enter__(self) -> "Interrupt":
-        self._block = _handled(self._handle, self._previous)
-        self._block.__enter__()
+        if threading.current_thread() is threading.main_thread():
+            taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._block.__exit__(*error)
+        for number, former in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process of the run was asked to stop; every process gets the same answer.
@@ -105,17 +89,3 @@ class Interrupt:
             else:
                 signal.signal(number, previous)
                 os.kill(os.getpid(), number)
-
-
-@contextmanager
-def _handled(handle: Any, previous: dict[int, Any] | None = None) -> Iterator[None]:
-    """`handle` takes the signals inside the block; what took them before is kept in `previous`."""
-    before: dict[int, Any] = {} if previous is None else previous
-    if threading.current_thread() is threading.main_thread():
-        taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before |= {number: signal.signal(number, handle) for number in taken}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, signal.SIG_DFL if former is None else former)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import write_whole
 
-__all__ = ["Reporter", "StepMetrics", "Window"]
+__all__ = ["Pace", "Reporter", "StepMetrics", "Window"]
 
 CURVES = ("loss", "accuracy", "learning_rate", "gradient_norm", "pairs_per_second", "data_wait_fraction")
 
@@ -43,6 +44,44 @@ class StepMetrics:
     epoch: float | None = None
     validation: dict[str, float] | None = None
     """Accuracy of each candidate, "0.4" or "0.2+0.5+0.7", with averaged weights; set on validations only."""
+
+
+class Pace:
+    """How fast long work goes and when a line about it is due where no bar is drawn: every 5 %, and every
+    30 seconds, but not twice in 2 seconds.
+
+    Args:
+        total: of the work.
+        found: what an earlier run had done. It is not counted into the rate.
+    """
+
+    LONGEST_SECONDS, LEAST_SECONDS, FRACTION = 30.0, 2.0, 0.05
+
+    def __init__(self, total: int, found: int = 0) -> None:
+        self.total, self.found = total, found
+        self.started = self._told_at = time.perf_counter()
+        self._told = found
+
+    def due(self, done: int) -> bool:
+        """Whether to print a line now; the next is due later."""
+        now = time.perf_counter()
+        enough = done - self._told >= self.FRACTION * self.total
+        if now - self._told_at < (self.LEAST_SECONDS if enough else self.LONGEST_SECONDS):
+            return False
+        self._told, self._told_at = done, now
+        return True
+
+    def rate(self, done: int) -> float:
+        """Of this run, a second."""
+        return (done - self.found) / max(time.perf_counter() - self.started, 1e-9)
+
+    def left(self, done: int) -> str:
+        """Time left at this rate; empty where there is none yet."""
+        rate = self.rate(done)
+        if rate <= 0 or done > self.total:
+            return ""
+        seconds = (self.total - done) / rate
+        return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 class Window:
@@ -114,11 +153,14 @@ class Reporter:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=total, status="")
+        self.total = total
         self.training = self.validation = ""
 
     def start(self, step: int) -> None:
         """Begin the log at `step`: lines of an earlier attempt that go beyond it are taken back."""
+        # Made here, so that steps that were found done count neither into the rate nor into the time left.
+        self.task = self.progress.add_task("", total=self.total, completed=step, status="")
+        self.pace = Pace(self.total, found=step)
         if self.log_file is None or not self.log_file.exists():
             return
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if step > 0 else []
@@ -134,6 +176,15 @@ class Reporter:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    def step_done(self, step: int, batch_size: int) -> None:
+        """After every step: where no bar is drawn, a line now and then."""
+        if self.progress.console.is_terminal or not self.pace.due(step):
+            return
+        rate = f"{batch_size * self.pace.rate(step):.3g} pairs/s"
+        parts = [f"step {step:,} of {self.total:,}", self.training, rate, self.pace.left(step)]
+        line = escape(", ".join(filter(None, parts)))
+        self.progress.console.print(f"  {line}", soft_wrap=True, highlight=False)
 
     def tell(self, metrics: StepMetrics) -> None:
         """One line, everywhere."""
@@ -155,7 +206,7 @@ class Reporter:
         if self.wandb is not None:
             self.wandb.log(values, step=metrics.step)
         if metrics.loss is not None and metrics.accuracy is not None:
-            self.training = f"loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.1%}"
+            self.training = f"loss {metrics.loss:.4f}, accuracy {metrics.accuracy:.1%}"
         if metrics.validation:
             label, accuracy = max(metrics.validation.items(), key=lambda item: item[1])
             self.validation = f"  validation {accuracy:.1%} at {label}"

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dina_lrm.config import TrainConfig, to_dict
 from dina_lrm.core.attention import matrix_precision
-from dina_lrm.core.calibration import fit_scale
+from dina_lrm.core.calibration import better_than_chance, determined_scale
 from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.sharding import is_cut, local
 from dina_lrm.data.latents import mix_seeds
@@ -49,9 +49,15 @@ from dina_lrm.training.interrupt import Interrupt, Interrupted
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.progress import Reporter, StepMetrics, Window
 from dina_lrm.training.step import PairScorer, loss_level
-from dina_lrm.training.validation import Levels, accuracy, fixed_sample, levels_label, validation_margins
+from dina_lrm.training.validation import (
+    Levels,
+    ValidationMargins,
+    fixed_sample,
+    levels_label,
+    validation_margins,
+)
 
-__all__ = ["StepMetrics", "TrainResult", "train"]
+__all__ = ["StepMetrics", "TrainResult", "check_batch_size", "train"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +72,14 @@ class TrainResult:
     best_accuracy: float | None
     """Best candidate on the validation pairs used while training."""
     noise_levels: tuple[float, ...] | None
-    """The model's new default for scoring, chosen on all validation pairs."""
+    """The model's new default for scoring, chosen on all validation pairs. None: it keeps its default."""
     calibration_scale: float | None
+    uncalibrated: str | None
+    """Why validation pairs gave no calibration; None where they did, and where there are none."""
     validation: dict[str, float]
     """Accuracy of every candidate on all validation pairs, at the end."""
+    margins: ValidationMargins | None
+    """What that accuracy is of."""
     history: list[StepMetrics]
 
 
@@ -84,25 +94,36 @@ def train(
     *,
     on_step: Callable[[StepMetrics], None] | None = None,
     console: Console | None = None,
+    card: Callable[[TrainResult], str] | None = None,
 ) -> TrainResult:
     """Train `model` in place on pairs of latents.
 
     The model ends with the best (or last) averaged weights, in evaluation mode, marked as trained; with
     validation pairs, also with the noise levels that scored best on them as its default, and with the scale
-    that makes its probabilities true there. Only where FSDP2 has cut it, the model stays in pieces: load what
-    was saved.
+    that makes its probabilities true there. Pairs on which no candidate beats a coin choose nothing
+    (`TrainResult.uncalibrated`). Only where FSDP2 has cut it, the model stays in pieces: load what was saved.
 
     Args:
         config: the run; `model` and `data` of it are taken as done, since both are given here.
         model: from `RewardModel.initialize`, or a trained one to go on with.
         validation_pairs: of prompts that are not trained on.
         on_step: called with every line of metrics as it is made. It must not score with the model.
-        console: where the progress bar goes, if it is a terminal; None is standard error.
+        console: where progress goes: a bar on a terminal, lines elsewhere; None is standard error.
+        card: what OUTPUT/README.md says about the finished run.
 
     Raises:
+        InvalidInputError: pairs and settings do not fit each other or the model.
         Interrupted: SIGINT or SIGTERM; the step in progress was finished and OUTPUT/last holds it.
     """
-    return _Run(config, model, train_pairs, validation_pairs, on_step, console).run()
+    return _Run(config, model, train_pairs, validation_pairs, on_step, console, card).run()
+
+
+def check_batch_size(batch_size: int, num_pairs: int) -> None:
+    """Raise InvalidInputError for a step that would need pairs twice."""
+    if not 1 <= batch_size <= num_pairs:
+        raise InvalidInputError(
+            f"batch_size = {batch_size}: must be in [1, {num_pairs}], the number of training pairs"
+        )
 
 
 class _Run:
@@ -116,8 +137,9 @@ class _Run:
         validation_pairs: PairSet | None,
         on_step: Callable[[StepMetrics], None] | None,
         console: Console | None,
+        card: Callable[[TrainResult], str] | None,
     ) -> None:
-        self.config, self.model = config, model
+        self.config, self.model, self.card = config, model, card
         self.accelerator = Accelerator(
             cpu=config.cpu,
             mixed_precision="no",  # `config.precision` decides, whatever accelerate is configured for
@@ -134,6 +156,7 @@ class _Run:
             )
         if len(train_pairs) == 0:
             raise InvalidInputError("there are no training pairs")
+        check_batch_size(config.batch_size, len(train_pairs))
         for pairs in filter(None, (train_pairs, validation_pairs)):
             for pair in pairs.examples:
                 batch = pairs.batch(pair[None]).to("cpu")
@@ -237,10 +260,12 @@ class _Run:
                 norm = self._optimize(loader, window)
                 self.step += 1
                 self.model.trained = True
+                self.model.config = replace(self.model.config, calibration=None)  # of other weights
                 out_of_time = self._out_of_time()
                 last = out_of_time or self.step == config.num_steps
                 if self.step % config.log_every == 0 or last:
                     self._log_training(window, loader, rate, norm)
+                self.reporter.step_done(self.step, config.batch_size)
                 with window.paused():
                     due = self.step % config.validation.every == 0 or last
                     if self.validation_pairs is not None and due:
@@ -249,6 +274,8 @@ class _Run:
                     if self.step % config.checkpoint_every == 0 or last or interrupted:
                         self._checkpoint()
                 if interrupted:
+                    # A launcher ends the others as soon as one has ended, so none does before all is saved.
+                    self.accelerator.wait_for_everyone()
                     raise Interrupted(interrupt.number, self._kept())
                 if out_of_time or self._out_of_patience():
                     stopped_by = "time_budget" if out_of_time else "patience"
@@ -260,8 +287,8 @@ class _Run:
     def _kept(self) -> str:
         """What an interrupted run leaves."""
         if self.output is None:
-            return f"interrupted at step {self.step}; nothing is kept, since the run has no output"
-        return f"interrupted at step {self.step}, which {self.output / 'last'} holds"
+            return f"step {self.step} was finished, and nothing is kept, since the run has no output"
+        return f"step {self.step} was finished, and {self.output / 'last'} holds it"
 
     # --- one optimizer step
 
@@ -340,7 +367,7 @@ class _Run:
         """The averaged weights inside, the raw ones again after, to the last bit."""
         return optim.averaged(self.average, self._pieces())
 
-    def _margins(self, pairs: PairSet) -> tuple[dict[Levels, Tensor], Tensor]:
+    def _margins(self, pairs: PairSet) -> ValidationMargins:
         self.model.eval()
         margins = validation_margins(
             self.scorer,
@@ -360,8 +387,7 @@ class _Run:
         assert self.validation_pairs is not None
         pairs = fixed_sample(self.validation_pairs, self.config.validation.max_pairs, seed=self.config.seed)
         with self._averaged_weights():
-            margins, target = self._margins(pairs)
-            accuracies = {levels: accuracy(margin, target) for levels, margin in margins.items()}
+            accuracies = self._margins(pairs).accuracy
             best = max(accuracies.values())
             if self.best_accuracy is None or best > self.best_accuracy:
                 self.best_accuracy, self.best_step = best, self.step
@@ -395,10 +421,10 @@ class _Run:
             )
         )
 
-    def _save_model(self, folder: Path, step: int) -> None:
+    def _save_model(self, folder: Path, step: int, card: str | None = None) -> None:
         """The main process writes; all gather if each has pieces only."""
         if self.is_main:
-            self.model.save_pretrained(folder, training_step=step)
+            self.model.save_pretrained(folder, training_step=step, model_card=card)
         elif self.in_pieces:
             self.model.checkpoint()
 
@@ -454,27 +480,15 @@ class _Run:
             with torch.no_grad():
                 for piece, value in zip(self._pieces(), weights, strict=True):
                     piece.copy_(value)
-        accuracies: dict[Levels, float] = {}
-        levels = scale = None
-        if self.validation_pairs is not None:
-            margins, target = self._margins(self.validation_pairs)
-            accuracies = {levels: accuracy(margin, target) for levels, margin in margins.items()}
-            levels = max(accuracies, key=lambda one: (accuracies[one], -len(one)))  # a tie: the cheaper
-            scale = fit_scale(margins[levels], target)
-            self.model.config = replace(
-                self.model.config,
-                noise_levels=levels,
-                calibration=Calibration(noise_levels=levels, scale=scale),
-            )
+        margins = None if self.validation_pairs is None else self._margins(self.validation_pairs)
+        levels, scale, uncalibrated = (None, None, None) if margins is None else _calibrated(margins)
+        self.model.config = replace(
+            self.model.config,
+            noise_levels=levels or self.model.config.noise_levels,
+            calibration=None if scale is None else Calibration(noise_levels=levels or (), scale=scale),
+        )
         self.model.eval()
-        if self.output is not None:
-            saved_step = (
-                self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
-            )
-            self._save_model(self.output, saved_step)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.free_memory()
-        return TrainResult(
+        result = TrainResult(
             steps=self.step,
             seconds=self.seconds,
             stopped_by=stopped_by,
@@ -482,9 +496,22 @@ class _Run:
             best_accuracy=self.best_accuracy,
             noise_levels=levels,
             calibration_scale=scale,
-            validation={levels_label(one): value for one, value in accuracies.items()},
+            uncalibrated=uncalibrated,
+            validation={}
+            if margins is None
+            else {levels_label(one): value for one, value in margins.accuracy.items()},
+            margins=margins,
             history=self.reporter.history,
         )
+        if self.output is not None:
+            saved_step = (
+                self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
+            )
+            card = None if self.card is None else self.card(result)
+            self._save_model(self.output, saved_step, card)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        return result
 
 
 # --- small parts -------------------------------------------------------------------------------------------
@@ -496,6 +523,22 @@ def _labelled(pairs: PairSet, config: TrainConfig) -> PairSet:
         return pairs
     majority = torch.where(pairs.target == 0.5, pairs.target, (pairs.target > 0.5).to(pairs.target.dtype))
     return replace(pairs, target=majority)
+
+
+def _calibrated(margins: ValidationMargins) -> tuple[Levels | None, float | None, str | None]:
+    """The best candidate, its scale, and why one of them is missing."""
+    accuracies, target = margins.accuracy, margins.target
+    levels = max(accuracies, key=lambda one: (accuracies[one], -len(one)))  # a tie: the cheaper
+    counted = int((target != 0.5).sum())
+    right = round(accuracies[levels] * counted) if counted else 0
+    if not better_than_chance(right, counted):
+        why = f"the best candidate has {right} of {counted} validation pairs right, which a coin may get too"
+        return None, None, f"{why}: no noise level was chosen and no calibration is stored"
+    scale = determined_scale(margins.by_levels[levels], target)
+    if scale is None:
+        why = f"{counted} validation pairs, {right} of them right, do not determine a scale of probabilities"
+        return levels, None, f"{why}: no calibration is stored"
+    return levels, scale, None
 
 
 _MAY_CHANGE = frozenset(

@@ -6,10 +6,12 @@ of one run differ by the weights alone.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.core.noise import seeded_noise
@@ -17,10 +19,33 @@ from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
 from dina_lrm.training.step import PairScorer
 
-__all__ = ["Levels", "accuracy", "fixed_sample", "levels_label", "validation_margins"]
+__all__ = [
+    "Levels",
+    "ValidationMargins",
+    "accuracy",
+    "fixed_sample",
+    "levels_label",
+    "validation_margins",
+]
 
 Levels = tuple[float, ...]
 """One noise level, or several that make a token-level ensemble."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationMargins:
+    """What validation pairs were scored; the order of the pairs depends on the number of processes."""
+
+    by_levels: dict[Levels, Float[Tensor, " pair"]]
+    """score_chosen - score_rejected of every candidate."""
+    target: Float[Tensor, " pair"]
+    prompt: Int64[Tensor, " pair"]
+    """Number of each pair's prompt."""
+
+    @property
+    def accuracy(self) -> dict[Levels, float]:
+        """Of every candidate."""
+        return {levels: accuracy(margin, self.target) for levels, margin in self.by_levels.items()}
 
 
 @torch.no_grad()
@@ -33,8 +58,8 @@ def validation_margins(
     precision: Callable[[], AbstractContextManager[None]],
     batch_size: int,
     seed: int,
-) -> tuple[dict[Levels, Tensor], Tensor]:
-    """Margins of every candidate, and the targets, of pairs that are spread over the devices.
+) -> ValidationMargins:
+    """Margins of every candidate on pairs that are spread over the devices.
 
     Args:
         scorer: not wrapped by DDP, its model in evaluation mode.
@@ -47,6 +72,7 @@ def validation_margins(
     own = torch.arange(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     margins: dict[Levels, list[float]] = {candidate: [] for candidate in candidates}
     targets: list[float] = []
+    prompt_of: list[int] = []
     parts = list(pairs.parts(own, batch_size))
     repeats: list[Tensor] = []
     if accelerator.is_fsdp2:  # weights are gathered in every forward, so all processes need as many of them
@@ -61,15 +87,17 @@ def validation_margins(
             found = scorer.margins(batch, noise, matched)
         if index < len(parts):
             targets += batch.target.tolist()
+            prompt_of += prompts.tolist()
             for candidate, margin in zip(candidates, found, strict=True):
                 margins[candidate] += margin.tolist()
-    gathered = gather_object([(margins, targets)])
-    return (
-        {
-            candidate: torch.tensor([m for part, _ in gathered for m in part[candidate]])
+    gathered = gather_object([(margins, targets, prompt_of)])
+    return ValidationMargins(
+        by_levels={
+            candidate: torch.tensor([m for part, _, _ in gathered for m in part[candidate]])
             for candidate in candidates
         },
-        torch.tensor([target for _, part in gathered for target in part]),
+        target=torch.tensor([target for _, part, _ in gathered for target in part]),
+        prompt=torch.tensor([prompt for _, _, part in gathered for prompt in part]),
     )
 
 

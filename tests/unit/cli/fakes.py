@@ -8,13 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.cli.options import ModelOptions
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.config import RewardModelConfig
+from dina_lrm.models.options import ModelOptions
+from dina_lrm.models.scoring import preference_probability
 
 
 class BrightnessModel:
     def __init__(self, noise_levels: tuple[float, ...] = (0.4,)) -> None:
-        self.config = SimpleNamespace(noise_levels=noise_levels)
+        self.config = RewardModelConfig(
+            num_blocks=1, image_taps=(1,), tuning="frozen", noise_levels=noise_levels
+        )
         self.calls: list[dict[str, Any]] = []
 
     def score(self, prompts: list[str], images: list[Image.Image], **settings: Any) -> SimpleNamespace:
@@ -26,9 +30,9 @@ class BrightnessModel:
         return SimpleNamespace(scores=scores, standard_errors=errors)
 
     def compare(self, prompt: str, image_a: Image.Image, image_b: Image.Image, **settings: Any) -> float:
-        self.calls.append({"prompts": [prompt], **settings})
-        a, b = (float(np.asarray(image).mean()) for image in (image_a, image_b))
-        return 0.5 + (a - b) / 510
+        a, b = self.score([prompt] * 2, [image_a, image_b], **settings).scores.tolist()
+        levels = settings["noise_levels"]
+        return preference_probability(a - b, levels if isinstance(levels, list) else [levels], self.config)
 
 
 def use_brightness_model(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> BrightnessModel:

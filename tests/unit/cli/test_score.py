@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import random
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -9,8 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from dina_lrm.cli import score as score_command
 from dina_lrm.cli.main import main
+from dina_lrm.errors import InvalidInputError
 from tests.unit.cli.fakes import use_brightness_model
 
 
@@ -23,6 +26,14 @@ def pictures(tmp_path):
         Image.new("RGB", (8, 8), (51 * number,) * 3).save(path)
         paths.append(path)
     return paths
+
+
+def noisy_png():
+    """A picture of some size in bytes, whose header survives a cut."""
+    image = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def write_rows(path, rows):
@@ -80,14 +91,34 @@ def test_one_level_is_a_number_and_several_are_an_ensemble(pictures, monkeypatch
         (["gray", "gray0.png", "--num-draws", "0"], "at least 1"),
         (["--input", "rows.jsonl"], "--output"),
         (["--input", "absent.jsonl", "--output", "x.parquet"], "absent.jsonl"),
-        (["--input", "notes.txt", "--output", "x.parquet"], ".jsonl or .parquet"),
-        (["--input", "rows.jsonl", "--output", "x.csv"], "x.csv"),
+        (["--input", "notes.txt", "--output", "x.parquet"], "'notes.txt' has .txt"),
+        (["--input", "rows.jsnl", "--output", "x.parquet"], "did you mean rows.jsonl"),
+        (["--input", "pipe.jsonl", "--output", "x.parquet"], "'pipe.jsonl' is a FIFO"),
+        (["--input", "rows.jsonl", "--output", "x.txt"], "got 'x.txt'"),
+        (["--input", "rows.jsonl", "--output", "pipe.jsonl", "--overwrite"], "'pipe.jsonl' is a FIFO"),
+        (["--input", "rows.jsonl", "--output", "notes.txt/x.jsonl"], "Not a directory"),
+        (["gray", "pipe.png"], "pipe.png is a FIFO"),
+        (["gray", "/dev/zero"], "/dev/zero is a device"),
+        (["gray", "."], ". is a folder"),
+        (["gray", "gray0.png", "--target-error", "0.1", "--num-draws", "1"], "exclude each other"),
+        (["gray", "gray0.png", "--target-error", "0"], "above 0"),
+        (["gray", "gray0.png", "--max-draws", "8"], "--max-draws goes with --target-error"),
+        (["gray", "gray0.png", "--rows_per_part=8"], "--rows-per-part goes with --input"),
+        (["--input", "rows.jsonl", "--output", "x.jsonl", "--skip-bad"], "--skip-bad is for images"),
+        (
+            ["gray0.png"],
+            "the prompt comes first, and 'gray0.png' is a file; as in: dina-lrm score \"PROMPT\"",
+        ),
+        (["gray0.png", "gray1.png"], '"PROMPT" gray0.png gray1.png'),
+        (["a cut emoji \ud83d", "gray0.png"], "the prompt is not text: its character 12 is '\\ud83d'"),
         (["gray", "--input", "rows.jsonl", "--output", "x.parquet"], "leave out"),
     ],
 )
 def test_mistakes_are_named(arguments, message, pictures, tmp_path, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
     (tmp_path / "notes.txt").write_text("no picture\n")
+    for name in ("pipe.png", "pipe.jsonl"):
+        os.mkfifo(tmp_path / name)
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": "gray1.png"}])
     monkeypatch.chdir(tmp_path)
     assert main(["score", *arguments]) == 2
@@ -159,11 +190,11 @@ def test_images_inside_parquet(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(score_command, "ROWS_PER_PART", 2)
     model = use_brightness_model(monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": path.name} for path in pictures])
     output = tmp_path / "scores.parquet"
-    arguments = ["score", "--input", str(rows), "--output", str(output), "--batch-size", "1"]
+    arguments = ["score", "--input", str(rows), "--output", str(output)]
+    arguments += ["--batch-size", "1", "--rows-per-part", "2"]
 
     healthy = model.score
 
@@ -174,6 +205,7 @@ def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
 
     model.score = stop_at_the_fourth
     assert main(arguments) == 130
+    assert "interrupted; what was done is kept: give the same command again" in capsys.readouterr().err
     assert not output.exists()
     model.score = healthy
     model.calls.clear()
@@ -203,14 +235,66 @@ def test_nothing_scored_is_an_error(tmp_path, monkeypatch, capsys):
     assert "no row" in capsys.readouterr().err
 
 
-# --- compare -----------------------------------------------------------------------------------------------
+# --- names and dashes --------------------------------------------------------------------------------------
 
 
-def test_compare(pictures, monkeypatch, capsys):
+def test_what_stands_behind_two_dashes_is_a_file(pictures, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
-    assert main(["compare", "bright", str(pictures[4]), str(pictures[0]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["probability_a_preferred"] == pytest.approx(0.9)
-    assert main(["compare", "bright", str(pictures[4]), str(pictures[0])]) == 0
-    output = capsys.readouterr().out
-    assert "90.0%" in output
-    assert "10.0%" in output
+    monkeypatch.chdir(pictures[0].parent)
+    shutil.copy("gray4.png", "-dash.png")
+    for arguments in (["gray", "gray1.png", "--", "-dash.png"], ["--", "gray", "gray1.png", "-dash.png"]):
+        assert main(["score", "--json", *arguments]) == 0
+        records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(one["image"], round(one["score"], 3)) for one in records] == [
+            ("gray1.png", 0.2),
+            ("-dash.png", 0.8),
+        ]
+    assert main(["score", "--json", "--", "-a prompt", "-dash.png"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "-a prompt"
+
+
+def test_names_are_printed_as_typed(pictures, monkeypatch, capsys):
+    """Also long ones, and ones that are not UTF-8."""
+    use_brightness_model(monkeypatch)
+    folder = pictures[0].parent / "a folder with a long name" / "and another one"
+    folder.mkdir(parents=True)
+    odd = os.fsdecode(b"gr\xe4y.png")
+    shutil.copy(pictures[0], folder / "gray0.png")
+    shutil.copy(pictures[0], folder / odd)
+    monkeypatch.chdir(pictures[0].parent)
+    names = [f"./{folder.relative_to(pictures[0].parent)}//gray0.png", f"{folder}/{odd}"]
+    assert main(["score", "gray", names[0]]) == 0
+    assert names[0] in capsys.readouterr().out
+    assert main(["score", "gray", *names, "--json"]) == 0
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == names
+
+
+def test_bad_pictures_are_skipped_when_asked(pictures, monkeypatch, capsys):
+    """A missing one, one that is cut off, one that the model refuses."""
+    model = use_brightness_model(monkeypatch)
+    monkeypatch.chdir(pictures[0].parent)
+    Path("cut.png").write_bytes(noisy_png()[:600])
+    Image.new("RGB", (1, 1)).save("small.png")
+    healthy = model.score
+
+    def refuse_small(prompts, images, **settings):
+        if any(image.size == (1, 1) for image in images):
+            raise InvalidInputError("image 0 of 1x1 pixels is too small")
+        return healthy(prompts, images, **settings)
+
+    model.score = refuse_small
+    names = ["gray0.png", "absent.png", "cut.png", "small.png", "gray2.png"]
+    assert main(["score", "gray", *names]) == 2
+    captured = capsys.readouterr()
+    assert "missing file: absent.png (--skip-bad leaves such pictures out)" in captured.err
+    assert main(["score", "gray", *names[2:]]) == 2
+    captured = capsys.readouterr()
+    assert "cut.png" in captured.err
+    assert "small.png: image 0 of 1x1" in captured.err
+    assert captured.out == ""
+    assert main(["score", "gray", *names, "--skip-bad", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in captured.out.splitlines()] == ["gray0.png", "gray2.png"]
+    assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["skipped:"] * 3
+    assert main(["score", "gray", *names[1:4], "--skip-bad"]) == 2
+    assert capsys.readouterr().err.count("error:") == 1

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dina_lrm.data.latents import LatentPairs, batch_indices, encode_pairs, mix_seeds
 from dina_lrm.data.pairs import PreferencePair, Reject
+from dina_lrm.data.shards import set_aside
 from dina_lrm.errors import InvalidInputError
 
 
@@ -341,3 +342,33 @@ def test_one_size_is_needed_unless_resized() -> None:
     with pytest.raises(InvalidInputError, match="2 sizes"):
         encode_pairs(FakeModel(), pairs)
     assert encode_pairs(FakeModel(), pairs, size=(8, 8)).latents.shape[0] == 2
+
+
+def test_fingerprint_sees_latents_that_changed_places() -> None:
+    pairs = make_pairs()
+    assert replace(pairs, latents=pairs.latents.flip(0)).fingerprint() != pairs.fingerprint()
+
+
+def test_pairs_set_aside_share_no_prompt_and_no_picture() -> None:
+    """Pictures 0 and 4 are the same in two rows; prompts 0 and 1 differ in case alone."""
+    latents = torch.arange(12.0).reshape(12, 1, 1, 1)
+    latents[4] = latents[0]
+    pairs = LatentPairs(
+        latents=latents,
+        prompts=["A cat", "a cat.", "dog", "cow", "hen", "owl"],
+        prompt_embeds=torch.zeros(6, 2, 3),
+        prompt_index=torch.arange(6),
+        chosen=torch.arange(0, 12, 2),
+        rejected=torch.arange(1, 12, 2),
+        target=torch.ones(6),
+    )
+    seen: set[tuple[int, ...]] = set()
+    for seed in range(20):
+        kept, aside = set_aside(pairs, 1 / 2, seed=seed)
+        assert len(aside) == 3
+        group = {0, 1, 2} & set(aside.prompt_index.tolist())
+        assert group in (set(), {0, 1, 2})
+        assert sorted([*kept.prompt_index.tolist(), *aside.prompt_index.tolist()]) == list(range(6))
+        seen.add(tuple(aside.prompt_index.tolist()))
+    assert len(seen) > 1
+    assert len(set_aside(pairs, 1 / 2, max_pairs=1)[1]) == 1

@@ -10,7 +10,8 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from dina_lrm.data.pairs import PreferencePair, Reject, load_image, read_pairs, write_rejects
+from dina_lrm.data.own_rows import read_pairs
+from dina_lrm.data.pairs import PreferencePair, Reject, load_image, write_rejects
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.images import as_picture
 
@@ -23,8 +24,8 @@ def png(color: str = "red") -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("a", "b", "c"):
-        (tmp_path / f"{name}.png").write_bytes(png())
+    for name, color in (("a", "red"), ("b", "green"), ("c", "blue")):
+        (tmp_path / f"{name}.png").write_bytes(png(color))
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     (tmp_path / "cut.png").write_bytes(png()[:40])
     return tmp_path
@@ -48,14 +49,25 @@ def test_a_plain_row(folder: Path) -> None:
     assert (pair.source, pair.width, pair.height, pair.target) == ("test", 64, 48, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "target"), [(3, 1, 0.75), (1, 3, 0.25), (2, 2, 0.5), (5, 0, 1.0)]
-)
-def test_votes_become_a_share_even_below_one_half(
+@pytest.mark.parametrize(("chosen", "rejected", "target"), [(3, 1, 0.75), (1, 3, 0.75), (5, 0, 1.0)])
+def test_the_majority_is_chosen_whatever_the_row_calls_it(
     folder: Path, chosen: int, rejected: int, target: float
 ) -> None:
     rows = read_pairs(write_jsonl(folder, [GOOD | {"votes_chosen": chosen, "votes_rejected": rejected}]))
-    assert rows.pairs[0].target == target
+    (pair,) = rows.pairs
+    assert pair.target == target
+    assert isinstance(pair.chosen, Path)
+    assert pair.chosen.name == ("a.png" if chosen > rejected else "b.png")
+    assert (pair.votes_chosen, pair.votes_rejected) == (max(chosen, rejected), min(chosen, rejected))
+
+
+def test_even_votes_are_a_tie(folder: Path) -> None:
+    file = write_jsonl(folder, [GOOD, GOOD | {"votes_chosen": 2, "votes_rejected": 2}])
+    rows = read_pairs(file)
+    assert len(rows.pairs) == 1
+    assert [(reject.row, reject.reason) for reject in rows.rejects] == [(1, "tie: nobody won")]
+    kept = read_pairs(file, ties="half")
+    assert [(pair.tie, pair.target) for pair in kept.pairs] == [(False, 1.0), (True, 0.5)]
 
 
 def test_ranks_give_every_strict_pair_and_list_the_ties(folder: Path) -> None:
@@ -65,15 +77,15 @@ def test_ranks_give_every_strict_pair_and_list_the_ties(folder: Path) -> None:
         ("b.png", "a.png"),
         ("b.png", "c.png"),
     ]
-    assert [reject.reason for reject in rows.rejects] == ["tie: images 0 and 2 share rank 2"]
+    assert [reject.reason for reject in rows.rejects] == ["tie: nobody won"]
 
 
 BAD_ROWS = {
     "not JSON": "{oops",
     "not a JSON object": [1, 2],
     "no prompt": {"chosen": "a.png", "rejected": "b.png"},
-    "no prompt: ' '": GOOD | {"prompt": " "},
-    "no prompt: 3": GOOD | {"prompt": 3},
+    "no prompt: prompt = ' '": GOOD | {"prompt": " "},
+    "no prompt: prompt = 3": GOOD | {"prompt": 3},
     "has neither": {"prompt": "p"},
     "has both": GOOD | {"images": ["a.png", "b.png"], "ranks": [1, 2]},
     "missing file: chosen = gone.png": GOOD | {"chosen": "gone.png"},
@@ -142,11 +154,11 @@ def test_image_root_moves_relative_paths(folder: Path, tmp_path_factory: pytest.
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(InvalidInputError, match=r"nothing at .*gone\.jsonl"):
         read_pairs(tmp_path / "gone.jsonl")
-    (tmp_path / "rows.csv").write_text("")
-    with pytest.raises(InvalidInputError, match=r"\.csv"):
-        read_pairs(tmp_path / "rows.csv")
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(InvalidInputError, match=r"rows are \.jsonl, .*not .*rows\.xlsx"):
+        read_pairs(tmp_path / "rows.xlsx")
 
 
 def test_load_image_errors_name_the_file(folder: Path) -> None:

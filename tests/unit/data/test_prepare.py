@@ -16,11 +16,12 @@ from PIL import Image
 from dina_lrm.build import pair_encoder, prepare_source
 from dina_lrm.cli import main as cli
 from dina_lrm.data import prepare as preparing
+from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent
 from dina_lrm.data.prepare import PrepareSettings, prompt_rows
 from dina_lrm.data.shards import FORMAT, LatentShards, PromptRow, shard_rejects, stack_prompts
-from dina_lrm.data.sources import Comparison, read_source, source_length
+from dina_lrm.data.sources import read_source, source_length
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import Conditioning
 from tests.tiny import PROMPT
@@ -102,8 +103,9 @@ def shard(items: Sequence[Comparison | Reject], file: Path, **settings: Any) -> 
 
 
 def comparison(chosen: Any, rejected: Any, row: int = 0, **about: Any) -> Comparison:
-    votes = {name: about.pop(name) for name in ("votes_chosen", "votes_rejected") if name in about}
-    pair = PreferencePair(prompt=about.pop("prompt", "a prompt"), chosen=chosen, rejected=rejected, **votes)
+    names = ("votes_chosen", "votes_rejected", "tie")
+    said = {name: about.pop(name) for name in names if name in about}
+    pair = PreferencePair(prompt=about.pop("prompt", "a prompt"), chosen=chosen, rejected=rejected, **said)
     return Comparison(pair=pair, row=row, file="f", **about)
 
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from dina_lrm.cli import main as cli
+from dina_lrm.data.comparisons import Check, Comparison
 from dina_lrm.data.inspection import audit, inspect
-from dina_lrm.data.pairs import Check, Reject
-from dina_lrm.data.sources import SOURCES, Comparison, read_hub, read_source
+from dina_lrm.data.pairs import Reject
+from dina_lrm.data.sources import SOURCES, read_hub, read_source
 from dina_lrm.errors import InvalidInputError
 
 
@@ -123,7 +124,7 @@ def test_hpdv2(tmp_path: Path) -> None:
         (tmp_path / "train/b.jpg", False),
     ]
     test, _ = read("hpdv2", tmp_path, "test")
-    assert [(Path(str(c.pair.chosen)).name, Path(str(c.pair.rejected)).name, c.tie) for c in test] == [
+    assert [(Path(str(c.pair.chosen)).name, Path(str(c.pair.rejected)).name, c.pair.tie) for c in test] == [
         ("d.jpg", "c.jpg", False),
         ("c.jpg", "e.jpg", True),
         ("d.jpg", "e.jpg", False),
@@ -139,7 +140,7 @@ def test_genai_bench(tmp_path: Path) -> None:
     ]  # fmt: skip
     table(tmp_path / "image_generation" / "test_v1-00000-of-00001.parquet", rows)
     comparisons, rejects = read("genai-bench", tmp_path, check="decode")
-    assert [(c.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
+    assert [(c.pair.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
         (False, True, ("l", "r")),
         (False, False, ("r", "l")),
         (True, True, ("l", "r")),
@@ -163,7 +164,7 @@ def test_pickapic(tmp_path: Path) -> None:
     rows = [row((1, 0)), row((0, 1)), row((0.5, 0.5)), row((1, 0), has_label=False), row((1, 1))]
     table(tmp_path / "data" / "test_unique-00000-of-00001.parquet", rows)
     comparisons, rejects = read("pickapic", tmp_path, check="decode")
-    assert [(c.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
+    assert [(c.pair.tie, c.chosen_was_first, c.generators) for c in comparisons] == [
         (False, True, ("a", "b")),
         (False, False, ("b", "a")),
         (True, True, ("a", "b")),
@@ -207,7 +208,7 @@ def test_our_own_rows(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
     comparisons, rejects = read("jsonl", file)
-    assert [c.tie for c in comparisons] == [False, True, False, False]
+    assert [c.pair.tie for c in comparisons] == [False, True, False, False]
     assert [r.row for r in rejects] == [2, 3]
 
 
@@ -225,7 +226,7 @@ def test_imagerewarddb(tmp_path: Path) -> None:
     pairs, _ = read("imagerewarddb", tmp_path / "8k_pair", check="decode")
     assert (pairs[0].pair.chosen, pairs[0].pair.rejected) == (encoded(1), encoded(2))
     group, _ = read("imagerewarddb", tmp_path / "8k_group", check="decode")
-    assert [(c.pair.chosen, c.tie) for c in group] == [
+    assert [(c.pair.chosen, c.pair.tie) for c in group] == [
         (encoded(2), False),
         (encoded(1), True),
         (encoded(2), False),
@@ -296,7 +297,7 @@ def test_unknown_names_and_folders(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidInputError, match=message):
             list(read_source(name, tmp_path, split=split))
-    with pytest.raises(InvalidInputError, match="no file of preference rows"):
+    with pytest.raises(InvalidInputError, match="no preference rows: nothing at"):
         list(read_source("jsonl", tmp_path / "none.jsonl"))
 
 

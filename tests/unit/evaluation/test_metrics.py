@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dina_lrm.core.calibration import fit_scale
+from dina_lrm.core.calibration import determined_scale, fit_scale
 from dina_lrm.evaluation import metrics
 from dina_lrm.evaluation.metrics import (
     agreement,
@@ -208,3 +208,14 @@ def test_agreement_by_hand() -> None:
 def test_correctness_marks_uncounted_pairs() -> None:
     assert np.isnan(pair_correctness([1.0], [0.5])).all()
     assert np.isnan(pair_correctness([0.0], [1.0], ties="skip")).all()
+
+
+def test_a_scale_that_the_pairs_do_not_determine_is_none() -> None:
+    """Separated pairs want scale 0, reversed ones infinity, votes both ways something between."""
+    margin = torch.tensor([1.0, 2.0, 0.5, -0.3])
+    assert determined_scale(margin, (margin > 0).float()) is None
+    assert determined_scale(-margin, (margin > 0).float()) is None
+    assert determined_scale(torch.zeros(4), torch.ones(4)) is None
+    assert determined_scale(margin * 1e-6, torch.tensor([1.0, 1.0, 0.0, 0.0])) is None  # below the bound
+    found = determined_scale(margin, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert found == fit_scale(margin, torch.tensor([1.0, 1.0, 0.0, 0.0]))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent, image_name
-from dina_lrm.data.sources import Comparison
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.picture_scores import PartFile, PictureScores
 from dina_lrm.evaluation.public import PublicResult, evaluate_comparisons
@@ -27,8 +27,8 @@ def bitmap(red: int, *, side: int = 2) -> bytes:
 
 
 def compared(row: int, prompt: str, chosen: bytes, rejected: bytes, *, tie: bool = False) -> Comparison:
-    pair = PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)
-    return Comparison(pair=pair, tie=tie, row=row, file="rows.parquet")
+    pair = PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, tie=tie)
+    return Comparison(pair=pair, row=row, file="rows.parquet")
 
 
 class Redness:
@@ -239,10 +239,11 @@ def test_a_header_that_was_not_written_whole_is_no_run(tmp_path: Path) -> None:
 
 
 def test_nothing_to_evaluate() -> None:
-    with pytest.raises(InvalidInputError, match=r"none of 0 rows can be evaluated$"):
+    with pytest.raises(InvalidInputError, match=r"none of 0 comparisons of 0 rows can be evaluated$"):
         evaluate_comparisons(Redness(), [], rule="strict")
     broken = [compared(0, "p", b"broken", b"too")]
-    with pytest.raises(InvalidInputError, match="none of 1 rows can be evaluated, first: unreadable image"):
+    told = r"none of 1 comparisons of 1 rows can be evaluated: 1 unreadable image; first: row 0, unreadable"
+    with pytest.raises(InvalidInputError, match=told):
         evaluate_comparisons(Redness(), broken, rule="strict")
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dina_lrm import InvalidInputError
-from dina_lrm.scaling.bulk import BulkJob, score_dataset
+from dina_lrm.scaling.bulk import BulkJob, Scoring, score_dataset
 from tests.unit.cli.fakes import BrightnessModel
 
 
@@ -37,7 +37,8 @@ def write_lines(path, rows):
 
 
 def score(source, output, model=None, rows_per_part=3, overwrite=False, on_progress=None, **settings):
-    job = BulkJob(input=str(source), output=str(output), rows_per_part=rows_per_part, **settings)
+    scoring = Scoring(**settings)
+    job = BulkJob(input=str(source), output=str(output), scoring=scoring, rows_per_part=rows_per_part)
     listen = {} if on_progress is None else {"on_progress": on_progress}
     return score_dataset(job, model=model or BrightnessModel(), overwrite=overwrite, **listen)
 
@@ -225,7 +226,7 @@ def test_a_run_goes_on_at_the_parts_that_are_missing(ten, tmp_path):
     model = BrightnessModel()
     heard = []
     summary = score(ten, output, model, batch_size=1, on_progress=lambda *now: heard.append(now))
-    assert heard == [(3, 10), (6, 10), (9, 10), (10, 10)]
+    assert sorted(set(heard)) == [(done, 10) for done in range(3, 11)]  # row by row, as the batches are
     assert len(model.calls) == 7
     assert (summary.parts, summary.parts_found, summary.scored) == (4, 1, 10)
     assert (output / "part-000000.parquet").stat().st_mtime_ns == first.st_mtime_ns
@@ -326,10 +327,10 @@ def test_input_that_cannot_be_read_is_named(pictures):
     (pictures / "text.tar").write_text("no tar\n" * 1000)
     (pictures / "none").mkdir()
     for name, message in {
-        "absent.jsonl": "no .parquet, .jsonl, .tar at",
-        "none": "no .parquet, .jsonl, .tar at",
-        "1.png": r"has \['.png'\]",
-        "*.[jp]*": "all .parquet or all .jsonl",
+        "absent.jsonl": "nothing at .*absent.jsonl",
+        "none": "none' has no .parquet, .jsonl, .tar",
+        "1.png": "has .png",
+        "*.[jp]*": "has .jsonl, .parquet, .png",
         "empty.jsonl": "holds no rows",
         "taken.jsonl": "column 'score'",
         "columns.parquet": "no column image",

@@ -45,7 +45,6 @@ def test_a_run_without_a_score_has_failed(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "scores.parquet", "--engine", "ray"], "writes a folder of parts"),
         (["--output", "out", "--rejects", "r.jsonl"], "a folder has its own"),
         (["--output", "out", "--rows-per-part", "0"], "rows_per_part = 0: must be at least 1"),
         (["--output", "out", "--engine", "ray", "--workers", "-1"], "at least 1"),

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from dina_lrm.cli.main import main
-from dina_lrm.data.pairs import read_pairs
+from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.export import Exported, export_votes
 from dina_lrm.serving.labelling.items import Items, read_items
@@ -64,8 +64,10 @@ def test_rows_are_read_as_they_are_written(store: VoteStore, tmp_path: Path) -> 
     give(store, ["a b b", "b tie", "a b"])
     for name in ("rows.jsonl", "rows.parquet"):
         export_votes(store.path, tmp_path / name)
-        read = read_pairs(tmp_path / name)
+        read = read_pairs(tmp_path / name, ties="half")
         assert read.rejects == []
+        assert [pair.tie for pair in read.pairs] == [False, False, True]
+        assert len(read_pairs(tmp_path / name).rejects) == 1
         assert [pair.target for pair in read.pairs] == pytest.approx([2 / 3, 0.75, 0.5])
 
 

@@ -42,7 +42,7 @@ def test_the_chosen_side_is_a_about_half_of_the_time(tmp_path: Path) -> None:
     for number in range(60):
         sides = {side: f"{number}-{side}.png" for side in ("chosen", "rejected")}
         for side in sides.values():
-            (tmp_path / side).write_bytes(b"not looked at yet")
+            (tmp_path / side).write_bytes(side.encode())
         rows.append({"prompt": "p", **sides})
     items = read_items(write_rows(tmp_path / "items.jsonl", rows))
     first = [str(items.pictures[pair.a]).endswith("chosen.png") for pair in items.pairs]
@@ -142,9 +142,9 @@ def test_nothing_to_label_is_one_clear_error(tmp_path: Path, content: str | None
 
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
-    path = tmp_path / "items.csv"
+    path = tmp_path / "items.xlsx"
     path.write_text("prompt,images\n")
-    with pytest.raises(InvalidInputError, match=r"\.csv"):
+    with pytest.raises(InvalidInputError, match=r"rows are \.jsonl.*not .*items\.xlsx"):
         read_items(path)
 
 
@@ -153,7 +153,7 @@ def test_numbers_of_pictures_say_nothing_about_rows(tmp_path: Path) -> None:
     for number in range(40):
         names = [f"{number}-{side}.png" for side in ("first", "second")]
         for name in names:
-            (tmp_path / name).write_bytes(b"x")
+            (tmp_path / name).write_bytes(name.encode())
         rows.append({"prompt": str(number), "images": names})
     items = read_items(write_rows(tmp_path / "items.jsonl", rows))
     order = [int(Path(str(picture)).name.split("-")[0]) for picture in items.pictures]

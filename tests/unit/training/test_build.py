@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dina_lrm.build import latent_pairs, reward_model, run_training
+from dina_lrm.build import raw_source, reward_model, run_training
 from dina_lrm.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
@@ -22,7 +22,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for index in range(6):
         for side, level in (("chosen", 200), ("rejected", 50)):
-            pixels = rng.integers(level - 40, level + 40, size=(32, 32, 3)).astype(np.uint8)
+            size = (32, 32 + 16 * (index % 2), 3)
+            pixels = rng.integers(level - 40, level + 40, size=size).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}-{side}.png")
         lines.append(
             {
@@ -55,28 +56,85 @@ def make_config(pipeline: Path, rows: Path, output: Path) -> TrainConfig:
 
 
 def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path) -> None:
+    """Pictures of several sizes; prepared once, then found by the run that goes on."""
     told: list[str] = []
     config = make_config(tiny_pipeline, rows, tmp_path / "run")
     model, result = run_training(config, log=told.append)
     assert result.steps == 2
     assert model.trained
-    assert any("6 pairs of 2 prompts" in line for line in told)
-    rejects = [
-        json.loads(line) for line in (tmp_path / "run" / "rejects_train.jsonl").read_text().splitlines()
-    ]
+    assert any("train: 6 pairs of 2 prompts" in line and "2 comparisons could not" in line for line in told)
+    assert "validation shares prompts with the training pairs: 2 of its 2" in told
+    prepared = tmp_path / "run" / "pairs" / "train"
+    rejects = [json.loads(line) for line in (prepared / "rejects.jsonl").read_text().splitlines()]
     assert sorted(reject["reason"].split(":")[0] for reject in rejects) == [
         "missing file",
         "unreadable image",
     ]
-    rows_after = (tmp_path / "run" / "pairs" / "train.safetensors").stat().st_mtime_ns
+    shard = prepared / "pairs" / "part-00000.parquet"
+    written = shard.stat().st_mtime_ns
     _, resumed = run_training(replace(config, resume=True, num_steps=3))
     assert resumed.steps == 3
-    assert (tmp_path / "run" / "pairs" / "train.safetensors").stat().st_mtime_ns == rows_after
+    assert shard.stat().st_mtime_ns == written
     loaded = RewardModel.from_pretrained(tmp_path / "run")
     assert loaded.config.noise_levels == (0.4,)
     assert (
         0 <= loaded.compare("a red circle", rows.parent / "0-chosen.png", rows.parent / "0-rejected.png") <= 1
     )
+    card = (tmp_path / "run" / "README.md").read_text()
+    for fact in ("6 pairs of 2 prompts from", "2 comparisons could not be used", "3 steps of 4 pairs"):
+        assert fact in card
+    assert "| 0.4 (default) |" in card
+    assert "seed 0" in card
+    assert "torch" in card
+
+
+def test_own_pairs_are_validated_on_a_part_of_them(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """A folder of pairs, no word about validation, no output."""
+    rng = np.random.default_rng(0)
+    for index in range(10):
+        (tmp_path / f"{index}.txt").write_text(f"prompt {index}")
+        for side in ("chosen", "rejected"):
+            pixels = rng.integers(0, 255, size=(32, 32 + 16 * (index % 2), 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{index}.{side}.png")
+    base = make_config(tiny_pipeline, tmp_path, tmp_path / "run")
+    told: list[str] = []
+    config = replace(base, data=DataConfig(train=str(tmp_path), validation_fraction=0.2), output=None)
+    _, result = run_training(config, log=told.append)
+    assert result.margins is not None
+    assert len(result.margins.target) == 2
+    assert any(line.startswith("validation: 2 of these pairs, of 2 prompts, set aside") for line in told)
+    assert any(line.startswith("warning: ") and "a coin may get too" in line for line in told)
+    assert not any("shapes" in line for line in told)
+
+
+def test_pairs_that_cannot_be_split_name_the_ways_out(tiny_pipeline: Path, rows: Path) -> None:
+    config = make_config(tiny_pipeline, rows, rows.parent / "run")
+    config = replace(config, data=DataConfig(train=str(rows)), output=None)
+    with pytest.raises(InvalidInputError, match=r"--data.validation FILE.*--data.validation None"):
+        run_training(config)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig(train="rows.jsonl"), r"batch_size = 100000: must be in \[1, 8\]"),
+        (DataConfig(train="rows.csv"), r"batch_size = 100000: must be in \[1, 2\]"),
+        (DataConfig(train="shapes", train_prompts=5), r"batch_size = 100000: must be in \[1, 30\]"),
+        (DataConfig(train=None), "give training pairs, --data.train"),
+        (DataConfig(train="nowhere.jsonl"), "no pairs at 'nowhere.jsonl'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(
+    data: DataConfig, message: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline is not there: nothing has tried to open it."""
+    monkeypatch.chdir(rows.parent)
+    Path("rows.csv").write_text(
+        "prompt,chosen,rejected\np,0-chosen.png,0-rejected.png\np,gone.png,0-chosen.png\n"
+    )
+    config = replace(make_config(tmp_path / "absent", rows, tmp_path / "run"), data=data)
+    with pytest.raises(InvalidInputError, match=message):
+        run_training(replace(config, batch_size=100_000))
 
 
 def test_new_weights_follow_from_the_seed(tiny_backbone: Path) -> None:
@@ -88,7 +146,12 @@ def test_new_weights_follow_from_the_seed(tiny_backbone: Path) -> None:
     assert not heads[0].equal(heads[2])
 
 
-def test_an_unknown_source_is_an_error(tiny_backbone: Path) -> None:
-    config = ModelConfig(pipeline=str(tiny_backbone), num_blocks=1, image_taps=(1,), text_taps=())
-    with pytest.raises(InvalidInputError, match=r"not 'pairs\.csv'"):
-        latent_pairs("pairs.csv", reward_model(config))
+def test_a_folder_without_pairs_and_one_with_two_parts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="holds no pairs"):
+        raw_source(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "manifest.json").write_text("{}")
+    with pytest.raises(InvalidInputError, match=r"train and .*test: name the one that is meant"):
+        raw_source(tmp_path)
+    assert raw_source(tmp_path / "train") is None

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from dina_lrm.config import LossConfig, OptimizerConfig, TrainConfig, ValidationConfig, from_dict, to_dict
+from dina_lrm.config import (
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+    from_dict,
+    to_dict,
+)
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.recipes import recipe, recipe_names
 
@@ -33,6 +41,14 @@ def test_the_published_recipe_has_the_published_values() -> None:
     assert (loss.likelihood, loss.loss, loss.slope, loss.floor) == ("thurstone", "fidelity", 2.0, 0.05)
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_recipe_names_pairs_of_its_own_beside_shapes(name: str) -> None:
+    """A user who gives --data.train alone is validated on a part of it."""
+    data = recipe(name).data
+    assert data.train == ("shapes" if name.startswith("shapes") else None)
+    assert data.validation == "auto"
+
+
 def test_a_variant_differs_only_where_it_says() -> None:
     base, variant = recipe("shapes"), recipe("shapes-constant-variance")
     assert variant.loss.likelihood == "thurstone_constant"
@@ -52,7 +68,7 @@ def test_an_unknown_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "num_steps = 0: must be at least 1"),
+        ({"num_steps": 0}, r"num_steps = 0: must be in \[1, "),
         ({"batch_size": 10, "accumulation_steps": 4}, "multiple of accumulation_steps = 4"),
         ({"ensemble_fraction": 1.5}, r"ensemble_fraction = 1.5: must be in \[0, 1\]"),
         ({"ensemble_fraction": 0.5, "ensemble_sizes": (1,)}, "sizes of at least 2"),
@@ -60,6 +76,12 @@ def test_an_unknown_field_is_named() -> None:
         ({"validation": ValidationConfig(noise_levels=(1.2,))}, r"noise level = 1.2: must be in \[0, 1\]"),
         ({"validation": ValidationConfig(noise_levels=(), ensembles=())}, "at least one level"),
         ({"optimizer": OptimizerConfig(learning_rate=0.0)}, "must be positive"),
+        ({"optimizer": OptimizerConfig(learning_rate=float("inf"))}, "must be positive"),
+        ({"num_steps": 10**30}, r"num_steps = 10+: must be in \[1, 1,000,000,000\]"),
+        ({"seed": -1}, "seed = -1: must be at least 0"),
+        ({"data": DataConfig(validation_fraction=1.0)}, r"data\.validation_fraction = 1\.0: must be between"),
+        ({"data": DataConfig(max_validation_pairs=0)}, r"data\.max_validation_pairs = 0: must be at least 1"),
+        ({"validation": ValidationConfig(max_pairs=0)}, r"validation\.max_pairs = 0: must be at least 1"),
         ({"optimizer": OptimizerConfig(ema_decay=1.0)}, r"in \[0, 1\)"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 
 from dina_lrm.training import interrupt
-from dina_lrm.training.interrupt import Interrupt, Interrupted, raising_interrupted
+from dina_lrm.training.interrupt import Interrupt, Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +31,29 @@ def send(number: int) -> None:
     time.sleep(0.01)  # Python runs the handler between two instructions of the main thread
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_is_noted_and_handlers_come_back(
-    number: int, code: int, accelerator: Accelerator
-) -> None:
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_the_first_signal_is_noted_and_handlers_come_back(number: int, accelerator: Accelerator) -> None:
     before = [signal.getsignal(one) for one in interrupt.SIGNALS]
     with Interrupt() as asked:
         assert not asked.asked(accelerator)
         send(number)
         assert asked.asked(accelerator)
-        assert Interrupted(asked.number).exit_code == code
+        assert asked.number == number
     assert [signal.getsignal(one) for one in interrupt.SIGNALS] == before
 
 
 def test_two_signals_at_once_are_one_and_a_later_one_ends_the_run(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with raising_interrupted(), Interrupt() as asked:
+    with Interrupt() as asked:
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # as `timeout` sends it to a process and to its group
         assert asked.asked(accelerator)
         monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
-        with pytest.raises(Interrupted) as ended:
+        with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-    assert ended.value.exit_code == 130
+    stopped = Interrupted(asked.number, "step 7 is kept")
+    assert (stopped.args, stopped.__notes__) == ((signal.SIGTERM,), ["step 7 is kept"])
 
 
 def test_a_signal_that_is_ignored_stays_ignored(accelerator: Accelerator) -> None:
@@ -69,7 +68,7 @@ def test_outside_the_main_thread_signals_are_left_alone(accelerator: Accelerator
     found: list[object] = []
 
     def work() -> None:
-        with Interrupt() as asked, raising_interrupted():
+        with Interrupt() as asked:
             found.extend([signal.getsignal(one) for one in interrupt.SIGNALS])
             found.append(asked.asked(accelerator))
 

@@ -1,5 +1,6 @@
 """What a run tells: lines that survive a kill, and a tracker that is asked for by name."""
 
+import io
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.training import progress
 from dina_lrm.training.progress import Reporter, StepMetrics
 
 
@@ -46,6 +48,7 @@ def test_wandb_is_told_and_a_resumed_run_is_the_same_one(
     monkeypatch.setitem(sys.modules, "wandb", module)
     for _ in range(2):
         told = reporter(tmp_path, ("alignment", {"seed": 0}))
+        told.start(0)
         with told:
             told.tell(StepMetrics(step=1, seconds=1.0, loss=0.5, accuracy=0.75))
             told.tell(StepMetrics(step=1, seconds=1.0, validation={"0.4": 0.8}))
@@ -62,3 +65,23 @@ def test_wandb_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InvalidInputError, match="wandb is not installed"):
         reporter(tmp_path, ("alignment", {}))
+
+
+def test_off_a_terminal_a_line_comes_every_twentieth_and_every_half_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 steps of 8 pairs, a second each, 100 of them done by an earlier run."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    shown = io.StringIO()
+    told = Reporter(tmp_path, 200, tensorboard=False, wandb=None, console=Console(file=shown), on_step=None)
+    told.start(100)
+    assert told.progress.tasks[0].completed == 100  # which the bar does not take for this run's work
+    for step in range(101, 112):
+        clock[0] += 1
+        told.step_done(step, 8)
+    assert shown.getvalue() == "  step 110 of 200, 8 pairs/s, 90 s left\n"
+    told.tell(StepMetrics(step=111, seconds=1.0, loss=0.5, accuracy=0.75))
+    clock[0] += 30
+    told.step_done(112, 8)
+    assert "step 112 of 200, loss 0.5000, accuracy 75.0%, " in shown.getvalue().splitlines()[1]

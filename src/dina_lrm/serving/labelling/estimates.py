@@ -31,6 +31,7 @@ class Estimates:
         load: gives the reward; called in the thread, so that pairs can be labelled meanwhile.
         on_failure: called, in the thread, with what kept the reward from giving its first probability. What
             stops it later is logged, and told by `status`.
+        on_progress: called, in the thread, with the number of pairs done, and how many were known before.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Estimates:
         *,
         seed: int = 0,
         on_failure: Callable[[Exception], None],
+        on_progress: Callable[[int, int], None] = lambda done, found: None,
     ) -> None:
         self.items, self.store, self.load, self.seed = items, store, load, seed
-        self.on_failure = on_failure
+        self.on_failure, self.on_progress = on_failure, on_progress
         self.probability: NDArray[np.float64] = np.full(len(items.pairs), np.nan)
         """(pair,), NaN where it is not known yet."""
         self.unscored: dict[int, str] = {}
@@ -88,6 +90,8 @@ class Estimates:
             self.store.add_probabilities(digest, found)
             for pair, probability in found.items():
                 self.probability[pair] = probability
+            done = min(start + PAIRS_AT_ONCE, len(missing))
+            self.on_progress(total - len(missing) + done, total - len(missing))
         self.status = f"has looked at all {total} pairs"
         if self.unscored:
             self.status += f", and could not read {len(self.unscored)}"

@@ -1,6 +1,6 @@
 """What is to be labelled: prompts with two or more pictures each, from a file of rows or a folder.
 
-    rows     .jsonl, .json or .parquet: `prompt` and `images` (a list), or `image_a` and `image_b`, or
+    rows     of any form of `data.rows`: `prompt` and `images` (a list), or `image_a` and `image_b`, or
              `chosen` and `rejected`; optional `source`. Pictures are paths beside the file, or bytes.
     folder   NAME.txt with the prompt, NAME.*.png (of any format) beside it, in any subfolder
 
@@ -17,9 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from dina_lrm.data.pairs import ImageSource, Reject, image_cell, image_name
-from dina_lrm.data.rows import BadRow, rows_of_file
+from dina_lrm.data.comparisons import image_cell, prompt_text
+from dina_lrm.data.pairs import ImageSource, Reject, image_name, reasons, same_picture
+from dina_lrm.data.rows import BadRow, FileRow, checked_row, rows_of_file
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import file_fault, not_a_file
 
 __all__ = ["Items", "LabelPair", "read_items"]
 
@@ -66,17 +68,19 @@ def read_items(path: str | Path) -> Items:
     """
     path = Path(path)
     if not path.exists():
-        raise InvalidInputError(f"no items to label at {path}")
+        raise InvalidInputError(f"no items to label: {not_a_file(path)}")
     root = path if path.is_dir() else path.parent
     rows: list[_Row] = []
     rejects: list[Reject] = []
-    for index, (file, values) in enumerate(_folder(path) if path.is_dir() else _file(path)):
-        prompt = values.get("prompt") if isinstance(values, Mapping) else None
+    for file, found in _folder(path) if path.is_dir() else _file(path):
+        prompt = found.values.get("prompt") if isinstance(found.values, Mapping) else None
         try:
-            rows.append(_row(values, root))
+            rows.append(_row(found.values, root))
         except BadRow as bad:
             prompt = prompt if isinstance(prompt, str) else None
-            rejects.append(Reject(row=index, reason=str(bad), prompt=prompt, file=file))
+            rejects.append(
+                Reject(row=found.index, line=found.line, reason=str(bad), prompt=prompt, file=file)
+            )
     pictures: dict[bytes, ImageSource] = {}
     for row in rows:
         pictures |= {_digest(picture, root): picture for picture in row.pictures}
@@ -87,8 +91,7 @@ def read_items(path: str | Path) -> Items:
         for a, b in itertools.combinations(found, 2):
             pairs.setdefault((row.prompt, a, b), LabelPair(row.prompt, a, b, row.source))
     if not pairs:
-        why = f": {rejects[0].reason}" if rejects else ""
-        raise InvalidInputError(f"no pair to label in {path}{why}")
+        raise InvalidInputError(f"no pair to label in {path}{reasons(rejects)}")
     return Items(
         path=path,
         pairs=list(pairs.values()),
@@ -101,9 +104,7 @@ def read_items(path: str | Path) -> Items:
 def _row(values: Mapping[str, Any] | BadRow, root: Path) -> _Row:
     if isinstance(values, BadRow):
         raise values
-    prompt, source = values.get("prompt"), values.get("source")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadRow(f"no prompt: {prompt!r}")
+    prompt, source = prompt_text(values.get("prompt")), values.get("source")
     layouts = ("images",), ("image_a", "image_b"), ("chosen", "rejected")
     given = [names for names in layouts if any(values.get(name) is not None for name in names)]
     if len(given) != 1:
@@ -116,29 +117,33 @@ def _row(values: Mapping[str, Any] | BadRow, root: Path) -> _Row:
             raise BadRow(f"images: a list is expected, not {type(images).__name__}")
         cells = {f"images[{index}]": image for index, image in enumerate(images)}
     pictures = [image_cell(cell, name, root, "exists") for name, cell in cells.items()]
-    if len({image_name(picture) for picture in pictures}) < max(2, len(pictures)):
+    if len(pictures) < 2 or any(same_picture(*two) for two in itertools.combinations(pictures, 2)):
         raise BadRow(f"images: needs at least 2 pictures, all different: has {len(pictures)}")
     return _Row(prompt, pictures, source if isinstance(source, str) else None)
 
 
-def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
-    for values in rows_of_file(path):
-        yield path.name, values
+def _file(path: Path) -> Iterator[tuple[str, FileRow]]:
+    for found in rows_of_file(path):
+        yield path.name, found
 
 
-def _folder(root: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def _folder(root: Path) -> Iterator[tuple[str, FileRow]]:
     Image.init()
     beside: dict[Path, list[str]] = {}
-    for file in sorted(root.rglob("*.txt")):
+    for index, file in enumerate(sorted(root.rglob("*.txt"))):
         if file.parent not in beside:
             names = sorted(place.name for place in file.parent.iterdir())
             beside[file.parent] = [name for name in names if Path(name).suffix.lower() in Image.EXTENSION]
-        folder, name = file.parent.relative_to(root), str(file.relative_to(root))
+        folder, name = file.parent.relative_to(root), image_name(file.relative_to(root))
         images = [str(folder / one) for one in beside[file.parent] if one.startswith(f"{file.stem}.")]
         try:
-            yield name, {"prompt": file.read_text(encoding="utf-8").strip(), "images": images}
+            if (fault := file_fault(file)) is not None:
+                raise OSError(fault)
+            prompt = file.read_text(encoding="utf-8-sig").strip()
+            values = checked_row({"prompt": prompt, "images": images})
         except (OSError, UnicodeDecodeError) as error:
-            yield name, BadRow(f"unreadable prompt: {error}")
+            values = BadRow(f"unreadable prompt: {error}")
+        yield name, FileRow(index, None, values)
 
 
 def _digest(picture: ImageSource, root: Path) -> bytes:
