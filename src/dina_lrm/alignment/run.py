@@ -200,8 +200,8 @@ class Run:
     def _kept(self) -> str:
         """What an interrupted run leaves."""
         if self.output is None:
-            return f"interrupted after update {self.step}; nothing is kept, since the run has no output"
-        return f"interrupted after update {self.step}, which {self.output / 'last'} holds"
+            return f"update {self.step} was finished, and nothing is kept, since the run has no output"
+        return f"update {self.step} was finished, and {self.output / 'last'} holds it"
 
     def _over_processes(self, measures: Measures) -> Measures:
         """Means over all processes: each has measured its own share."""

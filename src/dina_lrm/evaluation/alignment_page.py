@@ -135,5 +135,4 @@ def _gained(name: str, point: AlignmentPoint) -> Fact:
     interval = (
         f"95 % interval {gain.low:+.3g} to {gain.high:+.3g}" if gain.known else "one prompt: no interval"
     )
-    note = f"update {point.step}, {interval}"
-    return Fact(value=f"{gain.value:+.3g}", label=f"{name} gained", note=note)
+    return Fact(value=f"{gain.value:+.3g}", label=f"{name} gained", note=f"update {point.step}, {interval}")

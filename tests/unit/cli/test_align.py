@@ -117,7 +117,7 @@ def test_a_signal_ends_a_run_with_the_command_that_goes_on(
     sender.join()
     told = capsys.readouterr().err
     step = json.loads((folder / "last" / "training_state" / "position.json").read_text())["step"]
-    assert f"interrupted after update {step}" in told.replace("\n", " ")
+    assert f"interrupted; update {step} was finished" in told.replace("\n", " ")
     assert told.rstrip().endswith("--resume")
     assert "go on with: dina-lrm align refl shapes" in told.replace("\n", " ")
 
