@@ -11,6 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 REPORT ?= runs/demo
+# Processes of the tests, one thread each.
+JOBS ?= 2
 
 .PHONY: help install demo test lint format types layers unit slow browser docs docs-blocks examples versions lowest highest clean
 
@@ -62,7 +64,8 @@ layers: $(VENV)/.installed-dev  ## the direction of imports
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed-dev  ## unit, parity, trajectory and end-to-end tests, and the doctests
-	$(BIN)/python -m pytest tests/unit src/dina_lrm tests/parity tests/trajectory tests/end_to_end --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+		tests/unit src/dina_lrm tests/parity tests/trajectory tests/end_to_end --durations=20
 
 slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow --durations=20
@@ -77,7 +80,7 @@ docs: $(VENV)/.installed-docs  ## build the documentation into site/, a broken l
 # The options of pyproject.toml are those of the tests: shapes are not checked here, as they are not for a reader.
 docs-blocks: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## run every block of README.md and of the pages under docs/
 	$(BIN)/python -m pytest tests/docs
-	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages -n 2 --dist loadfile README.md docs
+	$(BIN)/python -m pytest -o addopts= -p tests.docs.pages -n $(JOBS) --dist loadfile README.md docs
 
 examples: $(VENV)/.installed-base  ## run every script under examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
