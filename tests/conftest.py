@@ -1,6 +1,7 @@
 """Shared fixtures: the folder of golden tensors, and tiny random pipelines built once a session."""
 
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,10 @@ with warnings.catch_warnings():
     import diffusers  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
+
+# A shell's background job ignores SIGINT, and the commands that the tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 

@@ -101,7 +101,7 @@ def test_the_page_of_the_command_line_lists_the_same():
 
 def test_help_of_an_algorithm(capsys):
     assert cli.main(["align", "refl", "--help"]) == 0
-    assert "usage: dina-lrm align ALGORITHM RECIPE" in capsys.readouterr().out
+    assert "usage: dina-lrm align refl shapes" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ from dina_lrm.cli.train import resuming, unseen_pairs
 
 
 def test_the_command_that_goes_on_is_the_users_own() -> None:
-    assert resuming(["bundled", "--output", "my run"]) == "dina-lrm train bundled --output 'my run' --resume"
-    assert resuming(["bundled", "--resume"]) == "dina-lrm train bundled --resume"
+    assert (
+        resuming("train", ["bundled", "--output", "my run"])
+        == "dina-lrm train bundled --output 'my run' --resume"
+    )
+    assert resuming("train", ["bundled", "--resume"]) == "dina-lrm train bundled --resume"
 
 
 def test_shapes_are_named_after_training_on_shapes_only(
