@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dina_lrm.cli.console import UsageError, log, print_json, print_table
-from dina_lrm.cli.options import TOKEN_VARIABLE, JsonFlag, ModelOptions, is_loopback, need_packages
+from dina_lrm.cli.options import TOKEN_VARIABLE, JsonFlag, ModelOptions, need_packages
+from dina_lrm.serving.settings import is_loopback
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -98,6 +99,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     """Serve until SIGINT or SIGTERM; what kept the reward from saying anything is raised."""
     import uvicorn
 
+    from dina_lrm.serving.connections import uvicorn_config
     from dina_lrm.serving.labelling.app import Labelling, create_app
     from dina_lrm.serving.labelling.estimates import Estimates
     from dina_lrm.serving.labelling.store import VoteStore
@@ -116,13 +118,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
         items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
     )
     hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
-    config = uvicorn.Config(
-        create_app(labelling, token=token, hosts=hosts),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    config = uvicorn_config(create_app(labelling, token=token, hosts=hosts), drain_seconds=GRACE_SECONDS)
     server = uvicorn.Server(config)
     with _listening(options.host, options.port) as listener:
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -1,7 +1,6 @@
 """Options that several commands have in common."""
 
 import importlib
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -114,16 +113,6 @@ def need_packages(extra: str, *names: str) -> None:
             raise MissingComponentError(
                 f"{name} is not installed: pip install 'dina-lrm[{extra}]'"
             ) from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def scoring_levels(requested: tuple[float, ...], model: "RewardModel") -> float | list[float]:
