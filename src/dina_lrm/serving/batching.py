@@ -36,7 +36,7 @@ class _Unit(Protocol):
 
     @property
     def work(self) -> float:
-        """In a measure of the stage's own, such as tokens."""
+        """In tokens, or what is worth as much of the model's time, roughly."""
         ...
 
 
@@ -84,7 +84,7 @@ class Ticket:
     rows: int
     work: float
     finish: float = 0.0
-    """Virtual time at which its units so far would be done."""
+    """Virtual time, in units of work, at which its units so far would be done."""
 
 
 @dataclass(order=True)
@@ -218,7 +218,7 @@ class MicroBatcher(Generic[UnitT, ResultT]):
             time.monotonic(),
         )
         self._number += 1
-        ticket.finish = waiting.start + self._seconds([unit])
+        ticket.finish = waiting.start + unit.work
         heapq.heappush(self._lines.setdefault(unit.kind, []), waiting)
         self._changed.set()
         try:
@@ -308,12 +308,13 @@ class MicroBatcher(Generic[UnitT, ResultT]):
         started = time.monotonic()
         units = [one.unit for one in batch]
         expected = self._seconds(units)
-        # Virtual time goes on by what the pass takes, shared by all that are waiting, so that a stream of
+        # Virtual time goes on by the work of a pass, shared by all that are waiting, so that a stream of
         # small requests, each of which is new, does not keep a large one waiting for ever.
-        self._virtual = max(self._virtual, batch[0].start) + expected / max(1, len(self._tickets))
+        done = sum(unit.work for unit in units)
+        self._virtual = max(self._virtual, batch[0].start) + done / max(1, len(self._tickets))
         results = await self._in_thread(lambda: self._results(units), expected)
         seconds = time.monotonic() - started
-        pace = seconds / sum(unit.work for unit in units)
+        pace = seconds / done
         before = self._pace.get(units[0].stage)
         self._pace[units[0].stage] = pace if before is None else before + 0.3 * (pace - before)
         for one, result in zip(batch, results, strict=True):

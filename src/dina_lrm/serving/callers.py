@@ -1,8 +1,8 @@
 """Several callers with tokens of their own, from a TOML file:
 
     [alice]
-    token = "..."                  # or token_sha256 = "64 hexadecimal digits", so that the file holds no secret
-    max_queue = 64                 # rows that were taken for her and are not answered yet; without it, any
+    token = "..."         # or token_sha256 = "64 hexadecimal digits", so that the file holds no secret
+    max_queue = 64        # rows that were taken for her and are not answered yet; without it, any
 
 Names go into the log and the metrics; tokens are compared by their SHA-256, in constant time.
 """

@@ -48,9 +48,9 @@ class Encode:
         return self.stage, self.picture.shape
 
     @property
-    def work(self) -> float:
-        """Pixels."""
-        return self.picture[0].numel()
+    def work(self) -> int:
+        """Patches of 16 pixels a side, of which most backbones make a token."""
+        return max(1, self.picture[0].numel() // 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Score:
         return self.stage, self.latent.shape, len(self.noise_levels), self.text_kind
 
     @property
-    def work(self) -> float:
+    def work(self) -> int:
         """Tokens, each counted once a noise level."""
         return self.tokens * len(self.noise_levels)
 

@@ -1,4 +1,4 @@
-"""Pictures from strangers: their size is known before a pixel is decoded, and only what is encoded is kept."""
+"""Pictures from strangers: the size is known before a pixel is decoded, and only what is encoded is kept."""
 
 import io
 from collections.abc import Callable

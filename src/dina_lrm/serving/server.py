@@ -171,5 +171,7 @@ def serve(make: Callable[[], FastAPI], settings: ServerSettings, listener: socke
         proxies=settings.proxies,
     )
     server = _Server(config, listener, app)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, once all is answered
     server.run()
     return server.started

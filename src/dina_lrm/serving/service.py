@@ -2,10 +2,10 @@
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from dina_lrm import __version__
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.errors import ScoringError
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.serving.batching import Draining, MicroBatcher, QueueFull, Ticket
+from dina_lrm.serving.batching import Done, Draining, MicroBatcher, QueueFull, Ticket
 from dina_lrm.serving.callers import Caller, read_callers
 from dina_lrm.serving.engine import Draws, Encode, Encoded, Engine, Result, Row, Unit
 from dina_lrm.serving.entrance import Entrance
@@ -29,13 +29,13 @@ from dina_lrm.serving.windows import Budget, in_window
 __all__ = ["ClientGone", "PictureRow", "RowScore", "Served", "Service", "load_models"]
 
 STALLED_SECONDS = 60.0
-"""A model that is at one pass for longer than ten times what it should take, and this, is given up as dead."""
+"""A model that is at one pass for so much longer than ten times what it should take is given up as dead."""
 ENCODED_BYTES = 256 * 2**20
 """Of pictures that are decoded and wait to be encoded, of all requests together."""
 DECODED_PIXELS = 16e6
 """Of pictures that are being decoded at once: many small ones, or one large one."""
-WINDOW_PASSES = 2
-"""Passes' worth of rows that a request has in the queue at once: one that runs, and one that waits."""
+PARTS_AT_ONCE = 2
+"""Parts of a request that are under way at once: while one is scored, the next can be decoded."""
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ class Served:
 
     # ------------------------------------------------------------------------------------- costs
 
-    def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> float:
+    def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> int:
         """Tokens of work of a request.
 
         Args:
@@ -171,6 +171,11 @@ class Served:
     def size(self, picture: EncodedPicture) -> tuple[int, int]:
         """Height and width that a picture is encoded at; InvalidInputError where it is too small."""
         return self.model.picture_size(picture.height, picture.width, picture.name)
+
+    def encoded_bytes(self, picture: EncodedPicture) -> int:
+        """Of a picture that waits to be encoded: three colours in float32."""
+        height, width = self.size(picture)
+        return 3 * 4 * height * width
 
 
 def _too_large(field: str, what: str, limit: float, setting: str) -> RequestError:
@@ -262,7 +267,7 @@ class Service:
         """
         work = served.check_cost(rows, name)
         caller: Caller | None = request.state.caller
-        request.state.facts |= {"rows": len(rows), "tokens": int(work), "model": served.name}
+        request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
         with _counted(caller, len(rows)), served.batcher.admit(len(rows), work) as ticket:
             scores = await _unless_gone(request, self._score(served, ticket, rows))
         for stage in ("encode", "forward"):
@@ -276,57 +281,85 @@ class Service:
     async def _score(
         self, served: Served, ticket: Ticket, rows: Sequence[Row | PictureRow]
     ) -> list[RowScore]:
-        window = WINDOW_PASSES * self.settings.max_batch_size
-        draws = max(1, window // len(rows))
-        return await in_window(
-            (lambda row=row: self._row(served, ticket, row, draws) for row in rows), min(window, len(rows))
+        """Part after part, so that what a request holds in memory does not grow with it. The rows of a part
+        are encoded and scored together."""
+        parts = await in_window(
+            (partial(self._part, served, ticket, part) for part in self._parts(served, rows)), PARTS_AT_ONCE
         )
+        return [one for part in parts for one in part]
 
-    async def _row(self, served: Served, ticket: Ticket, row: Row | PictureRow, at_once: int) -> RowScore:
-        encode_seconds, notes = 0.0, ()
-        if isinstance(row, PictureRow):
-            encoded, encode_seconds = await self._encode(served, ticket, row)
-            notes = encoded.notes
-            row = Row(encoded.latent, encoded.conditioning, row.noise_levels, row.seed, row.num_draws)
-        noise = Draws(row)
+    def _parts(self, served: Served, rows: Sequence[Row | PictureRow]) -> Iterator[list[Row | PictureRow]]:
+        """At most a pass's worth of rows, and so many pictures as may wait to be encoded."""
+        part: list[Row | PictureRow] = []
+        size = 0
+        for row in rows:
+            own = 0 if isinstance(row, Row) else served.encoded_bytes(row.picture)
+            if part and (len(part) == self.settings.max_batch_size or size + own > ENCODED_BYTES / 2):
+                yield part
+                part, size = [], 0
+            part.append(row)
+            size += own
+        yield part
 
-        async def draw(index: int) -> tuple[float, float]:
-            done = await served.batcher.submit(served.engine.score_unit(row, noise, index), ticket)
-            noise.drop(index)
-            assert isinstance(done.value, float)
-            return done.value, done.seconds
+    async def _part(
+        self, served: Served, ticket: Ticket, part: Sequence[Row | PictureRow]
+    ) -> list[RowScore]:
+        pictures = [row for row in part if isinstance(row, PictureRow)]
+        encoded = await self._encode(served, ticket, pictures) if pictures else []
+        rows = [row for row in part if isinstance(row, Row)] + [
+            Row(done.value.latent, done.value.conditioning, row.noise_levels, row.seed, row.num_draws)
+            for done, row in zip(encoded, pictures, strict=True)
+        ]
+        noise = [Draws(row) for row in rows]
 
-        found = await in_window(
-            (lambda index=index: draw(index) for index in range(row.num_draws)), min(at_once, row.num_draws)
-        )
-        mean, error = mean_and_standard_error(torch.tensor([[score] for score, _ in found]))
-        return RowScore(
-            mean.item(),
-            None if error is None else error.item(),
-            encode_seconds,
-            sum(seconds for _, seconds in found),
-            notes,
-        )
+        async def draw(index: int) -> list[Done[float]]:
+            units = [served.engine.score_unit(row, own, index) for row, own in zip(rows, noise, strict=True)]
+            done = await self._together(served, ticket, units)
+            for own in noise:
+                own.drop(index)
+            return done
 
-    async def _encode(self, served: Served, ticket: Ticket, row: PictureRow) -> tuple[Encoded, float]:
-        """Decode, shrink and encode a picture; of all requests only so many pixels are in memory at once."""
-        picture = row.picture
-        height, width = served.size(picture)
-        async with self._encoded.take(3 * 4 * height * width):
+        num_draws = rows[0].num_draws
+        at_once = max(1, self.settings.max_batch_size // len(rows))
+        draws = await in_window((partial(draw, index) for index in range(num_draws)), min(at_once, num_draws))
+        scores = torch.tensor([[done.value for done in one] for one in draws])
+        means, errors = mean_and_standard_error(scores)
+        return [
+            RowScore(
+                score=means[index].item(),
+                standard_error=None if errors is None else errors[index].item(),
+                encode_seconds=encoded[index].seconds if encoded else 0.0,
+                forward_seconds=sum(one[index].seconds for one in draws),
+                notes=encoded[index].value.notes if encoded else (),
+            )
+            for index in range(len(rows))
+        ]
+
+    async def _encode(
+        self, served: Served, ticket: Ticket, rows: Sequence[PictureRow]
+    ) -> list[Done[Encoded]]:
+        """Decode, shrink and encode pictures; of all requests only so many pixels are in memory at once."""
+
+        async def decode(row: PictureRow) -> Encode:
+            picture = row.picture
             async with self._decoding.take(picture.pixels):
-                started = time.monotonic()
                 tensor = await to_thread.run_sync(
                     lambda: open_picture(
                         picture.data,
                         self.settings.max_megapixels,
                         picture.name,
-                        lambda high, wide: served.model.picture_size(high, wide, picture.name),
+                        lambda height, width: served.model.picture_size(height, width, picture.name),
                     )
                 )
-                decoding = time.monotonic() - started
-            done = await served.batcher.submit(Encode(tensor, row.prompt), ticket)
-        assert isinstance(done.value, Encoded)
-        return done.value, decoding + done.seconds
+            return Encode(tensor, row.prompt)
+
+        async with self._encoded.take(sum(served.encoded_bytes(row.picture) for row in rows)):
+            units = await in_window((partial(decode, row) for row in rows), len(rows))
+            return await self._together(served, ticket, units)
+
+    async def _together(self, served: Served, ticket: Ticket, units: Sequence[Unit]) -> list[Done[Any]]:
+        """Results of units that are to share a pass, where they can."""
+        return await in_window((partial(served.batcher.submit, unit, ticket) for unit in units), len(units))
 
 
 @contextmanager

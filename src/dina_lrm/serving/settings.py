@@ -62,7 +62,7 @@ class ServerSettings:
     """About how long one pass may take: longer work is cut, and others get their turn in between."""
 
     max_queue: int = 512
-    """Rows that were taken and are not answered yet; what comes on top is refused with 503 and Retry-After."""
+    """Rows that were taken and are not answered yet; what comes on top is refused: 503 and Retry-After."""
     max_queue_tokens: int = 67_108_864
     """Tokens of work that were taken and are not done yet; what comes on top is refused with 503."""
     max_request_tokens: int = 16_777_216
@@ -94,8 +94,8 @@ class ServerSettings:
     """Asked for as a bearer token; better given in the environment as DINA_LRM_TOKEN, which others cannot
     see. None lets everybody in."""
     tokens: Path | None = None
-    """A TOML file of several callers, each with a token or its SHA-256, and how many rows it may have waiting:
-    see the guide on serving."""
+    """A TOML file of several callers, each with a token or its SHA-256, and how many rows it may have
+    waiting: see the guide on serving."""
     cors_origins: tuple[str, ...] = ()
     """Pages of other origins that may call the server from a browser."""
     page: bool = True

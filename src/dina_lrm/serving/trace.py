@@ -1,4 +1,4 @@
-"""The W3C trace context: a request's `traceparent` is taken, and the server's own step in it is given back."""
+"""The W3C trace context: a `traceparent` is taken, and the server's own step in the trace is given back."""
 
 import re
 import secrets
