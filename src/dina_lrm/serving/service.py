@@ -301,9 +301,7 @@ class Service:
             size += own
         yield part
 
-    async def _part(
-        self, served: Served, ticket: Ticket, part: Sequence[Row | PictureRow]
-    ) -> list[RowScore]:
+    async def _part(self, served: Served, ticket: Ticket, part: Sequence[Row | PictureRow]) -> list[RowScore]:
         pictures = [row for row in part if isinstance(row, PictureRow)]
         encoded = await self._encode(served, ticket, pictures) if pictures else []
         rows = [row for row in part if isinstance(row, Row)] + [
