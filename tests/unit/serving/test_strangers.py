@@ -224,9 +224,9 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
 ) -> None:
     heavy = {
         "prompts": PROMPTS[0],
-        "images": [base64.b64encode(pictures[i % 3]).decode() for i in range(8)],
+        "images": [base64.b64encode(pictures[i % 3]).decode() for i in range(4)],
         "num_draws": 4,
-        "noise_levels": [0.05 * (i + 1) for i in range(16)],
+        "noise_levels": [0.1 * (i + 1) for i in range(8)],
     }
     with listening(replace(SETTINGS, max_pass_seconds=0.2), reward) as port:
         url, waits, probes = f"http://127.0.0.1:{port}", list[float](), list[float]()
@@ -242,7 +242,7 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
     assert answer.result().status_code == 200
     expected = reward.score(
         PROMPTS[0],
-        [pictures[i % 3] for i in range(8)],
+        [pictures[i % 3] for i in range(4)],
         noise_levels=heavy["noise_levels"],
         seed=0,
         num_draws=4,
