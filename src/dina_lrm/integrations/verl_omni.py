@@ -61,8 +61,8 @@ def compute_score(
             leading axis of length one may be there.
         server_url: score by a server (`integrations.latent_http`), latents only. None: score here, the reward
             being loaded once a process.
-        reward, pipeline, device, dtype: as in `RewardModel.from_pretrained`; dtype by its name. By default the
-            paper's reward on "cuda". With a server these are the server's affair, and refused here.
+        reward, pipeline, device, dtype: as in `RewardModel.from_pretrained`; dtype by its name. By default
+            the paper's reward on "cuda". With a server these are the server's affair, and refused here.
         noise_level: in [0, 1]; here also a list for an ensemble, or None for the reward's own.
         noise_seed: the same noise for every sample; None: fresh noise for each.
         score_scale, score_bias: score = score_scale * raw + score_bias. 0.1 and 1.0 are usual for the paper's
