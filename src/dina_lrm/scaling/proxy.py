@@ -1,8 +1,8 @@
 """Ray Serve's HTTP proxy with the limits on connections that our own servers have.
 
-The proxy is uvicorn with the protocol that it finds by itself: httptools where that is installed, which has no
-limit for headers. Ray has no setting for it, but calls a function that the environment names when the proxy
-starts (`replicas.PROXY_SETUP`); the one here says which protocol uvicorn is to find.
+The proxy is uvicorn with the protocol that it finds by itself: httptools where that is installed, which has
+no limit for headers. Ray has no setting for it, but calls a function that the environment names when the
+proxy starts (`replicas.PROXY_SETUP`); the one here says which protocol uvicorn is to find.
 """
 
 from typing import Any
