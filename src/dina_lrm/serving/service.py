@@ -266,13 +266,23 @@ class Service:
             ClientGone: whoever sent it has left; what was under way was dropped.
         """
         work = served.check_cost(rows, name)
-        caller: Caller | None = request.state.caller
         request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
-        with _counted(caller, len(rows)), served.batcher.admit(len(rows), work) as ticket:
-            scores = await _unless_gone(request, self._score(served, ticket, rows))
+        scores = await _unless_gone(request, self.score_rows(served, rows, request.state.caller, work))
         for stage in ("encode", "forward"):
             seconds = sum(getattr(one, f"{stage}_seconds") for one in scores) / len(scores)
             request.state.facts[f"{stage}_seconds"] = round(seconds, 6)
+        return scores
+
+    async def score_rows(
+        self, served: Served, rows: Sequence[Row | PictureRow], caller: Caller | None, work: int
+    ) -> list[RowScore]:
+        """Scores of rows whose cost was checked.
+
+        Raises:
+            QueueFull, Draining, CallerFull: they were not taken.
+        """
+        with _counted(caller, len(rows)), served.batcher.admit(len(rows), work) as ticket:
+            scores = await self._score(served, ticket, rows)
         self.metrics.scores.labels(served.name).inc(len(scores))
         if caller is not None:
             self.metrics.callers.labels(caller.name).inc(len(scores))
