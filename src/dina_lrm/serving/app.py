@@ -181,7 +181,7 @@ def _add_routes(
         """Scores of pictures, sent as base64 in JSON, or as files `images` of a form beside `request`, which
         holds the same JSON without them."""
         wanted, files = await read_pictures(request, ImagesRequest, several=("images",))
-        served = service.find(wanted.model)
+        served = service.find(wanted.model or request.query_params.get("model"))
         if len(files["images"]) > settings.max_rows:
             raise RequestError(
                 f"images: {len(files['images'])} in one request, at most {settings.max_rows} are taken "
@@ -214,7 +214,7 @@ def _add_routes(
     async def compare(request: Request) -> CompareReply:
         """Probability that one picture is preferred to another, both seen through the same noise."""
         wanted, files = await read_pictures(request, CompareRequest, single=("image_a", "image_b"))
-        served = service.find(wanted.model)
+        served = service.find(wanted.model or request.query_params.get("model"))
         check_prompt(wanted.prompt, "prompt", settings.max_prompt_length)
         levels = levels_of(wanted.noise_levels, served.model.config.noise_levels)
         rows = [

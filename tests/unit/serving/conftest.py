@@ -48,10 +48,12 @@ def calling(app: Any) -> TestClient:
 
 
 @contextmanager
-def listening(settings: ServerSettings, reward: RewardModel) -> Iterator[int]:
+def listening(
+    settings: ServerSettings, reward: RewardModel, several: dict[str, RewardModel] | None = None
+) -> Iterator[int]:
     """A server on a real socket, in a thread; its port."""
     config = uvicorn_config(
-        create_app(settings, reward),
+        create_app(settings, several or reward),
         drain_seconds=5,
         header_seconds=settings.header_seconds,
         max_connections=settings.max_connections,

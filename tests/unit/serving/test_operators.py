@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 from torch import Tensor
 
-from dina_lrm import RewardModel, __version__
+from dina_lrm import Client, RewardModel, __version__
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.callers import read_callers
@@ -113,6 +113,22 @@ def test_several_models_in_one_server(reward: RewardModel, tensors: Tensors, pic
         text = client.get("/metrics").text
         assert 'dina_lrm_scores_total{model="other"} 2.0' in text
         assert f'model="good",version="{__version__}"' in text
+
+
+def test_our_client_names_a_model_in_its_address(reward: RewardModel, pictures: list[bytes]) -> None:
+    settings = replace(SETTINGS, model=("good=bundled", "other=bundled"))
+    other = RewardModel.from_pretrained("bundled").requires_grad_(False)
+    list(other.head.parameters())[-1].add_(1.0)
+    with listening(settings, reward, {"good": reward, "other": other}) as port:
+        url = f"http://127.0.0.1:{port}"
+        with Client(f"{url}?model=other") as second, Client(url) as first:
+            better = (
+                second.score("a red circle", pictures[:1]).scores
+                - first.score("a red circle", pictures[:1]).scores
+            )
+            assert better.item() == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(InvalidInputError, match="only model=NAME may stand"):
+        Client(f"{url}?seed=3")
 
 
 # --- callers -----------------------------------------------------------------------------------------------
