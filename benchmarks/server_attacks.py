@@ -52,7 +52,6 @@ class Options:
     """Longest that an attack may take."""
     only: tuple[str, ...] = ()
     """Attacks, by name; by default all."""
-    port: int = 8124
     note: str = ""
     """Hardware and date."""
 
@@ -111,10 +110,13 @@ class Server:
 @contextmanager
 def served(options: Options, folder: Path, *flags: str, files: int | None = None) -> Iterator[Server]:
     log = folder / f"{time.monotonic_ns()}.log"
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if options.source is not None:
         environment["PYTHONPATH"] = str(options.source)
-    command = [sys.executable, "-m", "dina_lrm.serving", "--no-page", "--port", str(options.port), *flags]
+    command = [sys.executable, "-m", "dina_lrm.serving", "--no-page", "--port", str(port), *flags]
     if files is not None:
         command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     process = subprocess.Popen(command, stderr=log.open("wb"), env=environment)
@@ -122,10 +124,10 @@ def served(options: Options, folder: Path, *flags: str, files: int | None = None
         for _ in range(1200):
             if process.poll() is not None:
                 raise RuntimeError(f"the server has ended: {log.read_text()[-2000:]}")
-            if ask(options.port, "GET", "/healthz", timeout=5)[0] == 200:
+            if ask(port, "GET", "/healthz", timeout=5)[0] == 200:
                 break
             time.sleep(0.1)
-        yield Server(options.port, process, log)
+        yield Server(port, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

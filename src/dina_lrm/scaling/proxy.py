@@ -9,11 +9,15 @@ from typing import Any
 
 from uvicorn import config
 
-from dina_lrm.serving.connections import HEADER_SECONDS, MAX_CONNECTIONS, bounded_protocol, descriptors_allow
+from dina_lrm.serving.connections import bounded_protocol, descriptors_allow
+from dina_lrm.serving.settings import ServerSettings
 
 __all__ = ["Protocol", "limit_connections"]
 
-Protocol = bounded_protocol(header_seconds=HEADER_SECONDS, max_connections=descriptors_allow(MAX_CONNECTIONS))
+Protocol = bounded_protocol(
+    header_seconds=ServerSettings.header_seconds,
+    max_connections=descriptors_allow(ServerSettings.max_connections),
+)
 
 
 def limit_connections() -> list[Any]:

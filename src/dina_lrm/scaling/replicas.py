@@ -65,9 +65,10 @@ def serve_replicas(
     host = settings.host
     settings = replace(
         settings,
-        model=tuple(f"{name}={whole_path(location)}" for name, location in settings.models)
-        if len(settings.models) > 1
-        else (whole_path(settings.model[0]),),
+        model=tuple(
+            whole_path(location) if name == location else f"{name}={whole_path(location)}"
+            for name, location in settings.models
+        ),
         pipeline=None if settings.pipeline is None else whole_path(settings.pipeline),
         tokens=None if settings.tokens is None else settings.tokens.resolve(),
         page=False,

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dina_lrm.serving.forwarded import ForwardedHeaders
+from dina_lrm.serving.settings import ServerSettings
 
 __all__ = ["bounded_protocol", "descriptors_allow", "uvicorn_config"]
 
@@ -26,8 +27,6 @@ log = logging.getLogger("uvicorn.error")
 
 HEADER_BYTES = 32 * 1024
 """Of a request line with its headers."""
-MAX_CONNECTIONS = 1024
-HEADER_SECONDS = 15.0
 KEEP_ALIVE_SECONDS = 75
 """How long a connection is kept that says nothing, after an answer."""
 SPARE_DESCRIPTORS = 64
@@ -44,8 +43,8 @@ def uvicorn_config(
     app: ASGIApp,
     *,
     drain_seconds: int,
-    header_seconds: float = HEADER_SECONDS,
-    max_connections: int = MAX_CONNECTIONS,
+    header_seconds: float = ServerSettings.header_seconds,
+    max_connections: int = ServerSettings.max_connections,
     proxies: Sequence[str] = (),
 ) -> uvicorn.Config:
     """How every server of ours is run: over h11 with limits, believing named proxies only.

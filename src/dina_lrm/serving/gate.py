@@ -177,15 +177,15 @@ class _Passage:
                     403, f"origin: requests from {site[:80]!r} are refused", "origin", "origin"
                 )
         length = self.headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
+        if not (length.isascii() and length.isdigit() and len(length) <= 20):
             return self._refuse(
                 400, f"content-length: {length[:40]!r} is not a number", "content-length", "bad"
             )
-        if int(length[:20]) > gate.max_body:
+        if int(length) > gate.max_body:
             if "expect" not in self.headers:
                 await self._throw_away()
             return self._refuse(
-                413, f"body: {length[:20]} bytes, at most {gate.max_body} are taken", "body", "too_large"
+                413, f"body: {int(length)} bytes, at most {gate.max_body} are taken", "body", "too_large"
             )
         if gate.inflight_bytes and gate.inflight_bytes + int(length) > gate.max_inflight:
             return self._too_busy()
