@@ -15,11 +15,11 @@ from dina_lrm.cli.options import (
     TOKEN_VARIABLE,
     JsonFlag,
     ModelOptions,
-    is_loopback,
     need_packages,
     parse,
     refuse,
 )
+from dina_lrm.serving.settings import is_loopback
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -105,8 +105,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None) -> int:
     """Serve until SIGINT or SIGTERM; what kept the reward from saying anything is raised."""
-    import uvicorn
-
+    from dina_lrm.serving.connections import uvicorn_config
     from dina_lrm.serving.labelling.app import Labelling, create_app
     from dina_lrm.serving.labelling.estimates import Estimates
     from dina_lrm.serving.labelling.store import VoteStore
@@ -134,13 +133,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
             items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
         )
         hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
-        config = uvicorn.Config(
-            create_app(labelling, token=token, hosts=hosts),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
+        config = uvicorn_config(create_app(labelling, token=token, hosts=hosts), drain_seconds=GRACE_SECONDS)
         server = Server(
             config, listener, lambda at: log(f"{at}  (label /, results /results); stop with Ctrl-C")
         )

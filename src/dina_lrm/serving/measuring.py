@@ -17,7 +17,7 @@ from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.serving.engine import open_picture
+from dina_lrm.serving.pictures import open_picture
 from dina_lrm.serving.sampling import Run, SamplerState
 from dina_lrm.serving.schemas import check_prompt
 from dina_lrm.serving.views import Measured
