@@ -1,6 +1,7 @@
 """`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -48,6 +49,13 @@ class Label:
     """Address to listen at; 0.0.0.0 lets other devices in, and then a token is wise."""
     port: int = 8080
     """0 takes any that is free."""
+    hosts: tuple[str, ...] = ()
+    """Names that the page is called by, such as label.example.org behind a proxy. By default any, but localhost
+    alone where it listens there."""
+    root_path: str = ""
+    """Prefix under which a proxy offers the page, such as /label."""
+    proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed."""
     seed: int = 0
     """Of the order of pairs and of the sides."""
     token: str | None = None
@@ -57,7 +65,10 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source."""
+    """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source.
+
+    With --votes a row for each vote: prompt, left, right, choice, rater, given_at, seconds, pair, vote, source.
+    """
 
     votes: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="VOTES")]
     """The SQLite file."""
@@ -65,6 +76,8 @@ class Export:
     """.jsonl or .parquet."""
     items: Annotated[Path | None, tyro.conf.arg(name="input", metavar="ITEMS")] = None
     """Where the items lie, if they were moved since."""
+    single: Annotated[bool, tyro.conf.arg(name="votes"), tyro.conf.FlagCreatePairsOff] = False
+    """Write a row for each vote, with its rater and time, instead of one for each pair."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
@@ -82,7 +95,18 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    need_packages("label", "fastapi", "uvicorn", "nltk")
+    if options.root_path and (not options.root_path.startswith("/") or options.root_path.endswith("/")):
+        raise UsageError(
+            f"--root-path begins with / and does not end with it, such as /label; got {options.root_path!r}"
+        )
+    for proxy in options.proxies:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError as error:
+            raise UsageError(
+                f"--proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
+            ) from error
+    need_packages("label", "fastapi", "uvicorn", "nltk", "pythonjsonlogger")
     from dina_lrm.serving.labelling.items import read_items
 
     token = options.token or os.environ.get(TOKEN_VARIABLE) or None
@@ -101,6 +125,7 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     from dina_lrm.serving.labelling.app import Labelling, create_app
     from dina_lrm.serving.labelling.estimates import Estimates
     from dina_lrm.serving.labelling.store import VoteStore
+    from dina_lrm.serving.server import log_as_json
 
     failures: list[Exception] = []
 
@@ -115,9 +140,18 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     labelling = Labelling(
         items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
     )
-    hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
+    app = create_app(
+        labelling,
+        token=token,
+        hosts=options.hosts,
+        local_hosts=("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else (),
+        root_path=options.root_path,
+    )
+    log_as_json()
     config = uvicorn.Config(
-        create_app(labelling, token=token, hosts=hosts),
+        app,
+        proxy_headers=bool(options.proxies),
+        forwarded_allow_ips=list(options.proxies),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -126,7 +160,9 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
     server = uvicorn.Server(config)
     with _listening(options.host, options.port) as listener:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        log(f"http://{host}:{listener.getsockname()[1]}  (label /, results /results); stop with Ctrl-C")
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        log(f"{address}  (for raters); stop with Ctrl-C")
+        log(f"{address}/results#{store.results_key}  (results, for you: raters are not to see them)")
         # uvicorn hands a signal on when it has finished; the end of labelling is no failure.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
@@ -146,8 +182,17 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
 
 def export(options: Export) -> int:
     """Write the rows, and print where every vote went."""
-    from dina_lrm.serving.labelling.export import export_votes
+    from dina_lrm.serving.labelling.export import export_single_votes, export_votes
 
+    if options.single:
+        count = export_single_votes(options.votes, options.output, options.items)
+        if options.as_json:
+            print_json({"output": str(options.output), "votes": count})
+        else:
+            print_table(
+                ["", "count"], [("votes", f"{count:,}")], title=f"{options.votes} in {options.output}"
+            )
+        return 0
     exported = export_votes(options.votes, options.output, options.items)
     if options.as_json:
         from dataclasses import asdict

@@ -43,32 +43,35 @@ class Entrance:
         cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
         return hmac.compare_digest(cookie.encode("latin-1", "replace"), self._shown.hex().encode())
 
-    def form(self, message: str = "") -> Response:
-        """The page that asks for the token."""
+    def form(self, message: str = "", *, prefix: str = "") -> Response:
+        """The page that asks for the token; `prefix` is the path under which a proxy offers the server."""
         page = (files("dina_lrm.serving") / "login.html").read_text(encoding="utf-8")
         style = page.partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        page = page.replace("{title}", escape(self._title)).replace("{message}", escape(message))
+        for name, text in (("title", self._title), ("message", message), ("prefix", prefix)):
+            page = page.replace(f"{{{name}}}", escape(text))
         policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'"
         return HTMLResponse(
             page, status_code=401, headers={"content-security-policy": f"{policy}; frame-ancestors 'none'"}
         )
 
     async def login(self, request: Request) -> Response:
-        """The answer to the form: to "/" with the cookie, or the form again."""
+        """The answer to the form: to the page with the cookie, or the form again."""
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_FORM:
                 break
+        prefix = request.scope.get("root_path", "").rstrip("/")
         given = parse_qs(body[:MAX_FORM].decode(errors="replace")).get("token", [""])[0]
         if self._token is None or not hmac.compare_digest(given.encode(), self._token):
-            return self.form("This is not the token.")
-        answer = RedirectResponse("/", status_code=303)
+            return self.form("This is not the token.", prefix=prefix)
+        answer = RedirectResponse(f"{prefix}/", status_code=303)
         answer.set_cookie(
             self._cookie,
             self._shown.hex(),
             max_age=COOKIE_SECONDS,
+            path=f"{prefix}/",
             httponly=True,
             samesite="strict",
             secure=request.url.scheme == "https",
