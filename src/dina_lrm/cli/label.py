@@ -67,7 +67,8 @@ class Label:
 class Export:
     """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source.
 
-    With --votes a row for each vote: prompt, left, right, choice, rater, given_at, seconds, pair, vote, source.
+    With --votes a row for each vote: prompt, left, right, choice, rater, given_at, seconds, pair, vote and
+    source.
     """
 
     votes: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="VOTES")]
@@ -189,9 +190,7 @@ def export(options: Export) -> int:
         if options.as_json:
             print_json({"output": str(options.output), "votes": count})
         else:
-            print_table(
-                ["", "count"], [("votes", f"{count:,}")], title=f"{options.votes} in {options.output}"
-            )
+            log(f"{options.output}: {count:,} votes")
         return 0
     exported = export_votes(options.votes, options.output, options.items)
     if options.as_json:

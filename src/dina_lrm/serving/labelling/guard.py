@@ -43,7 +43,7 @@ class Guard:
 
     Args:
         token: see `Entrance`.
-        hosts: names that it is known by, such as label.example.org, whatever a proxy makes of the Host header.
+        hosts: names that it is known by, such as label.example.org, whatever Host a proxy sends.
         local_hosts: names of a server that listens on this machine alone. Where there are hosts of either
             kind, it is called by no other name: a page elsewhere could reach it through a name of its own.
         root_path: prefix under which a proxy offers the page, such as "/label", whether the proxy leaves it
