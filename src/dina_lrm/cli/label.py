@@ -50,8 +50,8 @@ class Label:
     port: int = 8080
     """0 takes any that is free."""
     hosts: tuple[str, ...] = ()
-    """Names that the page is called by, such as label.example.org behind a proxy. By default any, but localhost
-    alone where it listens there."""
+    """Names that the page is called by, such as label.example.org behind a proxy. By default any, but
+    localhost alone where it listens there."""
     root_path: str = ""
     """Prefix under which a proxy offers the page, such as /label."""
     proxies: tuple[str, ...] = ()

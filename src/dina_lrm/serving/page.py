@@ -157,7 +157,8 @@ def mount_page(app: FastAPI, page: gr.Blocks) -> None:
             button_primary_background_fill="*primary_600",
             button_primary_background_fill_hover="*primary_700",
         ),
-        head=f"<style>{_beside('page.css')}</style><script>{_beside('page.js')}</script>",  # css= is rewritten
+        # css= would be rewritten
+        head=f"<style>{_beside('page.css')}</style><script>{_beside('page.js')}</script>",
     )
     mounted: Any = app.routes[-1]
     mounted.app.add_middleware(PageRoutes, blocks=page)

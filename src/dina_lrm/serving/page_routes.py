@@ -1,5 +1,5 @@
 """What may be asked of Gradio: its routes are cut down to those that the page uses, no file but uploads can
-be read, uploads have a quota, the server fetches nothing, and errors have the shape of the server's others."""
+be read, uploads have a quota, the server fetches nothing, and errors look like the server's others."""
 
 import json
 import logging
