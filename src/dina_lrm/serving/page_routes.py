@@ -62,7 +62,8 @@ class PageBlocks(gr.Blocks):
         visitor its last line. (What goes wrong in a handler is told by the page itself.)"""
         try:
             return await super().process_api(*args, **options)
-        except gr.Error:
+        except gr.Error as error:  # such as a number outside its range: the visitor is told
+            error.print_exception = False
             raise
         except Exception as error:
             log.warning("a call of the page was refused: %s", error, exc_info=True)
