@@ -179,7 +179,7 @@ def _shrunk(data: bytes, max_megapixels: float) -> tuple[Image.Image, tuple[int,
             if image.width * image.height > DECODED_TIMES * limit:
                 return None
             upright = upright_rgb(image)
-            upright.thumbnail(size[::-1] if turned else size)
+            upright.thumbnail((size[1], size[0]) if turned else size)
             return upright, (height, width) if turned else (width, height)
     except Exception:  # `open_picture` says what is wrong
         return None

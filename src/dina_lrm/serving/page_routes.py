@@ -230,7 +230,8 @@ def _relative(scope: Scope, path: str) -> Scope:
     absolute address of headers that anybody can send.)"""
     ours = (b"x-gradio-server", b"x-forwarded-host", b"x-forwarded-proto")
     headers = [(name, value) for name, value in scope["headers"] if name not in ours]
-    return scope | {"path": path, "root_path": ".", "headers": [*headers, (b"x-gradio-server", b".")]}
+    changed = {"path": path, "root_path": ".", "headers": [*headers, (b"x-gradio-server", b".")]}
+    return {**scope, **changed}
 
 
 def _bytes_in(folder: str) -> int:

@@ -72,7 +72,7 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         root = self.root_path or scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root) if scope["path"].startswith(f"{root}/") else scope["path"]
-        scope = scope | {"root_path": root, "path": root + path}
+        scope = {**scope, "root_path": root, "path": root + path}
         request_id, started, status = uuid.uuid4().hex, time.monotonic(), 0
         scope["state"] = scope.get("state", {}) | {"request_id": request_id}
 
