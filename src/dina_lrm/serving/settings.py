@@ -18,7 +18,7 @@ import tyro
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["Adapter", "ServerSettings", "is_loopback", "settings_from"]
+__all__ = ["LOOPBACK_NAMES", "Adapter", "ServerSettings", "is_loopback", "settings_from"]
 
 ENVIRONMENT = "DINA_LRM_"
 """Prefix of the environment variables: DINA_LRM_MAX_ROWS=64."""
