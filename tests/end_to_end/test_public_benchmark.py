@@ -47,7 +47,7 @@ def test_published_rule_rejects_and_scores(
     assert result["published"]["rule"] == "inversions"
     # 3 comparisons a prompt; two of the first prompt's touch the broken picture, and one row has no pictures
     assert (result["num_comparisons"], result["num_rejects"]) == (3 * NUM_PROMPTS - 2, 3)
-    assert result["num_rows"] == result["num_comparisons"] + result["num_rejects"]
+    assert result["num_items"] == result["num_comparisons"] + result["num_rejects"]
     assert result["published"]["num_rater_ties"] == NUM_PROMPTS - 1
     assert result["by_pair"]["num_pairs"] == result["num_comparisons"] - (NUM_PROMPTS - 1)
 
@@ -243,4 +243,6 @@ def test_a_killed_run_goes_on_where_it_was(
 def test_root_is_asked_for(hpdv2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--benchmark", "hpdv2"]) == 2
     assert cli.main(["evaluate", "--benchmark", "shapes", "--root", str(hpdv2)]) == 2
-    assert "--root DIR goes with every benchmark but shapes" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--benchmark hpdv2 needs --root DIR" in told
+    assert "--root has no effect with --benchmark shapes" in told
