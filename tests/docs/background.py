@@ -49,7 +49,7 @@ class Background:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for(self, url: str) -> None:
-        """Until a server answers with 200."""
+        """Until a server answers: with 200, or 401 where it wants a token."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
@@ -58,7 +58,11 @@ class Background:
                 with opener.open(url, timeout=5) as answer:
                     if answer.status == 200:
                         return
-            except (urllib.error.URLError, OSError):
+            except urllib.error.HTTPError as refused:
+                if refused.code == 401:
+                    return
+                time.sleep(0.1)
+            except OSError:
                 time.sleep(0.1)
         raise AssertionError(f"{self} did not answer at {url}:\n{self.output()}")
 

@@ -144,6 +144,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # not know, which is right.
     config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnraisableExceptionWarning")
     config.addinivalue_line("filterwarnings", "ignore::dina_lrm.errors.PromptWarning")
+    # huggingface_hub hands large files to its HTTP library in a way that this library asks it to change.
+    config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

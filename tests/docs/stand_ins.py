@@ -3,9 +3,12 @@
 Each function makes one thing and declares it, so that the list at the end of a run is complete.
 """
 
+import csv
+import io
 import json
 import shutil
 import sys
+import tarfile
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,16 +37,36 @@ def picture(file: str, caption: str, *, blur: float = 0.0, seed: int = 0) -> Non
     declare(f"the reader's {file}", f"a drawing of {caption}" + (", blurred" if blur else ""))
 
 
-def rows(file: str, count: int = 6, *, pairs: bool = True) -> None:
-    """Rows of the reader's: preferences, or one picture each."""
-    lines = []
+def rows(file: str, count: int = 6, *, columns: tuple[str, ...] = ("chosen", "rejected")) -> None:
+    """Rows of the reader's in JSON lines or CSV: preferences, or one picture each."""
+    made = []
     for index, (prompt, files) in enumerate(_drawings(Path(file).parent / "pictures", count)):
-        good, worse = (str(path.relative_to(Path(file).parent)) for path in files[:2])
-        row = {"chosen": good, "rejected": worse} if pairs else {"image": (good, worse)[index % 2]}
-        lines.append(json.dumps({"prompt": prompt, **row}) + "\n")
+        pictures = [str(path.relative_to(Path(file).parent)) for path in files[:2]]
+        order = pictures if len(columns) == 2 else pictures[index % 2 :]
+        made.append({"prompt": prompt, **dict(zip(columns, order, strict=False))})
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text("".join(lines))
+    with open(file, "w", newline="") as output:
+        if file.endswith(".csv"):
+            table = csv.DictWriter(output, fieldnames=("prompt", *columns))
+            table.writeheader()
+            table.writerows(made)
+        else:
+            output.writelines(json.dumps(row) + "\n" for row in made)
     declare(f"the reader's {file}", f"{count} rows of drawings")
+
+
+def tar_shards(folder: str, count: int = 6) -> None:
+    """Shards as WebDataset has them."""
+    Path(folder).mkdir()
+    drawn = list(_drawings(Path("pictures"), count))
+    for number, part in enumerate((drawn[: count // 2], drawn[count // 2 :])):
+        with tarfile.open(Path(folder) / f"{number:05d}.tar", "w") as tar:
+            for index, (prompt, files) in enumerate(part):
+                text = tarfile.TarInfo(f"{index:04d}.txt")
+                text.size = len(prompt.encode())
+                tar.addfile(text, io.BytesIO(prompt.encode()))
+                tar.add(files[0], f"{index:04d}.png")
+    declare(f"the reader's {folder}", f"two tar shards with {count} drawings")
 
 
 def items(file: str, count: int = 6) -> None:
@@ -238,6 +261,22 @@ def hub_reward(name: str, base: str) -> None:
     declare(f"{name} on the hub", f"a tiny random reward over the stand-in of {base}, in the same layout")
 
 
+def hub() -> None:
+    """A hub on which the reader has an account."""
+    from contextlib import ExitStack
+
+    from tests.fake_hub import fake_hub, use_hub
+
+    running, page = ExitStack(), current()
+    address = running.enter_context(fake_hub()).url
+    page.closing.append(running.close)
+    use_hub(page.patch, address, page.folder / "hub-cache")
+    page.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    declare(
+        "the Hugging Face hub, logged in", "a local server with the part of its HTTP API that is used"
+    )
+
+
 def clip_scorer(name: str) -> None:
     """CLIP, PickScore and the like on the hub: a tiny random CLIP."""
 
@@ -331,13 +370,13 @@ def short_alignment() -> None:
     declare("alignment recipes at full length", "one update on two prompts, two steps a picture")
 
 
-def short_measuring() -> None:
+def short_measuring(captions: int = 6) -> None:
     """`dina-lrm evaluate` on few captions of the bundled world instead of 700."""
     from dina_lrm import build
 
     full = build.shapes_pairs
-    current().patch.setattr(build, "shapes_pairs", lambda *a, **k: full(*a, **{**k, "num_prompts": 6}))
-    declare("test pairs of 700 captions", "of 6 captions")
+    current().patch.setattr(build, "shapes_pairs", lambda *a, **k: full(*a, **{**k, "num_prompts": captions}))
+    declare("test pairs of 700 captions", f"of {captions} captions")
 
 
 def short_demo() -> None:
