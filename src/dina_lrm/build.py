@@ -20,6 +20,7 @@ from rich.progress import Progress
 from dina_lrm.build_card import training_card
 from dina_lrm.config import ModelConfig, TrainConfig
 from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.hub import read_hub
 from dina_lrm.data.latents import LatentPairs, mix_seeds
 from dina_lrm.data.pairs import image_name
 from dina_lrm.data.prepare import (
@@ -32,7 +33,7 @@ from dina_lrm.data.prepare import (
 )
 from dina_lrm.data.rows import PATTERNS
 from dina_lrm.data.shards import LatentShards, PairSet, set_aside
-from dina_lrm.data.sources import read_hub, read_source, source_files, source_length
+from dina_lrm.data.sources import read_source, source_files, source_length
 from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault
