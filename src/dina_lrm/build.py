@@ -287,9 +287,11 @@ def raw_source(path: Path) -> Literal["jsonl", "folder"] | None:
         return None
     if any(path.glob("*.safetensors")):
         return None
-    parts = [path / name for name in ("train", "test") if (path / name / "manifest.json").is_file()]
-    if parts:
-        raise InvalidInputError(f"{path} holds {' and '.join(map(str, parts))}: name the one that is meant")
+    if any((path / part / "prepare.json").is_file() for part in ("train", "test")):
+        raise InvalidInputError(
+            f"{path} was split by `dina-lrm prepare --test-fraction`: train on {path / 'train'}, evaluate on "
+            f"{path / 'test'}"
+        )
     if any(path.rglob("*.txt")):
         return "folder"
     if any(any(path.glob(pattern)) for pattern in PATTERNS):

@@ -151,7 +151,8 @@ def test_a_folder_without_pairs_and_one_with_two_parts_are_named(tmp_path: Path)
         raw_source(tmp_path)
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
-        (tmp_path / part / "manifest.json").write_text("{}")
-    with pytest.raises(InvalidInputError, match=r"train and .*test: name the one that is meant"):
+        (tmp_path / part / "prepare.json").write_text("{}")
+    with pytest.raises(InvalidInputError) as caught:
         raw_source(tmp_path)
+    assert f"train on {tmp_path / 'train'}, evaluate on {tmp_path / 'test'}" in str(caught.value)
     assert raw_source(tmp_path / "train") is None
