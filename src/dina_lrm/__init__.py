@@ -17,6 +17,7 @@ from dina_lrm.errors import (
     InvalidInputError,
     MissingComponentError,
     PromptWarning,
+    RunError,
     ScoringError,
     UntrainedModelError,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "RewardModel",
     "RewardModelConfig",
     "RewardWatch",
+    "RunError",
     "ScoreOutput",
     "ScoringError",
     "StepScore",

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from dina_lrm.build_card import training_card
 from dina_lrm.config import ModelConfig, TrainConfig
 from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.hub import read_hub
 from dina_lrm.data.latents import LatentPairs, mix_seeds
 from dina_lrm.data.pairs import image_name
 from dina_lrm.data.prepare import (
@@ -32,7 +33,7 @@ from dina_lrm.data.prepare import (
 )
 from dina_lrm.data.rows import PATTERNS
 from dina_lrm.data.shards import LatentShards, PairSet, set_aside
-from dina_lrm.data.sources import read_hub, read_source, source_files, source_length
+from dina_lrm.data.sources import read_source, source_files, source_length
 from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault
@@ -286,9 +287,11 @@ def raw_source(path: Path) -> Literal["jsonl", "folder"] | None:
         return None
     if any(path.glob("*.safetensors")):
         return None
-    parts = [path / name for name in ("train", "test") if (path / name / "manifest.json").is_file()]
-    if parts:
-        raise InvalidInputError(f"{path} holds {' and '.join(map(str, parts))}: name the one that is meant")
+    if any((path / part / "prepare.json").is_file() for part in ("train", "test")):
+        raise InvalidInputError(
+            f"{path} was split by `dina-lrm prepare --test-fraction`: train on {path / 'train'}, evaluate on "
+            f"{path / 'test'}"
+        )
     if any(path.rglob("*.txt")):
         return "folder"
     if any(any(path.glob(pattern)) for pattern in PATTERNS):

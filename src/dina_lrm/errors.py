@@ -21,7 +21,11 @@ class MissingComponentError(DinaError, ValueError):
     """The pipeline at hand lacks the part (text encoder, VAE, scheduler) that the request needs."""
 
 
-class HubError(DinaError, RuntimeError):
+class RunError(DinaError, RuntimeError):
+    """A run that failed, though settings and input were in order: training that diverged, a dead process."""
+
+
+class HubError(RunError):
     """A checkpoint that could not be uploaded: no token, no permission, no network."""
 
 
@@ -29,7 +33,7 @@ class UntrainedModelError(DinaError, RuntimeError):
     """A request to score with weights that were never trained."""
 
 
-class ScoringError(DinaError, RuntimeError):
+class ScoringError(RunError):
     """No score, or none that means anything: no server, one that breaks the protocol, a number not finite."""
 
 

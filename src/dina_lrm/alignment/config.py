@@ -36,7 +36,7 @@ class PolicyConfig:
     lora_alpha: float | None = None
     """The adapter is scaled by lora_alpha / lora_rank; None: twice the rank."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen base weights; the adapter is float32 always."""
+    """Precision of the frozen base weights; the adapter is float32 always."""
     max_text_tokens: int | None = None
     """Longest prompt of the main text encoder, in tokens; None: the pipeline's own limit."""
     gradient_checkpointing: bool = False
@@ -128,7 +128,7 @@ class AlignConfig:
     batch_size: int = 16
     """Pictures per update that enter the loss; for grpo, dpo and step-dpo: prompts."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the network's matrix products, in sampling and training."""
+    """Precision of the network's matrix products, in sampling and training."""
     max_loss_rows: int = 32
     """Rows of a forward pass that keeps activations; larger batches are accumulated."""
     gradient_limit: float = 1e5
@@ -236,7 +236,7 @@ class DpoConfig(AlignConfig):
     pairs: str | None = None
     """Pairs of latents (.safetensors, or a folder of `dina-lrm prepare`) instead of the policy's own."""
     samples_per_prompt: int = 4
-    """Of which the best and the worst make a pair; read only without `pairs`."""
+    """Pictures of a prompt, of which the best and the worst make a pair; read only without `pairs`."""
     beta: float = 500.0
     """Strength of the reference; errors are means over elements."""
     repeats: int = 4

@@ -18,7 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from dina_lrm.errors import DinaError
+from dina_lrm.errors import RunError
 from dina_lrm.training.interrupt import Interrupt
 
 __all__ = ["AlignmentError", "Processes"]
@@ -29,7 +29,7 @@ _LONGEST_WAIT = timedelta(hours=6)
 """For the others while the main process asks a gold score; one that fails says so at once."""
 
 
-class AlignmentError(DinaError, RuntimeError):
+class AlignmentError(RunError):
     """A run that cannot go on; its last good checkpoint is kept."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dina_lrm.client import Client
 from dina_lrm.core.noise import torch_seed
 from dina_lrm.core.tensors import Latents, Score
-from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 
@@ -20,7 +20,7 @@ Reward = Callable[[Latents, Sequence[str], Sequence[int]], Score]
 in the latents where it is used by refl. A reward on pixels decodes first (`Policy.decode`)."""
 
 
-class RewardError(DinaError):
+class RewardError(RunError):
     """A reward that is not a number: nothing can be learned from it."""
 
 

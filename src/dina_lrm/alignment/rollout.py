@@ -45,9 +45,9 @@ class SamplerConfig:
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is without, and half the cost."""
     height: int | None = None
-    """Of the pictures in pixels; None: the pipeline's own."""
+    """Height of the pictures in pixels; None: the pipeline's own."""
     width: int | None = None
-    """Of the pictures in pixels; None: the pipeline's own."""
+    """Width of the pictures in pixels; None: the pipeline's own."""
     rule: Rule = "ode"
     """ode: deterministic; sde (Flow-GRPO) or cps (coefficients preserving): stochastic, rectified flow;
     ddim: stochastic, variance-preserving models."""

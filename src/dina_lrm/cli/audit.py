@@ -20,17 +20,17 @@ class Audit:
     and measure how often the side that stood first was chosen."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """The tested set, one of those of `dina-lrm inspect`."""
+    """The tested set: any source of `dina-lrm inspect`."""
     root: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder with its files as published; for jsonl, also the file."""
     split: str | None = None
-    """By default the one that is evaluated on."""
+    """The part of the tested set, such as test; by default the one that is evaluated on."""
     against: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """The other set; by default the same source."""
+    """What it is compared with; by default the same source."""
     against_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """By default the same folder."""
+    """Folder of the other set; by default the same folder."""
     against_split: str | None = None
-    """Split of the other set; by default train, or the only one that it has."""
+    """The part of the other set; by default train, or the only one that it has."""
     images: bool = True
     """Hash the images; without, only prompts are compared."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def other_split(options: Audit) -> str | None:
     """Split of the other set; UsageError where that would be the tested set once more."""
-    from dina_lrm.data.sources import LOCAL, SOURCES
+    from dina_lrm.data.layouts import SOURCES
+    from dina_lrm.data.sources import LOCAL
 
     name = options.against or options.source
     own, other = SOURCES.get(options.source), SOURCES.get(name)

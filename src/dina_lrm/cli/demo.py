@@ -232,7 +232,7 @@ def train_fresh(
     from dina_lrm.cli.demo_report import LearningCurve
     from dina_lrm.training.trainer import train
 
-    config = demo_recipe(options)
+    config = demo_recipe(options, len(train_pairs))
     model = RewardModel.initialize(
         pipeline,
         num_blocks=config.model.num_blocks,
@@ -256,8 +256,9 @@ def train_fresh(
     return model, curve, result.seconds
 
 
-def demo_recipe(options: Demo) -> "TrainConfig":
-    """The quick recipe within the demo's time, with a point of the curve every few seconds."""
+def demo_recipe(options: Demo, num_pairs: int) -> "TrainConfig":
+    """The quick recipe within the demo's time, with a point of the curve every few seconds; a batch is never
+    larger than there are pairs."""
     from dina_lrm.recipes import shapes_quick
 
     base = shapes_quick()
@@ -265,6 +266,7 @@ def demo_recipe(options: Demo) -> "TrainConfig":
         base,
         output=str(options.output / "reward"),
         seed=options.seed,
+        batch_size=min(base.batch_size, num_pairs),
         time_budget_seconds=options.train_seconds,
         num_steps=2000,
         optimizer=replace(base.optimizer, warmup_steps=10),

@@ -48,7 +48,7 @@ class DemoPictures:
     prompts: int = 60
     """Prompts, with two or three pictures each; at most 60."""
     seed: int = 0
-    """Of the drawings, of what is wrong with them, and of the raters."""
+    """Seed of the drawings, of what is wrong with them, and of the raters."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 

@@ -43,6 +43,9 @@ class Evaluate:
         "imagerewarddb",
         "genai-bench",
         "pickapic",
+        "rapidata",
+        "open-image-preferences",
+        "editreward",
         "folder",
         "jsonl",
     ] = "shapes"
@@ -51,7 +54,7 @@ class Evaluate:
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the benchmark's files as published; for jsonl, also the file. Not for shapes."""
     split: str | None = None
-    """Of the benchmark; by default the one it is evaluated on. Not for shapes."""
+    """The part of the benchmark; by default the one it is evaluated on. Not for shapes."""
     rule: Literal[
         "published",
         "strict",
@@ -97,7 +100,7 @@ class Evaluate:
     max_turned: float = 0.05
     """Share of decisions that an early stop may turn; read only with --learn-views."""
     seed: int = 0
-    """Of the test pairs and of the noise."""
+    """Seed of the test pairs and of the noise."""
     batch_size: int = 128
     """Images per call; no effect on the result."""
     as_json: JsonFlag = False

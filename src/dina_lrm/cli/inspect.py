@@ -23,13 +23,15 @@ class Inspect:
     """Count rows, prompts, pairs, ties, votes, repetitions, missing images and resolutions of a data set."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, latent-cache, folder, or
-    jsonl: your own rows, in .jsonl, .json, .csv or .parquet, the text forms also with .gz."""
+    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, rapidata,
+    open-image-preferences, editreward, latent-cache, folder, or jsonl: your own rows, in .jsonl, .json, .csv
+    or .parquet, the text forms also with .gz."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with the data set's files as published; for rows, the file. Without it, what the Hugging Face
-    hub has as a table (imagerewarddb, genai-bench, pickapic) is streamed from there."""
+    """Folder with the data set's files as published; for rows, the file. Without it, genai-bench, pickapic,
+    rapidata, open-image-preferences and editreward are streamed from the Hugging Face hub, and imagerewarddb
+    is downloaded."""
     split: str | None = None
-    """By default the one that is evaluated on."""
+    """The part of the data set, such as train; by default the one that is evaluated on."""
     images: bool = True
     """Look whether the images are there, and at their sizes."""
     max_sizes: int = 10_000
@@ -43,8 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.max_sizes < 0:
         raise UsageError(f"--max-sizes is at least 0; got {options.max_sizes}")
 
+    from dina_lrm.data.hub import read_hub
     from dina_lrm.data.inspection import inspect
-    from dina_lrm.data.sources import read_hub, read_source
+    from dina_lrm.data.sources import read_source
 
     if options.root is None:
         stream = read_hub(options.source, split=options.split, check_images="none")

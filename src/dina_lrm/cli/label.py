@@ -186,13 +186,14 @@ def lines(exported: "Exported") -> list[tuple[str, str]]:
 
 
 def report_rejects(items: "Items", votes: Path) -> None:
-    """Rows that give no pair: the first ones here, all of them in a file beside the votes."""
+    """Rows that give no pair, and pictures that are not there: the first ones here, all of them in a file
+    beside the votes."""
     from dina_lrm.data.pairs import write_rejects
 
     if not items.rejects:
         return
     file = votes.with_suffix(".rejects.jsonl")
     write_rejects(items.rejects, file)
-    log(f"rows that give no pair: {len(items.rejects)}, listed in {file}")
+    log(f"rows or pictures left out: {len(items.rejects)}, listed in {file}")
     for reject in items.rejects[:SHOWN]:
         log(f"  {reject.file}, row {reject.row}: {reject.reason}")

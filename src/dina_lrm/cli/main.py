@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dina_lrm import __version__
 from dina_lrm.cli.console import UsageError, log, quiet_libraries, report_error
-from dina_lrm.errors import DinaError, ScoringError
+from dina_lrm.errors import DinaError, RunError
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ def explain(error: Exception) -> int:
     message, code, ours = str(error), EXIT_FAILURE, False
     # Our functions refuse bad values with ValueError (InvalidInputError and CheckpointError are ones).
     if isinstance(error, UsageError | DinaError | ValueError):
-        # A server, or a number that is none, is not the user's mistake.
-        code = EXIT_FAILURE if isinstance(error, ScoringError) else EXIT_USAGE
+        code = EXIT_FAILURE if isinstance(error, RunError) else EXIT_USAGE
     elif isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.strerror}: {os.fsdecode(error.filename)}"
         theirs = FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError

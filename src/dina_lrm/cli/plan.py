@@ -69,7 +69,7 @@ class Plan:
     guidance: float | None
     head_width: int
     network_parameters: int
-    """Of the whole transformer or UNet, of which `backbone_parameters` are kept."""
+    """Parameters of the whole transformer or UNet, of which `backbone_parameters` are kept."""
     backbone_parameters: int
     head_parameters: int
     lora_parameters: int

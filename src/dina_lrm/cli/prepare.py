@@ -31,22 +31,24 @@ class Prepare:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, folder, latent-cache, or
-    jsonl: your own rows, in .jsonl, .json, .csv or .parquet, the text forms also with .gz."""
+    """hpdv3, hpdv3++, hpdv2, imagereward, imagerewarddb, genai-bench, pickapic, rapidata,
+    open-image-preferences, editreward, folder, latent-cache, or jsonl: your own rows, in .jsonl, .json, .csv
+    or .parquet, the text forms also with .gz."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with the data set's files as published; for jsonl, also the file. Without it genai-bench,
-    pickapic and imagerewarddb are streamed from the Hugging Face hub."""
+    """Folder with the data set's files as published; for jsonl, also the file. Without it, genai-bench,
+    pickapic, rapidata, open-image-preferences and editreward are streamed from the Hugging Face hub, and
+    imagerewarddb is downloaded."""
     pipeline: Annotated[str, tyro.conf.arg(metavar="ID")] = "bundled"
     """The generator whose VAE and text encoders are used: "bundled", a folder or a hub id."""
     output: Annotated[Path, tyro.conf.arg(metavar="LATENTS")]
     """Receives the shards."""
     split: str | None = None
-    """Of the data set; by default the one it is evaluated on, so say train to train."""
+    """The part of the data set; by default the one it is evaluated on, so say train to train."""
     test_fraction: float | None = None
     """Set so many of the pairs aside to test on: writes LATENTS/train and LATENTS/test, which have no prompt
     and no picture in common. Needs --root."""
     seed: int = 0
-    """Of the split; read only with --test-fraction."""
+    """Seed of the split into train and test; read only with --test-fraction."""
     max_pixels: int | None = 1024 * 1024
     """Larger pictures are shrunk to about so many pixels; None keeps every size that the backbone can
     read."""
@@ -60,7 +62,7 @@ class Prepare:
     embeddings: bool = True
     """Store prompt embeddings. Without, training encodes prompts on the fly."""
     prompt_dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored embeddings."""
+    """Precision of the stored embeddings."""
     max_text_tokens: int | None = None
     """Longest prompt of the main text encoder, in tokens; by default the pipeline's own limit."""
     processes: int | None = None

@@ -64,6 +64,8 @@ class Search:
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("search")
     """Receives 000.png, 001.png, ... and search.json."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace the result of an earlier search in that folder."""
     seed: int = 0
     """Seed of the candidates' noise: the same seed gives the same pictures."""
     as_json: JsonFlag = False
@@ -86,6 +88,11 @@ def main(arguments: Sequence[str]) -> int:
             f"has to be here: a folder, or a hub id"
         )
     options.output.mkdir(parents=True, exist_ok=True)
+    if (options.output / "search.json").exists() and not options.overwrite:
+        raise UsageError(
+            f"{str(options.output)!r} holds the result of a search; choose another --output, or replace it "
+            "with --overwrite"
+        )
     import torch
 
     from dina_lrm.alignment.policy import Policy
@@ -170,6 +177,8 @@ def write(options: Search, pictures: "Sequence[Image]", result: "SearchResult") 
     """The pictures and search.json."""
     from dina_lrm.files import write_whole, written_aside
 
+    for old in options.output.glob("[0-9][0-9][0-9].png"):  # of a search that kept more
+        old.unlink()
     files = [options.output / f"{index:03d}.png" for index in range(len(pictures))]
     for file, picture in zip(files, pictures, strict=True):
         with written_aside(file) as aside:

@@ -84,6 +84,11 @@ class BucketOrder:
     (k + u) / q with a random start u in [0, 1), and step s is the s-th batch in order of time. So each pair
     is drawn equally often in the long run, whatever the size of its bucket, and no batch is ever short.
 
+    A batch from a bucket of fewer pairs holds each of them several times, under noise of their own. Short
+    batches instead would either draw rare shapes less often than others, or give them most of the steps: of
+    1,000 pairs with 50 shapes of one pair each, and batches of 96, 50 steps an epoch against 10 for the rest,
+    where here it is one step in two epochs. They would also leave some of several processes without a pair.
+
     Within an epoch row groups are shuffled, and the pairs of every `window` consecutive row groups among
     themselves: a reader then goes through the files once per epoch, a few row groups at a time. With `groups`
     (prompts), pairs of one group stay together where they are in the same window.

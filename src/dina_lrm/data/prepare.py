@@ -58,7 +58,7 @@ from dina_lrm.data.shards import (
     write_pairs,
     write_prompts,
 )
-from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
+from dina_lrm.errors import InvalidInputError, PromptWarning, RunError
 from dina_lrm.files import file_fault, write_whole
 from dina_lrm.pictures import rgb_tensor
 
@@ -162,7 +162,7 @@ def prepare(
     Raises:
         InvalidInputError: the folder belongs to other settings; a file of the source or a picture has changed
             since it was begun; another process works on it; no pair can be used.
-        DinaError: a process died; what was finished is kept.
+        RunError: a process died; what was finished is kept.
         OSError: the disk is full; what was finished is kept.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ class _Preparation:
             while running:
                 collect()
         except BrokenProcessPool as error:
-            raise DinaError(
+            raise RunError(
                 "a process of `prepare` died, perhaps for lack of memory (fewer --processes need less); "
                 "what was finished is kept: run the same command again"
             ) from error
@@ -336,7 +336,7 @@ class _Preparation:
                 name = file.relative_to(self.output).as_posix()
                 digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
         if num_pairs + len(rejects) != num_items:
-            raise DinaError(
+            raise RunError(
                 f"{num_items} items, but {num_pairs} pairs and {len(rejects)} rejects: a fault of ours"
             )
         prepared = Prepared(

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import reprlib
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = [
     "is_rows_file",
     "open_parquet",
     "rows_of_file",
+    "rows_of_list",
     "shown",
 ]
 
@@ -87,6 +89,19 @@ def rows_of_file(file: Path) -> Iterator[FileRow]:
         raise InvalidInputError(f"rows are {FORMS}: not {file}")
     for index, (line, values) in enumerate(read(file)):
         yield FileRow(index, line, values if isinstance(values, BadRow) else checked_row(values))
+
+
+def rows_of_list(stream: Any, name: Path) -> Iterator[FileRow]:
+    """The same for a JSON list in a stream of bytes, such as a member of an archive.
+
+    Args:
+        stream: with `peek`; `name` is what an error calls it.
+
+    Raises:
+        InvalidInputError: UTF-16 or UTF-32.
+    """
+    for index, values in enumerate(_listed(_unmarked(stream, name))):
+        yield FileRow(index, None, values if isinstance(values, BadRow) else checked_row(values))
 
 
 def is_rows_file(file: Path) -> bool:
@@ -208,18 +223,22 @@ def _open(file: Path) -> Any:
     """
     stream: Any = gzip.open(file) if _form(file)[1] else file.open("rb")
     try:
-        start = stream.peek(4)[:4]
-        if start.startswith(_UTF_16_32):
-            raise InvalidInputError(f"{file} is UTF-16 or UTF-32: save it as UTF-8")
-        if start.startswith(codecs.BOM_UTF8):
-            stream.read(len(codecs.BOM_UTF8))
+        return _unmarked(stream, file)
     except BaseException:
         stream.close()
         raise
+
+
+def _unmarked(stream: Any, name: Path) -> Any:
+    start = stream.peek(4)[:4]
+    if start.startswith(_UTF_16_32):
+        raise InvalidInputError(f"{name} is UTF-16 or UTF-32: save it as UTF-8")
+    if start.startswith(codecs.BOM_UTF8):
+        stream.read(len(codecs.BOM_UTF8))
     return stream
 
 
-_BROKEN = (OSError, EOFError, zlib.error)
+_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)
 """What reading a damaged file raises."""
 
 
@@ -267,11 +286,20 @@ def _space(text: str, at: int) -> int:
 
 def _list(file: Path) -> Iterator[tuple[None, Any]]:
     try:
-        with _open(file) as stream, io.TextIOWrapper(stream, newline="", **_UTF_8) as text:
-            for value in _items(text):
+        with _open(file) as stream:
+            for value in _listed(stream):
                 yield None, value
     except _BROKEN as error:
         yield None, BadRow(f"damaged file: {error}")
+
+
+def _listed(stream: Any) -> Iterator[Any]:
+    """The items of a JSON list; a stream that breaks off is told."""
+    try:
+        with io.TextIOWrapper(stream, newline="", **_UTF_8) as text:
+            yield from _items(text)
+    except _BROKEN as error:
+        yield BadRow(f"damaged file: {error}")
 
 
 def _items(text: io.TextIOBase) -> Iterator[Any]:

@@ -119,11 +119,14 @@ DEFAULT_RULE = {
     "imagerewarddb": "strict",
     "genai-bench": "strict",
     "pickapic": "three-way",
+    "rapidata": "strict",
+    "open-image-preferences": "strict",
+    "editreward": "strict",
     "folder": "strict",
     "jsonl": "strict",
 }
-"""The published rule of each source (`data.sources`); for GenAI-Bench the accuracy without ties, which most
-papers state."""
+"""The published rule of each source (`data.sources`), strict where none is; for GenAI-Bench the accuracy
+without ties, which most papers state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

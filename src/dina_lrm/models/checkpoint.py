@@ -12,7 +12,7 @@ No pickle. Everything that is read is checked, names, shapes, digests and values
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Checkpoint:
     origin: str = ""
     """Where it was read from, for messages."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    card: str | None = None
+    """Markdown that README.md adds to what `model_card` says by itself: data, recipe, measured figures."""
 
 
 def read_checkpoint(location: str | Path, revision: str | None = None) -> Checkpoint:
@@ -80,9 +82,9 @@ def read_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
         raise CheckpointError(f"{folder.resolve()} is no reward: {_what_else(folder)}. {A_REWARD}")
     config = read_json(folder / "config.json")
     if config.get("format") == FORMAT:
-        return _read(folder, config)
+        return replace(_read(folder, config), card=_added(folder / "README.md"))
     if "model" in config and "training" in config:
-        return Checkpoint(**published.read(folder, config))
+        return Checkpoint(**published.read(folder, config), card=_added(folder / "README.md"))
     raise CheckpointError(
         f'{folder.resolve()} is no reward: its config.json is neither ours ("format": "{FORMAT}") nor of the '
         f"published layout (sections model and training); its entries are {listed(config)}. {A_REWARD}"
@@ -110,7 +112,7 @@ def _what_else(folder: Path) -> str:
     return f"there is no config.json among {listed(found)}" if found else "it is empty"
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str, card: str | None = None) -> None:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str) -> None:
     """Write atomically; an existing checkpoint is replaced only once the new one is complete on disk."""
     if layout not in LAYOUTS:
         raise InvalidInputError(f'layout = {layout!r}: it must be "dina" or "published"')
@@ -119,7 +121,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str, card: st
             _write(aside, checkpoint)
         else:
             published.write(aside, checkpoint)
-        (aside / "README.md").write_text(model_card(checkpoint, card))
+        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
 
 
 def write_adapter(folder: Path, config: RewardModelConfig, adapter: Mapping[str, Tensor]) -> None:
@@ -161,7 +163,11 @@ def read_adapter(folder: Path, config: RewardModelConfig) -> dict[str, Tensor]:
     return read_safetensors(folder / "adapter_model.safetensors")
 
 
-def model_card(checkpoint: Checkpoint, text: str | None) -> str:
+_LAST_LINES = 'model.score("a prompt", "picture.png").scores\n```\n'
+"""Where what `model_card` says by itself ends."""
+
+
+def model_card(checkpoint: Checkpoint) -> str:
     """README.md of a checkpoint: what it is, what it needs, and whatever the trainer measured."""
     config = checkpoint.config
     step = "" if checkpoint.training_step is None else f", training step {checkpoint.training_step}"
@@ -186,12 +192,18 @@ def model_card(checkpoint: Checkpoint, text: str | None) -> str:
             "import dina_lrm",
             "",
             f'model = dina_lrm.RewardModel.from_pretrained("this/folder", pipeline="{config.backbone_id}")',
-            'model.score("a prompt", "picture.png").scores',
-            "```",
-            "",
-            *([text.strip(), ""] if text else []),
+            _LAST_LINES,
+            *([checkpoint.card.strip(), ""] if checkpoint.card else []),
         ]
     )
+
+
+def _added(file: Path) -> str | None:
+    """What a card of ours says beyond that; None where there is no such card, or nothing was added."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").partition(_LAST_LINES)[2].strip() or None
+    except FileNotFoundError:
+        return None
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ calls, and a prompt's text projection is computed once.
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,8 @@ class RewardModel(nn.Module):
         self.allow_untrained = allow_untrained
         self.max_batch_size = max_batch_size
         self.training_step: int | None = None
+        self.card: str | None = None
+        """What the model card adds about these weights, as `train` measured them or a checkpoint says."""
         self._merging = True
         self._attached_to: Any = None
         self.register_load_state_dict_pre_hook(_unmerge_first)
@@ -138,7 +141,7 @@ class RewardModel(nn.Module):
                 checkpoint.config, pipeline, checkpoint, device=device, dtype=dtype, variant=variant
             )
             model = cls(**parts, trained=checkpoint.trained)
-            model.training_step = checkpoint.training_step
+            model.training_step, model.card = checkpoint.training_step, checkpoint.card
             model._load(checkpoint)
             return model.eval()
 
@@ -643,9 +646,13 @@ class RewardModel(nn.Module):
 
         Args:
             layout: ours, or "published", which the paper's own code can read.
-            model_card: Markdown to add to README.md: data, recipe, measured figures.
+            model_card: Markdown to add to README.md: data, recipe, measured figures; None: `card`, what
+                these weights were trained or loaded with.
         """
-        write_checkpoint(Path(folder), self.checkpoint(training_step), layout, model_card)
+        checkpoint = self.checkpoint(training_step)
+        if model_card is not None:
+            checkpoint = replace(checkpoint, card=model_card)
+        write_checkpoint(Path(folder), checkpoint, layout)
         return Path(folder)
 
     def push_to_hub(
@@ -700,6 +707,7 @@ class RewardModel(nn.Module):
                 trained=self.trained,
                 training_step=self.training_step if training_step is None else training_step,
                 fingerprint=loading.fingerprint(self.backbone),
+                card=self.card,
             )
 
     @in_turn

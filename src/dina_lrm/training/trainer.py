@@ -36,7 +36,7 @@ from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.sharding import is_cut, local
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards import PairSet
-from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.files import write_whole
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.checkpoint import OWNED
@@ -260,7 +260,8 @@ class _Run:
                 norm = self._optimize(loader, window)
                 self.step += 1
                 self.model.trained = True
-                self.model.config = replace(self.model.config, calibration=None)  # of other weights
+                # Both are of other weights.
+                self.model.config, self.model.card = replace(self.model.config, calibration=None), None
                 out_of_time = self._out_of_time()
                 last = out_of_time or self.step == config.num_steps
                 if self.step % config.log_every == 0 or last:
@@ -403,7 +404,7 @@ class _Run:
         loss, accuracy, pairs, seconds = window.close(self.accelerator)
         waited, loader.waited_seconds = loader.waited_seconds, 0.0
         if not math.isfinite(loss):
-            raise DinaError(
+            raise RunError(
                 f"the loss is {loss} at step {self.step}: training has diverged; "
                 f"lower optimizer.learning_rate (now {rate:g}) or resume from an earlier checkpoint"
             )
@@ -421,10 +422,10 @@ class _Run:
             )
         )
 
-    def _save_model(self, folder: Path, step: int, card: str | None = None) -> None:
+    def _save_model(self, folder: Path, step: int) -> None:
         """The main process writes; all gather if each has pieces only."""
         if self.is_main:
-            self.model.save_pretrained(folder, training_step=step, model_card=card)
+            self.model.save_pretrained(folder, training_step=step)
         elif self.in_pieces:
             self.model.checkpoint()
 
@@ -503,12 +504,13 @@ class _Run:
             margins=margins,
             history=self.reporter.history,
         )
+        saved_step = (
+            self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
+        )
+        self.model.training_step = saved_step
+        self.model.card = None if self.card is None else self.card(result)
         if self.output is not None:
-            saved_step = (
-                self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
-            )
-            card = None if self.card is None else self.card(result)
-            self._save_model(self.output, saved_step, card)
+            self._save_model(self.output, saved_step)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return result

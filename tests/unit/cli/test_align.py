@@ -178,6 +178,20 @@ def test_search_writes_the_best_picture(
     assert json.loads((tmp_path / "search.json").read_text())["method"] == method
 
 
+def test_search_keeps_an_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["search", "a red circle on a gray background", "--samples", "2", "--method", "best-of-n"]
+    arguments += ["--steps", "2", "--guidance-scale", "1", "--output", str(tmp_path)]
+    assert main([*arguments, "--keep", "2"]) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main([*arguments, "--seed", "1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds the result of a search; choose another --output, or replace it with --overwrite" in error
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert main([*arguments, "--seed", "1", "--overwrite"]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000.png", "search.json"]
+    assert (tmp_path / "000.png").read_bytes() != before["000.png"]
+
+
 def test_search_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", " ", "--output", str(tmp_path)]) == 2
     assert "give a prompt" in capsys.readouterr().err

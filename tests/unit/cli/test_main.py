@@ -1,13 +1,16 @@
 """Exit codes, and that a mistake is one line and not a traceback."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 import dina_lrm
+from dina_lrm.alignment.processes import AlignmentError
+from dina_lrm.alignment.rewards import RewardError
 from dina_lrm.cli import main as cli
-from dina_lrm.errors import CheckpointError
+from dina_lrm.errors import CheckpointError, InvalidInputError, RunError, ScoringError
 
 
 def test_overview_lists_every_command(capsys):
@@ -34,10 +37,17 @@ def test_unknown_command(capsys):
     assert "'scoer'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+LEAVES = [["train", "shapes"], ["label", "export"], ["demo", "pictures"]]
+LEAVES += [["align", method, "shapes"] for method in ("refl", "grpo", "dpo", "step-dpo")]
+
+
+@pytest.mark.parametrize("command", [*([name] for name in cli.COMMANDS), *LEAVES], ids=" ".join)
 def test_help_of_each_command(command, capsys):
-    assert cli.main([command, "--help"]) == 0
-    assert "usage" in capsys.readouterr().out
+    assert cli.main([*command, "--help"]) == 0
+    output = capsys.readouterr().out
+    assert "usage" in output
+    fragments = re.findall(r"(?m)^[│\s]*(?:-\S+(?: \S+)?\s\s+)?Of .*", output)
+    assert not fragments, "what an option is, in plain words"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,11 @@ def test_help_of_each_command(command, capsys):
         (ValueError("sigma = 1.5"), 2, "sigma = 1.5"),
         (FileNotFoundError(2, "No such file or directory", "a.png"), 2, "a.png"),
         (OSError(28, "No space left on device"), 1, "No space left"),
+        (InvalidInputError("batch_size = 0"), 2, "batch_size = 0"),
+        (RunError("the loss is nan at step 3"), 1, "the loss is nan"),
+        (AlignmentError("the gradient norm is inf in update 1"), 1, "is inf in update 1"),
+        (RewardError("the reward of 4 of 4 pictures is not finite"), 1, "is not finite"),
+        (ScoringError("no server answers"), 1, "no server answers"),
     ],
 )
 def test_users_mistakes_and_failures_show_no_traceback(error, code, message, capsys):

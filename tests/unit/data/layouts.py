@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def write_source(name: str, root: Path) -> tuple[str | None, int]:
             table(root / "test_unique-00000.parquet", [row | {"label_0": 0, "label_1": 1}])
             return None, 1
         case "imagerewarddb":
+            write_part(root, "test_1", [("0", "p", [1, 2, 3, 4])])
+            return None, 6
+        case "rapidata":
+            row = {"prompt": "p", "image1": cells[0], "image2": cells[1], "model1": "a", "model2": "b"}
+            table(
+                root / "data/train_0001-00000-of-00001.parquet",
+                [row | {"votes_image1": 3, "votes_image2": 9}],
+            )
+            return None, 1
+        case "open-image-preferences":
+            row = {"prompt": "p", "chosen": cells[0], "rejected": cells[1]}
+            table(root / "data/train-00000-of-00001.parquet", [row])
+            return None, 1
+        case "editreward":
+            write_pictures(root / "x")
+            dump(root / "train.json", [{"prompt": "make it red", "path_src": "x/c.png", **sides}])
+            return None, 1
+        case "imagerewarddb group":
             table(root / "test-00000.parquet", [{"prompt": "p", "image": cells, "rank": [1, 2, 3, 4]}])
             return None, 6
         case "folder":
@@ -136,6 +155,37 @@ def write_source(name: str, root: Path) -> tuple[str | None, int]:
             raise AssertionError(name)
 
 
+def write_part(
+    root: Path, part: str, prompts: Sequence[tuple[str, str, Sequence[Any]]], *, unpacked: bool = False
+) -> Path:
+    """A part of ImageRewardDB: (prompt_id, prompt, ranks), a picture a rank; rows of prompts are mixed."""
+    folder = f"images/{part.partition('_')[0]}/{part}"
+    pictures: dict[str, bytes] = {}
+    rows: list[dict[str, Any]] = []
+    for index in range(max(len(ranks) for _, _, ranks in prompts)):
+        for prompt_id, prompt, ranks in prompts:
+            if index < len(ranks):
+                name = f"{part}-{prompt_id}-{index}.webp"
+                pictures[name] = encoded(len(rows), form="WEBP")
+                rows.append(
+                    {"image_path": f"{folder}/{name}", "prompt_id": prompt_id, "prompt": prompt}
+                    | {"classification": "People", "image_amount_in_total": len(ranks), "rank": ranks[index]}
+                    | {"overall_rating": 4, "image_text_alignment_rating": 3, "fidelity_rating": 4}
+                )
+    members = pictures | {f"{part}.json": json.dumps(rows).encode()}
+    target = root / (folder if unpacked else f"{folder}.zip")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if unpacked:
+        for name, content in members.items():
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
+    else:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+    return target
+
+
 def dump(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value))
@@ -145,4 +195,11 @@ def table(file: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(file).to_pylist()

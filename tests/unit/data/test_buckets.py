@@ -86,6 +86,16 @@ def test_each_epoch_of_a_bucket_holds_every_pair_once() -> None:
     assert drawn[0].tolist() != drawn[1].tolist()
 
 
+def test_a_small_bucket_fills_a_batch_with_copies() -> None:
+    """Of two pairs, batches of 8 hold four copies each; that happens as seldom as its share of all pairs."""
+    buckets, _ = layout([38, 2])
+    batches = order([38, 2], batch_size=8)
+    drawn = [batches(step).numpy() for step in range(200)]
+    small = [pairs for pairs in drawn if buckets[pairs[0]] == 1]
+    assert all(np.bincount(pairs, minlength=40)[38:].tolist() == [4, 4] for pairs in small)
+    assert 9 <= len(small) <= 11
+
+
 def test_order_is_a_function_of_seed_and_step_only() -> None:
     forward = [order([37, 11, 3])(step).tolist() for step in range(40)]
     batches = order([37, 11, 3])

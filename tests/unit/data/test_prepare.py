@@ -24,7 +24,7 @@ from dina_lrm.data.shards import FORMAT, LatentShards, PromptRow, stack_prompts
 from dina_lrm.data.sources import read_source, source_length
 from dina_lrm.errors import InvalidInputError
 from tests.tiny import PROMPT
-from tests.unit.data.layouts import ColourEncoder, shard
+from tests.unit.data.layouts import ColourEncoder, rows_of, shard
 
 PROMPTS = ("a red circle", "a red square", "two blue circle")
 
@@ -67,12 +67,6 @@ def comparison(chosen: Any, rejected: Any, row: int = 0, **about: Any) -> Compar
     said = {name: about.pop(name) for name in names if name in about}
     pair = PreferencePair(prompt=about.pop("prompt", "a prompt"), chosen=chosen, rejected=rejected, **said)
     return Comparison(pair=pair, row=row, file="f", **about)
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    return parquet.read_table(file).to_pylist()
 
 
 # --- one shard
@@ -627,7 +621,7 @@ def test_a_set_on_the_hub_is_streamed(
     import pyarrow.parquet as parquet
 
     from dina_lrm import build
-    from dina_lrm.data.sources import read_hub
+    from dina_lrm.data.hub import read_hub
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     cells = [{"bytes": save(tmp_path / f"{n}.png", seed=n).read_bytes(), "path": f"{n}.png"} for n in (0, 1)]

@@ -13,9 +13,10 @@ from PIL import Image
 from dina_lrm.cli import main as cli
 from dina_lrm.data.comparisons import Check, Comparison
 from dina_lrm.data.inspection import audit, inspect
+from dina_lrm.data.layouts import SOURCES
 from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.sources import SOURCES, read_hub, read_source
+from dina_lrm.data.sources import read_source
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import read_items
 from tests.unit.data.layouts import shard, write_source
@@ -252,23 +253,6 @@ def test_a_folder_of_pairs(tmp_path: Path) -> None:
         list(read_source("folder", tmp_path / "none"))
 
 
-def test_the_hubs_stream_equals_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline: `datasets` streams a local folder of the same layout."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    cell = {"bytes": encoded(1), "path": "left.png"}
-    row = {"prompt": "p", "left_image": cell, "right_image": {"bytes": encoded(2), "path": "right.png"}}
-    row |= {"left_model": "l", "right_model": "r"}
-    rows = [row | {"vote_type": vote} for vote in ("rightvote", "tievote", "nobody")]
-    table(tmp_path / "data" / "test_v1-00000-of-00001.parquet", rows)
-    streamed = list(read_hub("genai-bench", dataset=str(tmp_path / "data"), check_images="decode"))
-    local = list(read_source("genai-bench", tmp_path / "data", check_images="decode"))
-    assert [item.pair for item in streamed[:2]] == [item.pair for item in local[:2]]
-    assert streamed[2].reason == local[2].reason
-    assert len(streamed) == 3
-    with pytest.raises(InvalidInputError, match="hpdv3 is not published as a table"):
-        list(read_hub("hpdv3"))
-
-
 # --- what goes wrong
 
 
@@ -317,13 +301,15 @@ def rows_file(root: Path, rows: list[Any]) -> Path:
 @pytest.mark.parametrize("check", ["none", "exists", "decode"])
 @pytest.mark.parametrize(
     "name",
-    "hpdv3 hpdv3++ hpdv2 hpdv2-train imagereward genai-bench pickapic imagerewarddb folder jsonl".split(),
+    "hpdv3 hpdv3++ hpdv2 hpdv2-train imagereward genai-bench pickapic imagerewarddb imagerewarddb-group "
+    "rapidata open-image-preferences editreward folder jsonl".split(),
 )
 def test_a_relative_root_is_the_same(
     name: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split, num_comparisons = write_source(name.replace("-train", " train"), tmp_path / "set")
-    name = name.removesuffix("-train")
+    written = name.replace("-train", " train").replace("-group", " group")
+    split, num_comparisons = write_source(written, tmp_path / "set")
+    name = written.partition(" ")[0]
     monkeypatch.chdir(tmp_path)
     absolute, rejects = read(name, tmp_path / "set", split, check)
     assert (len(absolute), rejects) == (num_comparisons, [])

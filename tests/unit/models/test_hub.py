@@ -81,6 +81,26 @@ def test_the_card_names_the_base_model(
     assert [line for line in header.splitlines() if "base_model" in line] == expected
 
 
+def readme(hub: FakeHub) -> str:
+    return hub.repositories[NAME].commits[hub.repositories[NAME].refs["main"]]["README.md"].decode()
+
+
+@pytest.mark.parametrize("layout", ["dina", "published"])
+def test_measured_figures_go_along(hub: FakeHub, tiny_backbone: Path, tmp_path: Path, layout: str) -> None:
+    """From the run's folder to the hub, from there to a folder, and to the hub again."""
+    figures = "## Training\n\n- 12 steps\n\n## Validation\n\n| 0.4 (default) | 71.5 |"
+    run = make_tiny_reward(tiny_backbone).save_pretrained(tmp_path / "run", layout, model_card=figures)
+    RewardModel.from_pretrained(run, tiny_backbone).push_to_hub(NAME, layout=layout)
+    assert readme(hub) == (run / "README.md").read_text()
+    fetched = RewardModel.from_pretrained(NAME, tiny_backbone)
+    assert fetched.card == figures
+    fetched.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/README.md").read_text().count(figures) == 1
+    fetched.card = None
+    fetched.push_to_hub(NAME)
+    assert "Validation" not in readme(hub)
+
+
 # --- faults
 
 

@@ -73,6 +73,19 @@ def test_bad_rows_are_told(tmp_path: Path, row: dict, reason: str) -> None:
     assert reason in items.rejects[0].reason
 
 
+def test_a_missing_picture_costs_its_own_pairs(tmp_path: Path) -> None:
+    for name in "abc":
+        write_picture(tmp_path / f"{name}.png", ord(name))
+    (tmp_path / "folder.png").mkdir()
+    images = ["a.png", "absent.png", "b.png", "folder.png", "c.png"]
+    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": images}]))
+    assert sorted("".join(sorted(name[0] for name in two)) for two in names_of(items)) == ["ab", "ac", "bc"]
+    assert [(reject.row, reject.prompt, reject.reason) for reject in items.rejects] == [
+        (0, "p", "missing file: images[1] = absent.png"),
+        (0, "p", "no file: images[3] = folder.png is a folder"),
+    ]
+
+
 def test_a_pair_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
     for name in "ab":
         write_picture(tmp_path / f"{name}.png", ord(name))

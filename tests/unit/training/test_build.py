@@ -72,7 +72,7 @@ def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path
     ]
     shard = prepared / "pairs" / "part-00000.parquet"
     written = shard.stat().st_mtime_ns
-    _, resumed = run_training(replace(config, resume=True, num_steps=3))
+    trained, resumed = run_training(replace(config, resume=True, num_steps=3))
     assert resumed.steps == 3
     assert shard.stat().st_mtime_ns == written
     loaded = RewardModel.from_pretrained(tmp_path / "run")
@@ -86,6 +86,10 @@ def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path
     assert "| 0.4 (default) |" in card
     assert "seed 0" in card
     assert "torch" in card
+    assert trained.card == loaded.card
+    assert trained.card is not None
+    assert card.endswith(trained.card + "\n")
+    assert "training step" in card
 
 
 def test_own_pairs_are_validated_on_a_part_of_them(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -151,7 +155,8 @@ def test_a_folder_without_pairs_and_one_with_two_parts_are_named(tmp_path: Path)
         raw_source(tmp_path)
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
-        (tmp_path / part / "manifest.json").write_text("{}")
-    with pytest.raises(InvalidInputError, match=r"train and .*test: name the one that is meant"):
+        (tmp_path / part / "prepare.json").write_text("{}")
+    with pytest.raises(InvalidInputError) as caught:
         raw_source(tmp_path)
+    assert f"train on {tmp_path / 'train'}, evaluate on {tmp_path / 'test'}" in str(caught.value)
     assert raw_source(tmp_path / "train") is None

@@ -46,7 +46,7 @@ class Items:
     pairs: list[LabelPair]
     pictures: list[ImageSource]
     rejects: list[Reject]
-    """Rows that give no pair, and why."""
+    """Rows that give no pair and pictures that are not there, and why."""
     fingerprint: str
     """Of prompts, names and sizes of pictures: votes belong to one such set of pairs."""
 
@@ -75,12 +75,15 @@ def read_items(path: str | Path) -> Items:
     for file, found in _folder(path) if path.is_dir() else _file(path):
         prompt = found.values.get("prompt") if isinstance(found.values, Mapping) else None
         try:
-            rows.append(_row(found.values, root))
+            row, faults = _row(found.values, root)
+            rows.append(row)
         except BadRow as bad:
-            prompt = prompt if isinstance(prompt, str) else None
-            rejects.append(
-                Reject(row=found.index, line=found.line, reason=str(bad), prompt=prompt, file=file)
-            )
+            faults = [bad]
+        prompt = prompt if isinstance(prompt, str) else None
+        rejects += [
+            Reject(row=found.index, line=found.line, reason=str(fault), prompt=prompt, file=file)
+            for fault in faults
+        ]
     pictures: dict[bytes, ImageSource] = {}
     for row in rows:
         pictures |= {_digest(picture, root): picture for picture in row.pictures}
@@ -101,7 +104,8 @@ def read_items(path: str | Path) -> Items:
     )
 
 
-def _row(values: Mapping[str, Any] | BadRow, root: Path) -> _Row:
+def _row(values: Mapping[str, Any] | BadRow, root: Path) -> tuple[_Row, list[BadRow]]:
+    """The row with the pictures that are there, and why others are not; at least two have to be."""
     if isinstance(values, BadRow):
         raise values
     prompt, source = prompt_text(values.get("prompt")), values.get("source")
@@ -116,10 +120,18 @@ def _row(values: Mapping[str, Any] | BadRow, root: Path) -> _Row:
         if not isinstance(images, list):
             raise BadRow(f"images: a list is expected, not {type(images).__name__}")
         cells = {f"images[{index}]": image for index, image in enumerate(images)}
-    pictures = [image_cell(cell, name, root, "exists") for name, cell in cells.items()]
+    pictures: list[ImageSource] = []
+    faults: list[BadRow] = []
+    for name, cell in cells.items():
+        try:
+            pictures.append(image_cell(cell, name, root, "exists"))
+        except BadRow as fault:
+            faults.append(fault)
+    if faults and len(pictures) < 2:
+        raise faults[0]
     if len(pictures) < 2 or any(same_picture(*two) for two in itertools.combinations(pictures, 2)):
         raise BadRow(f"images: needs at least 2 pictures, all different: has {len(pictures)}")
-    return _Row(prompt, pictures, source if isinstance(source, str) else None)
+    return _Row(prompt, pictures, source if isinstance(source, str) else None), faults
 
 
 def _file(path: Path) -> Iterator[tuple[str, FileRow]]:
