@@ -26,7 +26,7 @@ class RunError(DinaError, RuntimeError):
 
 
 class HubError(RunError):
-    """A checkpoint that could not be uploaded: no token, no permission, no network."""
+    """What could not be sent to the hub or read from it: no token, no permission, no network."""
 
 
 class UntrainedModelError(DinaError, RuntimeError):

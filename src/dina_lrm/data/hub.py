@@ -9,7 +9,7 @@ from dina_lrm.data.layouts import Source
 from dina_lrm.data.pairs import Reject
 from dina_lrm.data.rows import BadRow, checked_row
 from dina_lrm.data.sources import LOCAL, read_source, source_files, source_split
-from dina_lrm.errors import InvalidInputError
+from dina_lrm.errors import HubError, InvalidInputError
 
 __all__ = ["read_hub"]
 
@@ -28,7 +28,8 @@ def read_hub(
         split: as of the data set; None: the source's default.
 
     Raises:
-        InvalidInputError: no such source or split, the source is not on the hub, or it cannot be reached.
+        InvalidInputError: no such source or split, or the source is not on the hub.
+        HubError: the hub cannot be reached, or gives no access.
     """
     source, split = (None, split) if name in LOCAL else source_split(name, split)
     if source is None or source.hub is None or split is None:
@@ -46,9 +47,12 @@ def read_hub(
             rows = _read(source, stream, f"{repository}/{split}", check_images)
     except InvalidInputError:
         raise
-    except Exception as error:  # no network, no access, no such split: each library has errors of its own
+    except Exception as error:  # no network, no access: each library has errors of its own
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidInputError(f"{name}: {repository} cannot be read from the hub: {why}") from error
+        bad_split = isinstance(error, ValueError) and source.hub.by == "splits"
+        raise (InvalidInputError if bad_split else HubError)(
+            f"{name}: {repository} cannot be read from the hub: {why}"
+        ) from error
     yield from rows
 
 

@@ -100,8 +100,19 @@ def test_a_hub_that_cannot_be_reached(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    assert cli.main(["inspect", name]) == 2
+    assert cli.main(["inspect", name]) == 1
     error = capsys.readouterr().err
     assert f"{name}: " in error
     assert "cannot be read from the hub: no route to host" in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_a_split_that_the_hub_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*_: Any, split: str, **__: Any) -> None:
+        raise ValueError(f"Bad split: {split}. Available splits: ['train']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InvalidInputError, match=r"editreward: .* Bad split: test. Available splits"):
+        list(read_hub("editreward", split="test"))
