@@ -272,9 +272,7 @@ def hub() -> None:
     page.closing.append(running.close)
     use_hub(page.patch, address, page.folder / "hub-cache")
     page.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    declare(
-        "the Hugging Face hub, logged in", "a local server with the part of its HTTP API that is used"
-    )
+    declare("the Hugging Face hub, logged in", "a local server with the part of its HTTP API that is used")
 
 
 def clip_scorer(name: str) -> None:

@@ -41,6 +41,8 @@ class Audit:
 
 def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Audit, prog="dina-lrm audit", args=arguments)
+    if options.output is not None and options.output.exists():
+        raise UsageError(f"{options.output} exists: choose another --output")
 
     from dina_lrm.data.inspection import PHASH_DISTANCE, audit
     from dina_lrm.data.sources import read_source

@@ -62,7 +62,7 @@ def compare_images(options: Compare) -> int:
     from dina_lrm.data.pairs import load_image
 
     prompt, viewing = options.prompt, options.viewing
-    find_pictures(options.images, skip_bad=False)
+    find_pictures(options.images, skip_bad=None)
     pictures = [load_image(Path(name)) for name in options.images]
     model = options.model.load()
     if options.adaptive:

@@ -1,5 +1,6 @@
 """`dina-lrm evaluate`: accuracy with intervals, share of the Bayes-optimal, calibration; table and files."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str]) -> int:
         parse_noise_levels(levels)
         for levels in (("0.2,0.5,0.7",) if options.ensembles is None else options.ensembles)
     ]
+    output = options.output or default_output(options)
+    if not options.learn_views:
+        refuse_to_replace(output, options.model.model, options.seed)
     model = options.model.load()
 
     from dina_lrm.evaluation.benchmarks import SWEEP_LEVELS, evaluate_latent_pairs
@@ -147,9 +151,10 @@ def main(arguments: Sequence[str]) -> int:
             seed=options.seed,
             batch_size=options.batch_size,
             benchmark=options.benchmark if options.pairs is None else str(options.pairs),
+            model_name=options.model.model,
             on_progress=lambda done, total: progress.tell("passes", done, total=total),
         )
-    folder = result.save(options.output or default_output(options))
+    folder = result.save(output)
     pairs_page(result, folder)
     if options.as_json:
         print_json({"model": options.model.model, "output": str(folder), **result.to_dict()})
@@ -157,6 +162,22 @@ def main(arguments: Sequence[str]) -> int:
     print_result(result)
     log(f"{folder}: results.html, results.md, results.json, scores.parquet  ({result.seconds:.0f} s)")
     return 0
+
+
+def refuse_to_replace(folder: Path, model: str, seed: int) -> None:
+    """UsageError where the folder holds the results of another model or seed; the same are measured anew."""
+    file = folder / "results.json"
+    if not file.exists():
+        return
+    try:
+        there = json.loads(file.read_bytes())
+        found = there["model"], there["seed"]
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(f"{file} is none of `dina-lrm evaluate`: choose another --output") from None
+    if found != (model, seed):
+        raise UsageError(
+            f"{folder} holds the results of {found[0]} with seed {found[1]}: choose another --output"
+        )
 
 
 def refuse_ignored(options: Evaluate) -> None:
@@ -251,8 +272,12 @@ def evaluate_public(options: Evaluate) -> int:
     output = options.output or default_output(options)
     results: list[Any] = []
     folders: list[Path] = []
-    for name, (place, load) in score_functions(options).items():
-        folder = output / name if options.scorers else output
+    functions = score_functions(options)
+    places = {name: output / name if options.scorers else output for name in functions}
+    for name, folder in places.items():
+        refuse_to_replace(folder, name, options.seed)
+    for name, (place, load) in functions.items():
+        folder = places[name]
         score, scale = load()
         result = measure_public(options, rule, name, place, score, scale, folder)
         del score  # the next model is measured without this one in memory

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
         print_table(
             ["", "count"], list(lines(found)), title=f"{options.source} in {options.root or 'the hub'}"
         )
+        for kind, first in found.first_of.items():
+            log(f"{kind}, the first: {first}")
     if not found.strict_pairs + found.ties:
         rows = f"{found.rows:,} rows, all of them rejected" if found.rows else "no rows"
         log(f"there is nothing to compare in {options.source}: {rows}")

@@ -18,8 +18,11 @@ SHOWN = 5
 """Reasons in one message."""
 
 
-def find_pictures(names: Sequence[str], *, skip_bad: bool) -> tuple[list[str], list[str]]:
+def find_pictures(names: Sequence[str], *, skip_bad: bool | None) -> tuple[list[str], list[str]]:
     """The files that look like pictures, before a model is loaded for them; what is wrong with the others.
+
+    Args:
+        skip_bad: None for a command that has no such option.
 
     Raises:
         UsageError: there are others, and they are not to be skipped, or there is nothing else.
@@ -44,6 +47,8 @@ def _look(file: Path) -> None:
         with Image.open(file):
             pass
     except UnidentifiedImageError as error:
+        if file.stat().st_size == 0:
+            raise InvalidInputError(f"empty file: {file}") from error
         raise InvalidInputError(f"no picture: {file}") from error
     except Image.DecompressionBombError as error:
         raise InvalidInputError(f"{file}: {error}") from error
@@ -83,10 +88,10 @@ def score_pictures(
     return model, scored
 
 
-def refuse_bad(bad: Sequence[str], total: int, *, skip_bad: bool) -> None:
+def refuse_bad(bad: Sequence[str], total: int, *, skip_bad: bool | None) -> None:
     """UsageError for pictures that cannot be scored, unless these are to be skipped and others are left."""
     if not bad or (skip_bad and len(bad) < total):
         return
     more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    hint = " (--skip-bad leaves such pictures out)" if len(bad) < total else ""
+    hint = " (--skip-bad leaves such pictures out)" if skip_bad is False and len(bad) < total else ""
     raise UsageError("; ".join(bad[:SHOWN]) + more + hint)

@@ -85,6 +85,10 @@ def main(arguments: Sequence[str]) -> int:
 def prepare(options: Prepare) -> int:
     if options.processes is not None and options.processes < 1:
         raise UsageError(f"--processes is at least 1; got {options.processes}")
+    if options.test_fraction is None and options.seed != Prepare.seed:
+        raise UsageError("--seed goes with --test-fraction")
+    if options.seed < 0:
+        raise UsageError(f"--seed is at least 0; got {options.seed}")
     if options.test_fraction is not None and options.root is None:
         raise UsageError("--test-fraction splits local files: give their folder with --root")
     if options.test_fraction is None and (options.output / "train" / "prepare.json").exists():

@@ -327,7 +327,7 @@ def seeded_noise(
     for sample, seed in enumerate(seeds):
         generator = seeded_generator(seed)
         for draw in range(num_draws):
-            noise[draw, sample] = torch.randn(shape, generator=generator)
+            noise[draw, sample] = torch.randn(shape, generator=generator, dtype=torch.float32)
     return noise
 
 

@@ -83,7 +83,9 @@ class Row:
         return Reject(row=self.index, line=self.line, reason=reason, prompt=prompt, file=self.file)
 
     def prompt(self, field: str = "prompt") -> str:
-        return prompt_text(self.values.get(field), field)
+        if field not in self.values:  # a header in capitals, say
+            raise BadRow(f"no prompt: {field} is missing; the row has {shown(list(self.values))}")
+        return prompt_text(self.values[field], field)
 
     def text(self, field: str) -> str | None:
         """None also for the string "null", which some of HPDv3's rows hold."""

@@ -54,6 +54,8 @@ class Inspection:
     unreadable_images: int | None = None
     resolutions: Counter[str] = field(default_factory=Counter)
     """WIDTHxHEIGHT of the images whose header was read."""
+    first_of: dict[str, str] = field(default_factory=dict)
+    """The first of each kind of reject, and of missing and unreadable images, with its place."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -88,7 +90,9 @@ def inspect(
         if on_row is not None and len(rows) % 1000 == 0:
             on_row(len(rows))
         if isinstance(item, Reject):
-            found.rejects[item.reason.split(":")[0]] += 1
+            kind = item.reason.split(":")[0]
+            found.rejects[kind] += 1
+            found.first_of.setdefault(f"rejected: {kind}", f"{_place(item)}: {item.reason}")
             continue
         pair = item.pair
         prompt = _key(pair.prompt)
@@ -111,8 +115,9 @@ def inspect(
         for key, image in zip(sides, (pair.chosen, pair.rejected), strict=True):
             if key not in owner:
                 owner[key] = prompt
-                if look_at_images:
-                    _look(image, found, max_sizes)
+                if look_at_images and (fault := _look(image, found, max_sizes)) is not None:
+                    kind, what = fault
+                    found.first_of.setdefault(kind, f"{_place(item)}: {what}")
             elif owner[key] not in (0, prompt):
                 owner[key] = 0
                 found.shared_images += 1
@@ -120,20 +125,30 @@ def inspect(
     return found
 
 
-def _look(image: ImageSource, found: Inspection, max_sizes: int) -> None:
+def _look(image: ImageSource, found: Inspection, max_sizes: int) -> tuple[str, str] | None:
+    """Count an image; "missing images" or "unreadable images" and what is wrong, if something is."""
     assert found.missing_images is not None
     assert found.unreadable_images is not None
     fault = file_fault(image) if isinstance(image, Path) else None
     if fault == "is missing":
         found.missing_images += 1
-    elif fault is not None:
+        return "missing images", str(image)
+    if fault is not None:
         found.unreadable_images += 1
-    elif found.resolutions.total() < max_sizes:
+        return "unreadable images", f"{image} {fault}"
+    if found.resolutions.total() < max_sizes:
         try:
             height, width = image_size(image)
             found.resolutions[f"{width}x{height}"] += 1
-        except InvalidInputError:
+        except InvalidInputError as error:
             found.unreadable_images += 1
+            return "unreadable images", str(error)
+    return None
+
+
+def _place(item: Comparison | Reject) -> str:
+    row = f"row {item.row}" if item.line is None else f"line {item.line}"
+    return f"{item.file}, {row}" if item.file else row
 
 
 # --- audit -------------------------------------------------------------------------------------------------

@@ -362,6 +362,12 @@ class _Preparation:
 def _check_settings(file: Path, settings: PrepareSettings) -> None:
     """A folder holds the shards of one set of settings; the first run writes them down."""
     if not file.exists():
+        names = sorted(one.name for one in file.parent.iterdir()) if file.parent.is_dir() else []
+        own = (".lock", "pairs", "prompts", "rejects.jsonl")
+        if others := [name for name in names if name not in own and not name.endswith(".partial")]:
+            raise InvalidInputError(
+                f"{file.parent} holds {others[0]!r} and nothing of `dina-lrm prepare`: choose another output"
+            )
         write_whole(file, (json.dumps(asdict(settings), indent=1) + "\n").encode())
         return
     try:
@@ -371,12 +377,17 @@ def _check_settings(file: Path, settings: PrepareSettings) -> None:
     now = json.loads(json.dumps(asdict(settings)))
     _check_files(file.parent, before.pop("files", {}), now.pop("files"))
     differing = [
-        f"{one.name} was {before.get(one.name)!r} and is {now[one.name]!r}"
+        f"{one.name} was {_short(before.get(one.name))} and is {_short(now[one.name])}"
         for one in fields(settings)
         if before.get(one.name) != now.get(one.name)
     ]
     if differing:
         raise InvalidInputError(f"{file.parent} was begun with other settings: {'; '.join(differing)}")
+
+
+def _short(value: Any) -> str:
+    """A setting as a message shows it; what holds digests is not written out."""
+    return "other weights or files" if isinstance(value, Mapping) else repr(value)
 
 
 def _check_files(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

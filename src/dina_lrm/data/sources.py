@@ -67,6 +67,7 @@ def read_source(
     """
     root = Path(root)
     if name == "folder":
+        source_files(name, root, split=split)
         yield from _folder(root, check_images)
         return
     read_row = {"jsonl": own_row, "latent-cache": _cached_row}.get(name)
@@ -94,6 +95,8 @@ def source_files(name: str, root: str | Path, *, split: str | None = None) -> li
         InvalidInputError: no such source or split, or none of its files are there.
     """
     root, kind = Path(root), "pairs" if name == "folder" else name
+    if name in LOCAL and split is not None:
+        raise InvalidInputError(f"{name} has no splits; got {split!r}")
     match name:
         case "folder":
             patterns: tuple[str, ...] = ("**/*.txt",)

@@ -44,7 +44,7 @@ class EvaluationResult:
 
     benchmark: str
     model: str | None
-    """Where the model came from."""
+    """What the reward is called, or where its generator came from."""
     num_pairs: int
     num_prompts: int
     num_rater_ties: int
@@ -152,6 +152,7 @@ def evaluate_latent_pairs(
     ties: Ties = "wrong",
     batch_size: int = 128,
     benchmark: str = "shapes",
+    model_name: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Measure a reward on pairs.
@@ -165,6 +166,7 @@ def evaluate_latent_pairs(
         ties: what equal scores count as.
         batch_size: images per call; no effect on the result.
         benchmark: what the pairs are called in the report.
+        model_name: what the reward is called there; by default its generator.
         on_progress: called with (work done, work in all), in passes over images.
     """
     start = time.perf_counter()
@@ -196,7 +198,7 @@ def evaluate_latent_pairs(
         )
     return EvaluationResult(
         benchmark=benchmark,
-        model=model.config.backbone_id,
+        model=model_name or model.config.backbone_id,
         num_pairs=len(pairs),
         num_prompts=pairs.num_prompts,
         num_rater_ties=int((pairs.target == 0.5).sum()),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dina_lrm.core.attention import without_autocast
-from dina_lrm.core.noise import seeded_generator
+from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.backbone import Conditioning
@@ -93,10 +93,8 @@ class Encoders:
                 posterior = vae.encode(self._with_frames(batch * 2 - 1)).latent_dist
                 encoded = posterior.mean
                 if seeds is not None:
-                    draws = [
-                        torch.randn(encoded.shape[1:], generator=seeded_generator(seeds[row])) for row in rows
-                    ]
-                    encoded = encoded + posterior.std * torch.stack(draws).to(encoded)
+                    draws = seeded_noise(encoded.shape[1:], [seeds[row] for row in rows])[0]
+                    encoded = encoded + posterior.std * draws.to(encoded)
                 shift, scale = _shift_and_scale(vae.config, encoded)
                 scaled = self._without_frames((encoded.float() - shift) * scale)
             latents |= dict(zip(rows, scaled.to(device), strict=True))

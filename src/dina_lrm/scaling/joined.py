@@ -54,7 +54,11 @@ def score_to_file(
             f"{job.output!r}"
         )
     rejects = rejects or target.with_name(target.name + ".rejects.jsonl")
+    if target.resolve() == rejects.resolve():
+        raise InvalidInputError(f"results and rejects would both be {str(target)!r}: give two files")
     for path in (target, rejects):
+        if path.exists() and Path(job.input).exists() and path.samefile(job.input):
+            raise InvalidInputError(f"{str(path)!r} is the input: choose another name")
         if path.exists():
             if fault := file_fault(path):  # a FIFO, say, would be replaced
                 raise InvalidInputError(f"{str(path)!r} {fault}, not a file")

@@ -28,6 +28,8 @@ class Viewing:
         for name in ("num_draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not -(2**63) <= self.seed < 2**64:
+            raise InvalidInputError(f"seed = {self.seed}: must be from -2^63 to 2^64 - 1")
 
     def levels(self, default: Sequence[float]) -> float | list[float]:
         """What the scoring methods take: one level as a number, several as one ensemble."""

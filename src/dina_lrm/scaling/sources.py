@@ -21,10 +21,10 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from dina_lrm.data.rows import BadRow, rows_of_file
+from dina_lrm.data.rows import BadRow, rows_of_file, shown
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.scaling.places import filesystem, find_files, is_local
-from dina_lrm.scaling.rows import Row, is_text, parse_row
+from dina_lrm.scaling.rows import Row, parse_row
 from dina_lrm.scaling.settings import SCORE, Task
 
 __all__ = ["Part", "Plan", "SourceFile", "converted_lines", "make_plan", "read_part"]
@@ -304,10 +304,19 @@ def converted_lines(path: str) -> Iterator[bytes]:
 
 def _parse(line: bytes) -> Any:
     """The value in a line, or the error that says why there is none."""
+    text = line.decode("utf-8", errors="replace")
     try:
-        return json.loads(line.decode("utf-8", errors="replace"))
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        return error
+        return ValueError(f"{error}: {shown(text.strip())}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands twice")
+    return values
 
 
 def _kind(value: Any) -> str:
@@ -378,8 +387,7 @@ def _json_row(index: int, record: Any, plan: Plan) -> Row:
 def _column(field: pyarrow.Field, cells: list[dict[str, Any]], task: Task) -> pyarrow.Array:
     values = [record.get(field.name) for record in cells]
     if field.name in task.columns:
-        names = [_picture_name(value) for value in values]
-        return pyarrow.array([name if name and is_text(name) else None for name in names], field.type)
+        return pyarrow.array([_cell(value) for value in values], field.type)
     if field.metadata:
         values = [None if value is None else json.dumps(value) for value in values]
     elif pyarrow.types.is_string(field.type):
@@ -387,6 +395,14 @@ def _column(field: pyarrow.Field, cells: list[dict[str, Any]], task: Task) -> py
     elif pyarrow.types.is_floating(field.type):
         values = [None if value is None else float(value) for value in values]
     return pyarrow.array(values, field.type)
+
+
+def _cell(value: Any) -> str | None:
+    """A prompt or the name of a picture; what is neither is kept as JSON text."""
+    name = _picture_name(value)
+    if name is None and value is not None:
+        name = json.dumps(value)
+    return None if name is None else _text(name)
 
 
 def _text(value: str) -> str:

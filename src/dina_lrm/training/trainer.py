@@ -468,6 +468,7 @@ class _Run:
             last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="pairs"
         )
         self.step, self.seconds_before = position.step, position.seconds
+        self.model.trained = self.model.trained or self.step > 0
         self.best_accuracy, self.best_step = position.best_accuracy, position.best_step
         self.best_weights = best
 

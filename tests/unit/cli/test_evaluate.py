@@ -177,6 +177,7 @@ def test_evaluate_on_a_prepared_folder(
     assert main.main([*command, "--ensembles", "0.2,0.6", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["output"] == str(run / "evaluation" / "latents")
+    assert record["model"] == str(run)
     assert record["benchmark"] == str(prepared)
     assert (record["num_pairs"], record["num_prompts"], record["bayes"]) == (24, 6, None)
     assert record["default"]["accuracy"]["low"] <= record["default"]["accuracy"]["value"]
@@ -186,6 +187,11 @@ def test_evaluate_on_a_prepared_folder(
     for text in (page, (run / "evaluation" / "latents" / "results.md").read_text()):
         assert "shapes" not in text.lower()
         assert "Bayes" not in text
+    # Measured again, the results are the same; those of another seed or model do not take their place.
+    assert main.main([*command, "--ensembles", "0.2,0.6", "--json"]) == 0
+    capsys.readouterr()
+    assert main.main([*command, "--seed", "3"]) == main.EXIT_USAGE
+    assert f"holds the results of {run} with seed 0" in capsys.readouterr().err
 
 
 def test_pairs_of_another_vae_are_refused(prepared: Path, tiny_pipeline: Path, tmp_path: Path) -> None:

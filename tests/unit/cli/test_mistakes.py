@@ -36,9 +36,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["score", "gray", "empty.png"], "no picture: empty.png"),
+        (["score", "gray", "empty.png"], "empty file: empty.png"),
         (["rank", "gray", "a.png", "."], ". is a folder"),
-        (["compare", "gray", "a.png", "empty.png"], "no picture: empty.png"),
+        (["compare", "gray", "a.png", "empty.png"], "empty file: empty.png"),
         (["score", "--input", "empty.jsonl", "--output", "o.csv"], "'empty.jsonl' holds no rows"),
         (["score", "--input", "empty.csv", "--output", "o.csv"], "holds no rows"),
         (["compare", "--input", "empty.jsonl", "--output", "o"], "'empty.jsonl' holds no rows"),

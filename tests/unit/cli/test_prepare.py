@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 
-from dina_lrm.cli.main import main
+from dina_lrm.cli.main import EXIT_USAGE, main
 from dina_lrm.cli.prepare import recipe_of
 from dina_lrm.data.shards import LatentShards
 from dina_lrm.data.split import fold_prompt
@@ -185,3 +185,30 @@ def children(parent: int) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.jpg").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "chosen": "a.png", "rejected": "b.png"}')
+    assert main(command(tmp_path / "rows.jsonl", tmp_path / "pictures")) == EXIT_USAGE
+    assert "holds 'holiday.jpg' and nothing of `dina-lrm prepare`" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "pictures").iterdir() if file.name != ".lock"] == [
+        "holiday.jpg"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "3"], "--seed goes with --test-fraction"),
+        (["--seed", "-1", "--test-fraction", "0.2"], "--seed is at least 0; got -1"),
+        (["--split", "train"], "jsonl has no splits; got 'train'"),
+    ],
+)
+def test_options_without_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "chosen": "a.png", "rejected": "b.png"}')
+    assert main(command(tmp_path / "rows.jsonl", tmp_path / "latents", *flags)) == EXIT_USAGE
+    assert message in capsys.readouterr().err

@@ -274,6 +274,16 @@ class TestSeededNoise:
         noise = seeded_noise((16, 32, 32), [0]).flatten().double()
         assert stats.kstest(noise.numpy(), "norm").pvalue > 0.01
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_the_default_dtype_changes_nothing(self, dtype):
+        expected = seeded_noise((4, 8, 8), [0, 2**40])
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(seeded_noise((4, 8, 8), [0, 2**40]), expected)
+        finally:
+            torch.set_default_dtype(before)
+
     def test_video(self):
         assert seeded_noise((4, 5, 8, 8), [0, 1]).shape == (1, 2, 4, 5, 8, 8)
 

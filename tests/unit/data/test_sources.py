@@ -560,6 +560,8 @@ def test_audit_finds_what_two_sets_share(tmp_path: Path, capsys: pytest.CaptureF
     record = json.loads(capsys.readouterr().out)
     assert record["tainted_pairs"] == 3
     assert len(listing.read_text().splitlines()) == 4
+    assert cli.main(["audit", "hpdv2", "--root", str(tmp_path), "--output", str(listing)]) == cli.EXIT_USAGE
+    assert "exists: choose another --output" in capsys.readouterr().err
     assert cli.main(["audit", "hpdv2", "--root", str(tmp_path), "--no-images"]) == 0
     output = capsys.readouterr().out
     assert "prompts shared" in output
@@ -637,3 +639,31 @@ def test_every_source_says_where_its_files_are() -> None:
     for source in SOURCES.values():
         assert source.default_split in source.splits
         assert all(source.splits.values())
+
+
+# --- what `inspect` and `prepare` say of files that are not as they should be
+
+
+def test_inspect_names_the_first_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:20])
+    (tmp_path / "rows.csv").write_text(
+        "Prompt,prompt,chosen,rejected\nx,p,a.png,b.png\nx,,a.png,cut.png\nx,p,cut.png,a.png\nx,p,c.png,a.png\n"
+    )
+    assert cli.main(["inspect", "jsonl", "--root", str(tmp_path / "rows.csv")]) == 0
+    told = capsys.readouterr().err
+    assert f"missing images, the first: rows.csv, line 2: {tmp_path / 'b.png'}" in told
+    assert "unreadable images, the first: rows.csv, line 4: " in told
+    assert (
+        "rejected: no prompt, the first: rows.csv, line 3: no prompt: prompt is missing; the row has" in told
+    )
+    assert "'Prompt'" in told
+
+
+@pytest.mark.parametrize("source", ["jsonl", "folder"])
+def test_own_pictures_have_no_splits(tmp_path: Path, source: str) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "0.txt").write_text("a cat")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(InvalidInputError, match=f"{source} has no splits; got 'banana'"):
+        list(read_source(source, tmp_path, split="banana"))

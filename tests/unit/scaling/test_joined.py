@@ -13,6 +13,7 @@ from PIL import Image
 from dina_lrm import InvalidInputError
 from dina_lrm.scaling.bulk import BulkJob, score_dataset
 from dina_lrm.scaling.joined import score_to_file
+from dina_lrm.scaling.settings import Scoring
 from tests.unit.cli.fakes import BrightnessModel
 
 ROWS = [{"id": f"{n:03d}", "prompt": "gray, plain", "image": f"{n}.png"} for n in range(5)]
@@ -171,3 +172,37 @@ def test_rejects_of_an_earlier_run_are_not_written_over(folder):
     with pytest.raises(InvalidInputError, match=r"out\.csv\.rejects\.jsonl' exists"):
         score(source, folder / "out.csv")
     assert (folder / "out.csv.rejects.jsonl").read_text() == "somebody's\n"
+
+
+def test_no_file_of_the_readers_is_written_over(folder):
+    """Results, rejects and input are three files, whatever --overwrite says."""
+    source = write(folder / "rows.csv", [*ROWS, {"id": "x", "prompt": "gray", "image": "none.png"}])
+    before = source.read_bytes()
+    job = BulkJob(input=str(source), output=str(folder / "out.csv"))
+    with pytest.raises(InvalidInputError, match="would both be"):
+        score_to_file(job, model=BrightnessModel(), rejects=folder / "out.csv")
+    with pytest.raises(InvalidInputError, match="is the input"):
+        score_to_file(job, model=BrightnessModel(), rejects=source, overwrite=True)
+    with pytest.raises(InvalidInputError, match="is the input"):
+        score(source, source, overwrite=True)
+    assert source.read_bytes() == before
+    assert not (folder / "out.csv").exists()
+
+
+def test_no_cell_is_lost(folder):
+    """Rows that are rejects keep what they hold, and one that is no row is quoted."""
+    lines = [{"prompt": ["gray"], "image": 7}, {"prompt": "a cat \ud83d", "image": "0.png"}]
+    twice = '{"prompt": "gray", "prompt": "white", "image": "0.png"}'
+    (folder / "rows.jsonl").write_text("\n".join([*map(json.dumps, lines), twice, '{"prompt": "cut', ""]))
+    score(folder / "rows.jsonl", folder / "out.jsonl")
+    first, second, third, fourth = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+    assert (first["prompt"], first["image"]) == ('["gray"]', "7")
+    assert (second["prompt"], second["image"]) == ("a cat \\ud83d", "0.png")
+    assert "'prompt' stands twice" in third["error"]
+    assert "cut" in fourth["error"]
+    assert [one["score"] for one in (first, second, third, fourth)] == [None] * 4
+
+
+def test_a_seed_is_looked_at_once():
+    with pytest.raises(InvalidInputError, match=r"^seed = 18446744073709551616: must be from"):
+        Scoring(seed=2**64)

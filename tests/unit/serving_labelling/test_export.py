@@ -131,6 +131,13 @@ def test_no_votes_are_no_rows(store: VoteStore, tmp_path: Path, answers: list[st
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_an_empty_file_stays_empty(tmp_path: Path) -> None:
+    (tmp_path / "votes.sqlite").touch()
+    with pytest.raises(InvalidInputError, match=r"votes\.sqlite is empty"):
+        export_votes(tmp_path / "votes.sqlite", tmp_path / "rows.jsonl")
+    assert (tmp_path / "votes.sqlite").read_bytes() == b""
+
+
 def test_absent_votes_and_other_suffixes(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"absent\.sqlite"):
         export_votes(tmp_path / "absent.sqlite", tmp_path / "rows.jsonl")

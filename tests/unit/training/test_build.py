@@ -75,7 +75,11 @@ def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path
     trained, resumed = run_training(replace(config, resume=True, num_steps=3))
     assert resumed.steps == 3
     assert shard.stat().st_mtime_ns == written
+    # A job that is restarted after its end changes nothing.
+    again, _ = run_training(replace(config, resume=True, num_steps=3))
+    assert again.trained
     loaded = RewardModel.from_pretrained(tmp_path / "run")
+    assert loaded.trained
     assert loaded.config.noise_levels == (0.4,)
     assert (
         0 <= loaded.compare("a red circle", rows.parent / "0-chosen.png", rows.parent / "0-rejected.png") <= 1

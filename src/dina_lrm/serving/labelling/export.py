@@ -56,6 +56,8 @@ def export_votes(votes: str | Path, output: str | Path, items: str | Path | None
         raise InvalidInputError(f"rows are written as .jsonl or .parquet; got {output}")
     if not votes.is_file():
         raise InvalidInputError(f"no file of votes at {votes}")
+    if votes.stat().st_size == 0:  # SQLite would make a database of it
+        raise InvalidInputError(f"{votes} is empty: it holds no votes")
     store = VoteStore(votes)
     try:
         path = items if items is not None else store.items_path
