@@ -14,7 +14,7 @@ REPORT ?= runs/demo
 # Processes of the tests, one thread each.
 JOBS ?= 2
 
-.PHONY: help install demo test lint format types layers unit slow browser docs docs-blocks examples versions lowest highest clean
+.PHONY: help install demo test lint format types layers unit long slow browser docs docs-blocks examples versions lowest highest clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -45,7 +45,7 @@ install: $(VENV)/.installed-dev  ## the package, editable, with the development 
 demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/demo/report.html (five minutes, offline)
 	$(BIN)/python -m dina_lrm demo --output $(REPORT)
 
-test: lint types layers unit  ## everything a change must pass: about eighteen minutes on two cores
+test: lint types layers unit  ## what a change is tried with: about seven minutes on two cores
 
 lint: $(VENV)/.installed-dev  ## ruff: style and formatting; the deployment files
 	$(BIN)/ruff check .
@@ -63,9 +63,15 @@ types: $(VENV)/.installed-dev  ## pyright: strict on core, standard elsewhere
 layers: $(VENV)/.installed-dev  ## the direction of imports
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.installed-dev  ## unit, parity, trajectory and end-to-end tests, and the doctests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
-		tests/unit src/dina_lrm tests/parity tests/trajectory tests/end_to_end --durations=20
+# Tests run side by side, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
+SHORT := not slow and not gpu and not browser
+
+unit: $(VENV)/.installed-dev  ## unit and parity tests of less than ten seconds, and the doctests
+	$(PYTEST) -m "$(SHORT) and not long" tests/unit src/dina_lrm tests/parity
+
+long: $(VENV)/.installed-dev  ## the longer ones: training, kills, several processes, servers, Ray, the demo
+	$(PYTEST) -m "$(SHORT) and long" tests/unit tests/trajectory tests/end_to_end
 
 slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow --durations=20

@@ -61,3 +61,11 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return make_family(family, tmp_path_factory.mktemp("family") / family)
 
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs are long, whatever each of them takes."""
+    tests = Path(__file__).parent
+    for item in items:
+        if {tests / "trajectory", tests / "end_to_end"} & set(item.path.parents):
+            item.add_marker("long")

@@ -11,6 +11,7 @@ from dina_lrm.cli.demo import Demo, demo_recipe, train_fresh
 from dina_lrm.training import trainer
 
 
+@pytest.mark.long
 def test_the_seed_decides_the_first_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained = SimpleNamespace(history=[], seconds=0.0)
     monkeypatch.setattr(trainer, "train", lambda *_, **__: untrained)
@@ -26,6 +27,7 @@ def test_the_seed_decides_the_first_weights(tmp_path: Path, monkeypatch: pytest.
     assert not any(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("num_pairs", "batch_size"), [(12, 12), (780, 96)])
 def test_a_batch_follows_the_pairs(num_pairs: int, batch_size: int, tmp_path: Path) -> None:
     """Of two captions there are 12 pairs, and the recipe's batch is 96."""

@@ -313,6 +313,7 @@ def digests(output: Path) -> dict[str, str]:
     return json.loads((output / "manifest.json").read_text())["digests"]
 
 
+@pytest.mark.long
 def test_bytes_do_not_depend_on_processes_or_interruptions(
     prepared: tuple[Path, Path, Any], tiny_pipeline: Path, tmp_path: Path
 ) -> None:
@@ -377,6 +378,7 @@ def test_a_source_that_changed_is_refused_by_name(
         run(root, root / "latents", tiny_pipeline)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["replaced", "supplied", "removed"])
 def test_a_picture_that_changed_is_refused_by_name(tiny_pipeline: Path, tmp_path: Path, change: str) -> None:
     """Between a stop and the next run; of the same size and of the same age."""
@@ -468,6 +470,7 @@ def test_a_pipeline_without_vae_is_refused_before_anything_is_written(
     assert not (tmp_path / "latents").exists()
 
 
+@pytest.mark.long
 def test_prompts_can_be_left_to_training(tiny_pipeline: Path, tmp_path: Path) -> None:
     root = hpdv3(tmp_path)
     counts = run(root, tmp_path / "latents", tiny_pipeline, embeddings=False, pairs_per_shard=100)
@@ -497,6 +500,7 @@ def test_datasets_reads_the_folder(
     assert len(list(datasets.load_dataset(str(output), "prompts", split="train", streaming=True))) == 3
 
 
+@pytest.mark.long
 def test_the_command(tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = hpdv3(tmp_path)
     command = ["prepare", "hpdv3", "--root", str(root), "--split", "train", "--pipeline", str(tiny_pipeline)]
@@ -613,6 +617,7 @@ def test_latent_pairs_and_shards_are_one_kind_of_set() -> None:
     assert all(hasattr(kind, name) for kind in (LatentPairs, LatentShards) for name in names)
 
 
+@pytest.mark.long
 def test_a_set_on_the_hub_is_streamed(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     assert "absent.png" in (tmp_path / "votes.rejects.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_the_page_is_there_while_the_reward_is_loading(tmp_path: Path) -> None:
     make_items(tmp_path, 3)
     with running(tmp_path, "--model", "bundled") as (process, address):

@@ -146,6 +146,7 @@ def test_absent_votes_and_other_suffixes(tmp_path: Path) -> None:
         export_votes(tmp_path / "absent.sqlite", tmp_path / "rows.csv")
 
 
+@pytest.mark.long
 def test_labels_to_a_trained_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scenes, votes for what the caption asks for, rows, and the commands that take them."""
     rng = np.random.default_rng(0)

@@ -55,6 +55,7 @@ def make_config(pipeline: Path, rows: Path, output: Path) -> TrainConfig:
     )
 
 
+@pytest.mark.long
 def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path) -> None:
     """Pictures of several sizes; prepared once, then found by the run that goes on."""
     told: list[str] = []
