@@ -377,6 +377,17 @@ def short_measuring(captions: int = 6) -> None:
     declare("test pairs of 700 captions", f"of {captions} captions")
 
 
+def few_views() -> None:
+    """`dina-lrm evaluate --learn-views` among few noise levels."""
+    import functools
+
+    from dina_lrm.evaluation import adaptive
+
+    short = functools.partial(adaptive.order_views, levels=(0.2, 0.4), num_views=2)
+    current().patch.setattr(adaptive, "order_views", short)
+    declare("the best five views of eight noise levels", "the best two of two")
+
+
 def short_demo() -> None:
     """`dina-lrm demo` with results that are made up; tests/end_to_end/test_demo.py runs it."""
     from dina_lrm.cli import demo
