@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.models.weights import check_state
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class LoraAdapter:
             original = base.weight
             wide = torch.promote_types(original.dtype, torch.float32)
             down, up = (getattr(layer, side)[self.name].weight for side in ("lora_A", "lora_B"))
-            delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
+            with without_autocast(original.device.type):  # what is kept is not of the first caller's precision
+                delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
             merged = (original.to(wide) + delta).to(original.dtype)
             _replace_weight(base, nn.Parameter(merged, requires_grad=False))
             layer.merged_adapters.append(self.name)

@@ -176,7 +176,8 @@ class QwenImageBackbone(Backbone):
         parts = self.parts
         image = parts.img_in(hidden_states)
         text = parts.txt_in(parts.txt_norm(encoder_hidden_states))
-        temb = parts.time_text_embed(timestep.to(image.dtype), image)
+        # Not rounded to the dtype of the tokens, as diffusers does: in bfloat16 978.26 would be 976.
+        temb = parts.time_text_embed(timestep.to(torch.promote_types(image.dtype, torch.float32)), image)
         rotary = parts.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
         mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
         yield Streams(image, text, temb, mask)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.attention import without_autocast, without_inference_mode
 from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
 from dina_lrm.core.noise import NoiseSchedule, seeded_generator, seeded_noise
 from dina_lrm.core.sharding import whole
@@ -101,6 +101,7 @@ class RewardModel(nn.Module):
     # ------------------------------------------------------------------------------------- making one
 
     @classmethod
+    @without_inference_mode()
     def from_pretrained(
         cls,
         reward: str | Path,
@@ -143,6 +144,7 @@ class RewardModel(nn.Module):
             return model.eval()
 
     @classmethod
+    @without_inference_mode()
     def initialize(
         cls,
         pipeline: Any,
@@ -480,6 +482,7 @@ class RewardModel(nn.Module):
 
     # ------------------------------------------------------------------------------------- the raw module
 
+    @without_inference_mode()
     def forward(self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor) -> Score:
         """Scores of latents that are noisy already, as in training; (batch,).
 

@@ -227,7 +227,8 @@ class UNetBackbone(Backbone):
         added = None
         if self.architecture.is_xl:  # a picture of the latent's own size, not cropped
             size = [side * self.pixels_per_latent for side in latents.shape[-2:]]
-            ids = latents.new_tensor([*size, 0, 0, *size]).expand(len(latents), -1)
+            ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=latents.device)
+            ids = ids.expand(len(latents), -1)
             added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": ids}
         return {
             "sample": latents,
