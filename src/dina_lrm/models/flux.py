@@ -142,7 +142,8 @@ class FluxBackbone(Backbone):
         "to_add_out",
     )
     lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    probes = ("x_embedder.weight", "context_embedder.weight", "transformer_blocks.0.ff.net.0.proj.weight")
+    generator_rounds_time = True
+    reference_weight = "x_embedder.weight"
 
     def __init__(self, architecture: FluxArchitecture, *args: Any, **kwargs: Any) -> None:
         super().__init__(architecture, *args, **kwargs)

@@ -151,7 +151,8 @@ class QwenImageBackbone(Backbone):
         "to_add_out",
     )
     lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    probes = ("img_in.weight", "txt_in.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight")
+    generator_rounds_time = True
+    reference_weight = "img_in.weight"
     masks_text = True
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class UNetBackbone(Backbone):
         "beta_end": 0.012,
         "num_train_timesteps": 1000,
     }
-    probes = ("conv_in.weight", "time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight")
+    reference_weight = "conv_in.weight"
     conditional_half = "last"
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:
