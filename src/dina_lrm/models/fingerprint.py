@@ -45,6 +45,17 @@ def check_fingerprint(recorded: Mapping[str, Any] | None, parts: nn.Module, orig
         )
 
 
+def is_base_of(recorded: Mapping[str, Any] | None, architecture: Architecture, network: nn.Module) -> bool:
+    """Are these the base weights that a checkpoint was trained on, as far as it says?"""
+    if recorded is None:
+        return True
+    try:
+        check_fingerprint(recorded, network, "")
+    except CheckpointError:
+        return False
+    return recorded.get("architecture") == architecture.to_dict()
+
+
 @torch.no_grad()
 def probes(parts: nn.Module) -> dict[str, list[float]]:
     """`NUM_VALUES` values of every weight, in float32, by its name without what PEFT puts around it."""

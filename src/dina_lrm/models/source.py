@@ -106,8 +106,8 @@ class PipelineSource:
             )
         if self._setting("expand_timesteps"):
             raise InvalidInputError(
-                f"pipeline {self.name} tells every token a timestep of its own (expand_timesteps), as Wan 2.2 "
-                f"TI2V does: only pipelines with one timestep for a latent are supported"
+                f"pipeline {self.name} tells every token a timestep of its own (expand_timesteps), as Wan "
+                f"2.2 TI2V does: only pipelines with one timestep for a latent are supported"
             )
         return self.config(self.denoiser, "config.json")
 

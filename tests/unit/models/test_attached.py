@@ -130,7 +130,7 @@ def test_fused_weights_are_refused_while_they_are_fused(
     with pytest.raises(InvalidInputError, match=CHANGED):
         score(model, family)
     other = RewardModel.from_pretrained(saved)
-    with pytest.raises(InvalidInputError, match="has other base weights than the reward.*att"):
+    with pytest.raises(InvalidInputError, match=r"has other base weights than the reward.*att"):
         other.attach(pipeline)
     for reward in (saved, frozen):
         with pytest.raises(CheckpointError, match="another backbone: same shapes, different base weights"):
