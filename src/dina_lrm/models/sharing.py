@@ -137,10 +137,9 @@ def twin(module: nn.Module, *, hooks: bool) -> tuple[nn.Module, dict[nn.Module, 
         ours = made[theirs] = copy.copy(theirs)
         for name in ("forward", "_compiled_call_impl"):  # bound to the original
             ours.__dict__.pop(name, None)
-        if not hooks:
-            ours.__dict__.update(
-                {name: value for name, value in vars(nn.Module()).items() if "hooks" in name}
-            )
+        for name, empty in vars(nn.Module()).items():
+            if "hooks" in name:  # registries of its own in any case
+                ours.__dict__[name] = copy.copy(vars(theirs)[name]) if hooks else empty
         ours._parameters = {name: _constant(value) for name, value in theirs._parameters.items()}
         ours._buffers = dict(theirs._buffers)
         ours._non_persistent_buffers_set = set(theirs._non_persistent_buffers_set)

@@ -195,9 +195,9 @@ class PromptEncoder:
             cut, unknown = self._not_seen(prompt, pipeline)
             all_unknown |= dict.fromkeys(unknown)
             if cut:
-                warnings.warn(cut, PromptWarning, stacklevel=4)
+                warnings.warn(cut, PromptWarning, stacklevel=5)
         if all_unknown:
-            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=4)
+            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=5)
 
 
 def _unknown_note(words: Iterable[str]) -> str:

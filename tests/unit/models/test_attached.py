@@ -20,7 +20,7 @@ from tests.families import (
     load_pipeline,
     make_family_reward,
 )
-from tests.tiny import PROMPT
+from tests.tiny import PROMPT, WORDS
 
 CHANGED = "base weights of the shared network have changed"
 
@@ -57,7 +57,7 @@ def score(model: RewardModel, family: str) -> Tensor:
 
 
 def picture_of(pipeline: Any) -> Tensor:
-    return generate_latents(pipeline, PROMPT, steps=1, height=64, width=64)
+    return generate_latents(pipeline, PROMPT, steps=2, height=64, width=64)
 
 
 def add_lora(pipeline: Any, name: str = "style", *, size: float = 0.1) -> None:
@@ -79,7 +79,8 @@ def test_adapters_of_the_pipeline_come_and_go(
 ) -> None:
     """The reward scores the same, and the pipeline draws what a pipeline draws that has no reward."""
     expected, alone = score(model, family), load_pipeline(family_folders(family))
-    plain = picture_of(alone)
+    plain, own = picture_of(alone), make_family_reward(family_folders(family))
+    picture = Image.radial_gradient("L").resize((64, 64))
     model.attach(pipeline)
     drawn = []
     steps = (
@@ -94,10 +95,13 @@ def test_adapters_of_the_pipeline_come_and_go(
         add_lora,
         lambda pipe: pipe.unload_lora_weights(),
     )
-    for step in steps:
+    for number, step in enumerate(steps):
         for either in (pipeline, alone):
             step(either)
         torch.testing.assert_close(score(model, family), expected, atol=1e-5, rtol=0)
+        prompt = f"a {WORDS[number]} circle"  # a new one, so that it is encoded
+        one, other = (reward.score(prompt, picture).scores for reward in (model, own))
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
         drawn.append(picture_of(pipeline))
         assert torch.equal(drawn[-1], picture_of(alone))
     model.detach()
@@ -179,7 +183,7 @@ def test_two_threads_on_one_pipeline(family: str, pipeline: Any, model: RewardMo
     prompts = [f"a {size} red circle" for size in ("small", "large", "green", "blue", "gray")]
 
     def draw() -> Tensor:
-        return generate_latents(pipeline, PROMPT, steps=1, height=64, width=64)
+        return generate_latents(pipeline, PROMPT, steps=2, height=64, width=64)
 
     def judge(prompt: str) -> Tensor:
         with torch.no_grad():
