@@ -30,6 +30,7 @@ from dina_lrm.evaluation.metrics import Interval
 from dina_lrm.models.checkpoint import read_checkpoint
 from dina_lrm.models.encoders import pipeline_encoders
 from dina_lrm.models.families import read_architecture
+from dina_lrm.models.fingerprint import is_base_of
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.source import PipelineSource
 
@@ -138,10 +139,9 @@ def latent_reward(
         )
     source = PipelineSource(pipeline)
     weight = next(iter(source.network.parameters()))
-    own = read_checkpoint(location).fingerprint
     architecture = read_architecture(source.network_config())
-    same = own is None or own["architecture"] == architecture.to_dict()
-    if share and same:
+    # A policy may start from a LoRA fused into its weights, which the reward has never seen.
+    if share and is_base_of(read_checkpoint(location).fingerprint, architecture, source.network):
         model = RewardModel.from_pretrained(location, pipeline)
         if model.config.tuning != "full":
             model.attach(pipeline)

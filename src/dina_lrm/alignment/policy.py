@@ -103,7 +103,6 @@ class Policy:
             pixels_per_latent=pixels_per_latent(source.config("vae", "config.json"))
             if source.has("vae")
             else 8,
-            shared=True,
         )
         flow = self.schedule.law == "rectified_flow"
         self.kind: Prediction = (

@@ -1,4 +1,5 @@
-"""Arithmetic of a forward pass: bfloat16 matrix products, and on CPUs attention as plain ones of them."""
+"""Arithmetic of a forward pass: bfloat16 matrix products, and on CPUs attention as plain ones of them; and
+leaving the modes of the caller that a computation must not follow."""
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PlainAttention", "matrix_precision", "without_autocast"]
+__all__ = ["PlainAttention", "matrix_precision", "without_autocast", "without_inference_mode"]
 
 
 @contextlib.contextmanager
@@ -32,6 +33,19 @@ def without_autocast(device_type: str) -> Generator[None, None, None]:
     """Everything in the precision of its operands inside, whatever `torch.autocast` the caller is in."""
     if torch.amp.is_autocast_available(device_type):
         with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def without_inference_mode() -> Generator[None, None, None]:
+    """Tensors made inside can be used by autograd later, also where the caller is in `torch.inference_mode`.
+
+    For whatever keeps some of them: merged weights, loaded parts, tables. No gradient is recorded there.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     else:
         yield

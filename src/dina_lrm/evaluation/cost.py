@@ -17,7 +17,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.architecture import Architecture, stored_dtype
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.flux import FLUX1_DEV
-from dina_lrm.models.lora import borrowed
+from dina_lrm.models.lora import tuner_layers
 from dina_lrm.models.qwen_image import QWEN_IMAGE
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.sd3 import SD35_LARGE, SD35_MEDIUM
@@ -107,7 +107,9 @@ def score_flops(
     """
     if model.device.type != "meta":
         raise InvalidInputError('FLOPs are counted on shapes: make the model with device="meta"')
-    model = copy.deepcopy(model).requires_grad_(False)  # the counter cannot follow views of trained weights
+    model = (
+        copy.deepcopy(model).eval().requires_grad_(False)
+    )  # the counter cannot follow views of trained weights
     backbone, a = model.backbone, model.backbone.architecture
     tokens = TEXT_TOKENS[backbone.family] if text_tokens is None else text_tokens
     with torch.device("meta"):
@@ -119,7 +121,9 @@ def score_flops(
             None if a.pooled_dim is None else torch.empty(num_levels, a.pooled_dim),
         )
         timestep = torch.empty(num_levels)
-        with borrowed(backbone.parts, None), FlopCounterMode(display=False) as in_backbone:
+        for layer in tuner_layers(backbone.parts):
+            layer.enable_adapters(False)
+        with FlopCounterMode(display=False) as in_backbone:
             features = backbone.features_at(latents, conditioning, timestep)
         with FlopCounterMode(display=False) as in_head:
             model.score_tokens(model.tokens(features).unfold(num_levels))

@@ -13,7 +13,6 @@ scaled, and sigma, with 0 clean and 1 pure noise. `docs/guides/backbones.md` sho
 replay of what a sampling pipeline has computed already (`models/watch.py`).
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -29,9 +28,9 @@ from dina_lrm.core.tensors import Features
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.architecture import Architecture, stored_dtype
 from dina_lrm.models.libraries import diffusers_class
-from dina_lrm.models.lora import borrowed
 
 if TYPE_CHECKING:
+    from dina_lrm.models.sharing import SharedWeights
     from dina_lrm.models.text import PromptEncoder
 
 FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
@@ -134,10 +133,9 @@ class Backbone(nn.Module):
         scheduler: the scheduler's config, whose training table gives the timesteps.
         guidance: what a guidance-distilled transformer is told; None for all others.
         pixels_per_latent: the VAE's spatial factor, for the backbones that are told the size of the picture.
-        shared: the parts belong to the caller's transformer. They are then not registered as children, so
-            that moving, casting or training the reward model cannot touch them, and every pass puts their
-            adapters, modes and gradient flags back as they were.
-        adapter: name of the reward's PEFT adapter on shared parts, switched on only while scoring.
+        shared: where the parts refer to the weights of somebody else's network. They are then not registered
+            as children: moving, casting or training the reward model cannot touch them, and they follow the
+            network instead.
     """
 
     family: ClassVar[str]
@@ -149,11 +147,12 @@ class Backbone(nn.Module):
     """Adapted by name suffix."""
     lora_text_targets: ClassVar[tuple[str, ...]] = ()
     """Those of them that only the text stream needs: left out of the last kept block if it is not read."""
-    probes: ClassVar[tuple[str, ...]]
-    """Base weights that tell one training of an architecture from another; the first one's dtype and device
-    are the backbone's."""
+    reference_weight: ClassVar[str]
+    """A base weight that no adapter touches, whose dtype and device are the backbone's."""
     masks_text: ClassVar[bool] = False
     """Whether padded text tokens are masked. Where not, padding is seen, so its length must be fixed."""
+    generator_rounds_time: ClassVar[bool] = False
+    """Whether diffusers rounds timesteps to the dtype of the tokens, which `walk` never does."""
     conditional_half: ClassVar[str | None] = None
     """Where a guided pipeline puts the conditional rows when it doubles its batch: "first" or "last".
     None: it makes two calls, the conditional one first."""
@@ -169,8 +168,7 @@ class Backbone(nn.Module):
         num_blocks: int,
         guidance: float | None = None,
         pixels_per_latent: int = 8,
-        shared: bool = False,
-        adapter: str | None = None,
+        shared: "SharedWeights | None" = None,
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -182,9 +180,8 @@ class Backbone(nn.Module):
         self.guidance = guidance
         self.pixels_per_latent = pixels_per_latent
         self.shared = shared
-        self.adapter = adapter
         self._parts = (parts,)  # a tuple hides it from nn.Module's registry
-        if not shared:
+        if shared is None:
             for name, child in parts.named_children():
                 self.add_module(name, child)
             # One registry: whoever replaces a parameter here (`to`, FSDP2) replaces what `walk` reads there.
@@ -221,20 +218,21 @@ class Backbone(nn.Module):
         self, noisy_latents: Tensor, conditioning: Conditioning, timestep: Tensor, *, run: Run = call
     ) -> BackboneFeatures:
         """The same at given timesteps, which need not be in the table: a sampler's own."""
+        if self.shared is not None:
+            self.shared.follow()
         weight = self.weight
         arguments = self.arguments(
             noisy_latents.to(weight), conditioning.to(weight.device, weight.dtype), timestep.to(weight.device)
         )
         images, texts = [], []
         last = max(*self.image_taps, *self.text_taps, 0)
-        with self._in_use():
-            for depth, streams in enumerate(self.walk(run, **arguments)):
-                if depth in self.image_taps:
-                    images.append(streams.image)
-                if depth in self.text_taps:
-                    texts.append(streams.text)
-                if depth == last:  # later blocks are never computed
-                    return BackboneFeatures(tuple(images), tuple(texts), streams.temb, streams.text_mask)
+        for depth, streams in enumerate(self.walk(run, **arguments)):
+            if depth in self.image_taps:
+                images.append(streams.image)
+            if depth in self.text_taps:
+                texts.append(streams.text)
+            if depth == last:  # later blocks are never computed
+                return BackboneFeatures(tuple(images), tuple(texts), streams.temb, streams.text_mask)
         raise AssertionError("a tap lies behind the last block")
 
     def forward(self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor) -> BackboneFeatures:
@@ -287,8 +285,9 @@ class Backbone(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A base weight, whose dtype and device are the backbone's."""
-        module, _, leaf = self.probes[0].rpartition(".")
-        return getattr(self.parts.get_submodule(module), leaf)
+        name, _, leaf = self.reference_weight.rpartition(".")
+        module = self.parts.get_submodule(name)
+        return getattr(module if self.shared is None else self.shared.originals[module], leaf)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Base weights in another precision; LoRA, and what diffusers keeps in float32, stay wide."""
@@ -369,14 +368,6 @@ class Backbone(nn.Module):
             )
         if not bool(mask.bool().any(dim=1).all()):
             raise InvalidInputError("attention_mask masks every token of a prompt")
-
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        if not self.shared:
-            yield
-            return
-        with borrowed(self.parts, self.adapter):
-            yield
 
 
 # ----------------------------------------------------------------------------------------------------- checks

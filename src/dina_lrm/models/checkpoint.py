@@ -24,7 +24,7 @@ from dina_lrm.models.config import RewardModelConfig
 from dina_lrm.models.hub import download, is_hub_id
 from dina_lrm.models.lora import lora_config
 from dina_lrm.models.source import BUNDLED, DENOISERS, bundled_folder, local_folder, read_json
-from dina_lrm.models.storage import file_digest, replaced_folder
+from dina_lrm.models.storage import file_digest, readable_json, replaced_folder
 from dina_lrm.models.weights import listed, read_metadata, read_safetensors
 
 FORMAT = "dina-lrm"
@@ -57,7 +57,8 @@ class Checkpoint:
     trained: bool = True
     training_step: int | None = None
     fingerprint: Mapping[str, Any] | None = None
-    """Architecture of the base transformer and a few of its weights; None where the layout has no place."""
+    """Architecture of the base transformer and a few values of each kept weight (`models/fingerprint.py`);
+    None where the layout has no place."""
     origin: str = ""
     """Where it was read from, for messages."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -234,7 +235,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "versions": library_versions(),
         "files": digests,
     }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "config.json").write_text(readable_json(record))
 
 
 def _read(folder: Path, record: Mapping[str, Any]) -> Checkpoint:

@@ -23,6 +23,7 @@ from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.families import backbone_of, read_architecture
 from dina_lrm.models.images import as_picture, fit, image_label, image_list
 from dina_lrm.models.libraries import diffusers_class, quiet_loading
+from dina_lrm.models.sharing import apart
 from dina_lrm.models.source import PipelineSource
 from dina_lrm.pictures import fitted_size
 
@@ -32,7 +33,8 @@ PICTURES_PER_CALL = 8
 class Encoders:
     """Text encoders and VAE of a pipeline, each loaded when first used.
 
-    Parts of a live pipeline are used where they are, and never moved or cast. Parts loaded here follow the
+    Parts of a live pipeline are used where they are, never moved or cast, and without the pipeline's adapters
+    (`models/sharing.py`). Parts loaded here follow the
     device asked for; the VAE stays in float32, since it is small and its mean decides everything after it.
 
     Args:
@@ -160,7 +162,7 @@ class Encoders:
 
     def _with_frames(self, batch: Tensor) -> Tensor:
         """A frame axis of length one, for the VAEs of video models."""
-        return batch.unsqueeze(2) if batch.ndim == 4 and _is_video_vae(self._vae.config) else batch
+        return batch.unsqueeze(2) if batch.ndim == 4 and _is_video_vae(self._vae_config()) else batch
 
     def _without_frames(self, latents: Tensor) -> Tensor:
         keeps_frames = self.architecture.max_latent_frames is not None
@@ -170,15 +172,14 @@ class Encoders:
         if self._vae is None:
             self._need_vae()
             if self.source.live is not None:
-                self._vae = self.source.live.vae
-            else:
-                kind = self.source.config("vae", "config.json").get("_class_name", "AutoencoderKL")
-                with quiet_loading():
-                    vae = diffusers_class(kind).from_pretrained(
-                        self.source.path("vae"), variant=self.source.variant
-                    )
-                self._vae = vae.float().requires_grad_(False)
-        return self._vae if self.source.live is not None else self._vae.to(device)
+                return apart(self.source.live.vae, "vae")
+            kind = self.source.config("vae", "config.json").get("_class_name", "AutoencoderKL")
+            with quiet_loading():
+                vae = diffusers_class(kind).from_pretrained(
+                    self.source.path("vae"), variant=self.source.variant
+                )
+            self._vae = vae.float().requires_grad_(False)
+        return self._vae.to(device)
 
 
 def encoders_for(

@@ -142,7 +142,8 @@ class FluxBackbone(Backbone):
         "to_add_out",
     )
     lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    probes = ("x_embedder.weight", "context_embedder.weight", "transformer_blocks.0.ff.net.0.proj.weight")
+    generator_rounds_time = True
+    reference_weight = "x_embedder.weight"
 
     def __init__(self, architecture: FluxArchitecture, *args: Any, **kwargs: Any) -> None:
         super().__init__(architecture, *args, **kwargs)
@@ -182,9 +183,10 @@ class FluxBackbone(Backbone):
     ) -> Iterator[Streams]:
         parts = self.parts
         image = parts.x_embedder(hidden_states)
-        times = [timestep.to(image.dtype) * 1000]
-        if guidance is not None:
-            times.append(guidance.to(image.dtype) * 1000)
+        # diffusers rounds both to the dtype of the tokens: in bfloat16 a guidance of 3.5 would be 3504, and a
+        # timestep of 978.26 be 976. Here they are float32 until they are embedded, in every precision.
+        wide = torch.promote_types(image.dtype, torch.float32)
+        times = [time.to(wide) * 1000 for time in (timestep, guidance) if time is not None]
         temb = parts.time_text_embed(*times, pooled_projections)
         text = parts.context_embedder(encoder_hidden_states)
         rotary = parts.pos_embed(torch.cat((txt_ids, img_ids), dim=0))

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.ensemble import unfold_levels
 from dina_lrm.core.tensors import Features, Score
 from dina_lrm.errors import InvalidInputError
@@ -245,12 +246,18 @@ class RewardHead(nn.Module):
         text_tokens: Float[Tensor, "batch text_token width"] | None,
         text_mask: Bool[Tensor, "batch text_token"] | None = None,
     ) -> Score:
-        """One score per row, the mean over queries; text tokens whose mask is False are not looked at."""
+        """One score per row, the mean over queries; text tokens whose mask is False are not looked at.
+
+        Scores are of the head's own dtype, float32 at least, whatever `torch.autocast` the caller is in.
+        """
         queries = self.query_tokens.expand(image_tokens.shape[0], -1, -1)
         queries = self.attn1(queries, image_tokens, text_tokens, text_mask)
         queries = self.attn2(queries, image_tokens)
-        queries = queries + self.ff(self.norm_ff(queries))
-        return self.head(queries).mean(dim=1).squeeze(-1)
+        # The few queries are float32 up to here. Under autocast the score would be rounded to bfloat16, whose
+        # numbers near 10 lie 0.06 apart: further than pictures of one prompt.
+        with without_autocast(queries.device.type):
+            queries = queries + self.ff(self.norm_ff(queries))
+            return self.head(queries).mean(dim=1).squeeze(-1)
 
     def forward(
         self,

@@ -1,30 +1,29 @@
 """Putting a reward model together: backbone parts out of a pipeline, a head that fits, the adapter on top."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dina_lrm.core.sharding import whole
 from dina_lrm.errors import CheckpointError, InvalidInputError, MissingComponentError
-from dina_lrm.models.architecture import Architecture, empty_parts, load_parts, truncated
+from dina_lrm.models.architecture import Architecture, empty_parts, load_parts
 from dina_lrm.models.backbone import Backbone
 from dina_lrm.models.config import RewardModelConfig
 from dina_lrm.models.encoders import Encoders, encoders_for, pixels_per_latent
 from dina_lrm.models.families import backbone_of, read_architecture
+from dina_lrm.models.fingerprint import check_fingerprint, differing, fingerprint
 from dina_lrm.models.head import RewardHead
-from dina_lrm.models.lora import LoraAdapter, lora_config, remove_adapter
+from dina_lrm.models.lora import LoraAdapter, lora_config
+from dina_lrm.models.sharing import SharedWeights, why_not_shared
 from dina_lrm.models.source import PipelineSource
-from dina_lrm.models.weights import TensorSource, from_module
+from dina_lrm.models.weights import TensorSource, from_module, listed
 
 if TYPE_CHECKING:
     from dina_lrm.models.checkpoint import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
-
-NUM_PROBE_VALUES = 8
 
 
 def new_config(
@@ -72,7 +71,7 @@ def load(
     _check_architecture(architecture, config, checkpoint)
     meta = torch.device(device).type == "meta" if device is not None else False
     network = None if source is None else source.network
-    shared = False
+    shared = None
     if meta:
         parts = empty_parts(architecture, config.num_blocks, dtype or torch.float32)
     elif source is None:
@@ -80,25 +79,28 @@ def load(
     elif network is None:
         parts = _parts(architecture, config, source, checkpoint, device or "cpu", dtype or torch.float32)
     else:
-        name, _, leaf = backbone_of(architecture).probes[0].rpartition(".")
+        name, _, leaf = backbone_of(architecture).reference_weight.rpartition(".")
         weight = getattr(network.get_submodule(name), leaf)
         device = torch.device(device or weight.device)
         dtype = dtype or cast(torch.dtype, weight.dtype)
-        shared = config.tuning == "frozen" and (device.type, dtype) == (weight.device.type, weight.dtype)
-        parts = (
-            truncated(network, architecture, config.num_blocks)
-            if shared
-            else _parts(architecture, config, source, checkpoint, device, dtype)
-        )
-    backbone = _backbone(config, architecture, parts, source, shared=shared)
-    if checkpoint is not None and config.tuning != "full" and not meta:
-        check_fingerprint(checkpoint.fingerprint, backbone, checkpoint.origin)
+        in_place = (device.type, dtype) == (weight.device.type, weight.dtype) and why_not_shared(
+            network
+        ) is None
+        if config.tuning == "frozen" and in_place:
+            shared = SharedWeights(network, architecture, config.num_blocks)
+            parts = shared.parts
+        else:
+            parts = _parts(architecture, config, source, checkpoint, device, dtype)
+    backbone = _backbone(config, architecture, parts, source, shared)
+    if checkpoint is not None and config.tuning != "full":
+        check_fingerprint(checkpoint.fingerprint, parts, checkpoint.origin)
+    own_fingerprint = fingerprint(architecture, parts)
     adapter = None
     if config.tuning == "lora":
         adapter = LoraAdapter(parts, lora_config(config))
     if config.tuning == "full":
         backbone.requires_grad_(True)
-    if not shared:
+    if shared is None:
         for block in backbone.kept_blocks[max(*config.image_taps, *config.text_taps, 0) :]:
             block.requires_grad_(False)  # after the last tap: kept for the checkpoint's sake, never computed
     text_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -113,31 +115,27 @@ def load(
         "config": config,
         "adapter": adapter,
         "encoders": encoders,
+        "fingerprint": own_fingerprint,
     }
 
 
 def attach(model: "RewardModel", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
-    """Backbone over the pipeline's own transformer, with the reward's LoRA as a named, idle adapter."""
+    """Backbone over the weights of the pipeline's own transformer, and the reward's LoRA on it."""
     own, config = model.backbone, model.config
     if config.tuning == "full":
         raise InvalidInputError("this reward trained every weight of its backbone: there is nothing to share")
     if model.attached:
         raise InvalidInputError("this reward already shares a pipeline's transformer: detach it first")
     source, architecture = check_same_architecture(model, pipeline), own.architecture
-    parts = truncated(source.network, architecture, config.num_blocks)
-    name, adapter = None, None
-    if model.adapter is not None:
-        taken = {name for layer in parts.modules() for name in getattr(layer, "lora_A", {})}
-        name = next(
-            name
-            for name in ("dina_reward", *(f"dina_reward_{i}" for i in range(2, 100)))
-            if name not in taken
+    shared = SharedWeights(source.network, architecture, config.num_blocks)
+    changed = differing((model.fingerprint or {}).get("probes", {}), shared.parts)
+    if changed:
+        raise InvalidInputError(
+            f"the pipeline's transformer has other base weights than the reward's backbone "
+            f"({listed(changed)}): it is of another training, or a LoRA was fused into it (unfuse_lora() "
+            f"takes it out). Use the reward without attach, with base weights of its own"
         )
-        adapter = LoraAdapter(parts, lora_config(config), name, idle=True)
-        adapter.load_state_dict(model.adapter.state_dict(), "the reward's own adapter")
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(False)
-    return _again(own, parts, shared=True, adapter=name), adapter
+    return _again(own, shared.parts, shared), _copy_of(model.adapter, shared.parts, config)
 
 
 def check_same_architecture(model: "RewardModel", pipeline: Any) -> PipelineSource:
@@ -155,25 +153,29 @@ def check_same_architecture(model: "RewardModel", pipeline: Any) -> PipelineSour
 
 
 def detach(model: "RewardModel", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
-    """A private backbone with the same weights; the pipeline's transformer gets its plain layers back."""
-    shared, config = model.backbone, model.config
-    state = model.adapter.state_dict() if model.adapter is not None else None
-    if shared.adapter is not None:
-        remove_adapter(shared.parts, shared.adapter)
-    weight = shared.weight
+    """A private backbone with the same weights."""
+    shared, weight = model.backbone, model.backbone.weight
+    assert shared.shared is not None
+    shared.shared.follow()
     parts = load_parts(
         shared.architecture,
-        config.num_blocks,
-        from_module(PipelineSource(pipeline).network, "the attached pipeline's transformer"),
+        model.config.num_blocks,
+        from_module(shared.shared.network, "the attached pipeline's transformer"),
         device=weight.device,
         dtype=weight.dtype,
     )
-    backbone = _again(shared, parts, shared=False, adapter=None)
-    if state is None:
-        return backbone, None
-    adapter = LoraAdapter(parts, lora_config(config))
-    adapter.load_state_dict(state, "the reward's own adapter")
-    return backbone, adapter
+    return _again(shared, parts, None), _copy_of(model.adapter, parts, model.config)
+
+
+def _copy_of(adapter: LoraAdapter | None, parts: nn.Module, config: RewardModelConfig) -> LoraAdapter | None:
+    """The same LoRA, frozen, on other parts."""
+    if adapter is None:
+        return None
+    copied = LoraAdapter(parts, lora_config(config))
+    copied.load_state_dict(adapter.state_dict(), "the reward's own adapter")
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    return copied
 
 
 def live_encoders(model: "RewardModel", pipeline: Any) -> Encoders | None:
@@ -188,8 +190,7 @@ def _backbone(
     architecture: Architecture,
     parts: nn.Module,
     source: PipelineSource | None,
-    *,
-    shared: bool,
+    shared: SharedWeights | None,
 ) -> Backbone:
     kind = backbone_of(architecture)
     settings: dict[str, Any] = {}
@@ -211,7 +212,7 @@ def _backbone(
     )
 
 
-def _again(backbone: Backbone, parts: nn.Module, *, shared: bool, adapter: str | None) -> Backbone:
+def _again(backbone: Backbone, parts: nn.Module, shared: SharedWeights | None) -> Backbone:
     """The same backbone over other parts."""
     return type(backbone)(
         backbone.architecture,
@@ -223,7 +224,6 @@ def _again(backbone: Backbone, parts: nn.Module, *, shared: bool, adapter: str |
         guidance=backbone.guidance,
         pixels_per_latent=backbone.pixels_per_latent,
         shared=shared,
-        adapter=adapter,
     )
 
 
@@ -241,43 +241,6 @@ def _for_family(
             f"({architecture.diffusers_class})"
         )
     return config
-
-
-def fingerprint(backbone: Backbone) -> dict[str, Any] | None:
-    """Architecture and a few base weights that no adapter touches: enough to tell backbones apart."""
-    if backbone.weight.device.type == "meta":
-        return None
-    tensors = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in backbone.parts.named_parameters()
-    }
-    probes = {name: _probe(tensors[name]) for name in backbone.probes if name in tensors}
-    return {"architecture": backbone.architecture.to_dict(), "probes": probes}
-
-
-def check_fingerprint(recorded: Mapping[str, Any] | None, backbone: Backbone, origin: str) -> None:
-    """CheckpointError if the checkpoint was trained on other base weights than these.
-
-    Values are compared up to the rounding of bfloat16, so the same weights in another precision pass.
-    """
-    present = fingerprint(backbone)
-    if recorded is None or present is None:
-        return
-    try:
-        for name, values in recorded["probes"].items():
-            stored, found = torch.tensor(values), torch.tensor(present["probes"][name])
-            if stored.shape != found.shape or bool((stored - found).abs().max() > 0.02 * stored.abs().max()):
-                raise CheckpointError(
-                    f"{origin} was trained on another backbone: same shapes, different base weights ({name})"
-                )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{origin}: the recorded backbone fingerprint is damaged ({error!r})"
-        ) from error
-
-
-def _probe(tensor: Tensor) -> list[float]:
-    flat = whole(tensor).flatten()
-    return flat[:: max(1, flat.numel() // NUM_PROBE_VALUES)][:NUM_PROBE_VALUES].float().tolist()
 
 
 def _architecture(pipeline: Any, variant: str | None = None) -> tuple[Architecture, PipelineSource | None]:

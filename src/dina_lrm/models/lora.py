@@ -1,16 +1,15 @@
-"""LoRA on the backbone, through PEFT: which projections, merging for inference, and borrowing a shared one.
+"""LoRA on the backbone, through PEFT: which projections, and merging for inference.
 
 Adapters are kept in float32 whatever the dtype of the backbone: they are the master weights of training.
 Their published names are those of a PEFT model around the kept parts: `base_model.model.transformer_...`.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dina_lrm.core.attention import without_autocast
 from dina_lrm.models.weights import check_state
 
 if TYPE_CHECKING:
@@ -49,22 +48,12 @@ class LoraAdapter:
 
     Args:
         parts: the truncated diffusers model; changed in place.
-        idle: leave the new adapter switched off, for parts that belong to someone else.
     """
 
-    def __init__(self, parts: nn.Module, config: Any, name: str = "default", *, idle: bool = False) -> None:
+    def __init__(self, parts: nn.Module, config: Any, name: str = "default") -> None:
         from peft import inject_adapter_in_model
 
-        trained_before = {id(parameter): parameter.requires_grad for parameter in parts.parameters()}
-        active_before = {id(layer): list(layer.active_adapters) for layer in tuner_layers(parts)}
         inject_adapter_in_model(config, parts, adapter_name=name)
-        # PEFT freezes what it meets and activates what it adds: both are put back for what was there before.
-        for parameter in parts.parameters():
-            if id(parameter) in trained_before:
-                parameter.requires_grad_(trained_before[id(parameter)])
-        for layer in tuner_layers(parts):
-            if idle or id(layer) in active_before:
-                layer._active_adapter = active_before.get(id(layer), [])
         self.name = name
         self.config = config
         self.layers = {key: layer for key, layer in _named_layers(parts) if name in layer.lora_A}
@@ -113,7 +102,10 @@ class LoraAdapter:
             original = base.weight
             wide = torch.promote_types(original.dtype, torch.float32)
             down, up = (getattr(layer, side)[self.name].weight for side in ("lora_A", "lora_B"))
-            delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
+            with without_autocast(
+                original.device.type
+            ):  # what is kept is not of the first caller's precision
+                delta = (up.to(wide) @ down.to(wide)) * layer.scaling[self.name]
             merged = (original.to(wide) + delta).to(original.dtype)
             _replace_weight(base, nn.Parameter(merged, requires_grad=False))
             layer.merged_adapters.append(self.name)
@@ -134,55 +126,6 @@ def _replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
     # Straight into the registry. An assignment goes through `register_parameter`, which a library that loads
     # in another thread may have patched to move what it is given to the meta device.
     layer._parameters["weight"] = weight
-
-
-def remove_adapter(parts: nn.Module, name: str) -> None:
-    """Take an adapter out again; layers left without any adapter become the plain layers they were."""
-    for key, layer in _named_layers(parts):
-        if name not in layer.lora_A:
-            continue
-        if name in layer.active_adapters:
-            layer._active_adapter = [other for other in layer.active_adapters if other != name]
-        layer.delete_adapter(name)
-        if not layer.lora_A:
-            parent, _, leaf = key.rpartition(".")
-            setattr(parts.get_submodule(parent), leaf, layer.get_base_layer())
-
-
-@contextlib.contextmanager
-def borrowed(parts: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Use someone else's modules with only `adapter` active (None: bare), and put their state back after.
-
-    They are in eval mode and their weights count as constants meanwhile: a policy that trains them must get
-    gradients through the latents it made, not through the reward's own use of the same weights. An exception
-    restores all the same.
-    """
-    layers = tuner_layers(parts)
-    fused = sorted({name for layer in layers for name in layer.merged_adapters})
-    if fused:
-        raise RuntimeError(
-            f"the shared transformer has adapters fused into its weights ({fused}): unfuse them first"
-        )
-    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
-    training = [module for module in parts.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        for layer in layers:
-            layer._active_adapter = [adapter] if adapter in layer.lora_A else []
-            layer._disable_adapters = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for layer, active, disabled in states:
-            layer._active_adapter = active
-            layer._disable_adapters = disabled
 
 
 def tuner_layers(parts: nn.Module) -> list[Any]:

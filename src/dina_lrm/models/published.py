@@ -12,7 +12,6 @@ file of their own, `checkpoint/logistic.safetensors`, which other readers do not
 say (calibration, default noise levels, ...) goes into a section `dina_lrm` of config.json.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dina_lrm.errors import CheckpointError, InvalidInputError
 from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig
+from dina_lrm.models.storage import readable_json
 from dina_lrm.models.weights import listed, read_safetensors
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def write(folder: Path, checkpoint: "Checkpoint") -> None:
 
     config, weights = checkpoint.config, folder / "checkpoint"
     weights.mkdir()
-    (folder / "config.json").write_text(json.dumps(published_config(checkpoint), indent=4) + "\n")
+    (folder / "config.json").write_text(readable_json(published_config(checkpoint)))
     if config.tuning == "full":
         assert checkpoint.backbone is not None
         state = {f"backbone.{name}": value for name, value in checkpoint.backbone.items()}

@@ -151,7 +151,8 @@ class QwenImageBackbone(Backbone):
         "to_add_out",
     )
     lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    probes = ("img_in.weight", "txt_in.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight")
+    generator_rounds_time = True
+    reference_weight = "img_in.weight"
     masks_text = True
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:
@@ -176,7 +177,8 @@ class QwenImageBackbone(Backbone):
         parts = self.parts
         image = parts.img_in(hidden_states)
         text = parts.txt_in(parts.txt_norm(encoder_hidden_states))
-        temb = parts.time_text_embed(timestep.to(image.dtype), image)
+        # Not rounded to the dtype of the tokens, as diffusers does: in bfloat16 978.26 would be 976.
+        temb = parts.time_text_embed(timestep.to(torch.promote_types(image.dtype, torch.float32)), image)
         rotary = parts.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
         mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
         yield Streams(image, text, temb, mask)

@@ -8,7 +8,7 @@ calls, and a prompt's text projection is computed once.
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.attention import without_autocast, without_inference_mode
 from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
 from dina_lrm.core.noise import NoiseSchedule, seeded_generator, seeded_noise
 from dina_lrm.core.sharding import whole
@@ -69,6 +69,7 @@ class RewardModel(nn.Module):
         trained: False refuses to score (see `allow_untrained`); a trainer sets it.
         max_batch_size: latents in one backbone call, noise levels counted; more are done in turns.
         turn: held by the thread that uses the model.
+        fingerprint: of the base weights as they were loaded (`models/fingerprint.py`).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RewardModel(nn.Module):
         trained: bool = False,
         allow_untrained: bool = False,
         max_batch_size: int = 64,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.turn = Turn()
@@ -94,6 +96,7 @@ class RewardModel(nn.Module):
         self.trained = trained
         self.allow_untrained = allow_untrained
         self.max_batch_size = max_batch_size
+        self.fingerprint = fingerprint
         self.training_step: int | None = None
         self.card: str | None = None
         """What the model card adds about these weights, as `train` measured them or a checkpoint says."""
@@ -104,6 +107,7 @@ class RewardModel(nn.Module):
     # ------------------------------------------------------------------------------------- making one
 
     @classmethod
+    @without_inference_mode()
     def from_pretrained(
         cls,
         reward: str | Path,
@@ -119,7 +123,7 @@ class RewardModel(nn.Module):
         Args:
             reward: "bundled", a folder or a hub id; published layout or ours.
             pipeline: where the base weights and encoders come from: a folder, a hub id, or a diffusers
-                pipeline, whose transformer is never changed: a frozen backbone shares its modules, any other
+                pipeline, whose transformer is never changed: a frozen backbone shares its weights, any other
                 copies the kept blocks (`attach` shares those too). None: the one named in the checkpoint.
             device: CPU unless given (for a live pipeline: its own).
             dtype: of the backbone and text encoders, or its name, such as "bfloat16"; float32 unless given
@@ -146,6 +150,7 @@ class RewardModel(nn.Module):
             return model.eval()
 
     @classmethod
+    @without_inference_mode()
     def initialize(
         cls,
         pipeline: Any,
@@ -211,14 +216,17 @@ class RewardModel(nn.Module):
 
     @in_turn
     def attach(self, pipeline: Any) -> "RewardModel":
-        """Share the transformer of a live pipeline instead of holding base weights of our own.
+        """Share the base weights of a live pipeline's transformer instead of holding our own.
 
-        For alignment, where policy and reward have the same base: the reward's LoRA becomes a named PEFT
-        adapter on the pipeline's transformer, switched on only while scoring, without the policy's adapters;
-        the policy's own state is put back afterwards, also after an error. The reward is frozen from here on.
-        `detach` undoes it. What it cannot do: a policy that trains the base weights themselves also changes
-        the reward, and adapters fused into the base are refused. PEFT freezes the base only when it adds the
-        first adapter, so add the policy's before attaching, or freeze the base yourself.
+        For alignment, where policy and reward have the same base. Nothing but the values of the weights is
+        shared: the reward's LoRA lies on modules of its own, the pipeline's adapters, hooks and modes never
+        reach the reward, and the two may be used at the same time. The reward is frozen from here on and
+        follows the pipeline when that is moved or cast; move the head along with `to`. `detach` undoes it.
+
+        Raises:
+            InvalidInputError: the pipeline is not live, of another architecture, has other base weights (a
+                fused LoRA makes them others), or does not hold them in place (offloading). Scoring raises the
+                same when base weights change afterwards: a policy that trains them needs a reward of its own.
         """
         self._set_merged(False)
         with library_lock:
@@ -242,12 +250,12 @@ class RewardModel(nn.Module):
 
     @property
     def attached(self) -> bool:
-        """Is the transformer a live pipeline's own, with the reward as an adapter on it?"""
+        """Are the base weights those of a live pipeline's transformer?"""
         return self._attached_to is not None
 
     @in_turn
     def detach(self) -> "RewardModel":
-        """Take the adapter out of the attached pipeline, and go on with a copy of its base weights."""
+        """Go on with a copy of the attached pipeline's base weights."""
         if self._attached_to is not None:
             with library_lock:
                 self.backbone, self.adapter = loading.detach(self, self._attached_to)
@@ -483,6 +491,7 @@ class RewardModel(nn.Module):
 
     # ------------------------------------------------------------------------------------- the raw module
 
+    @without_inference_mode()
     def forward(self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor) -> Score:
         """Scores of latents that are noisy already, as in training; (batch,).
 
@@ -706,7 +715,7 @@ class RewardModel(nn.Module):
                 backbone=_on_cpu(self.backbone.state_dict()) if self.config.tuning == "full" else None,
                 trained=self.trained,
                 training_step=self.training_step if training_step is None else training_step,
-                fingerprint=loading.fingerprint(self.backbone),
+                fingerprint=self.fingerprint,
                 card=self.card,
             )
 
@@ -810,7 +819,7 @@ class RewardModel(nn.Module):
 
     def _settle_adapter(self) -> None:
         """Merge or unmerge LoRA, whichever the moment asks for."""
-        if self.adapter is None or self.backbone.shared or self.device.type == "meta":
+        if self.adapter is None or self.backbone.shared is not None or self.device.type == "meta":
             return
         gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters())
         self._set_merged(self._merging and not self.training and not gradients)

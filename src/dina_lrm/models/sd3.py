@@ -170,7 +170,7 @@ class SD3Backbone(Backbone):
         "to_add_out",
     )
     lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    probes = ("pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.ff.net.0.proj.weight")
+    reference_weight = "pos_embed.proj.weight"
     conditional_half = "last"
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dina_lrm.errors import CheckpointError, MissingComponentError
+from dina_lrm.errors import CheckpointError, InvalidInputError, MissingComponentError
 from dina_lrm.models.hub import download, is_hub_id
 from dina_lrm.models.weights import TensorSource, from_folder, from_module
 
@@ -89,7 +89,32 @@ class PipelineSource:
         return None if self.live is None else _unwrapped(getattr(self.live, self.denoiser))
 
     def network_config(self) -> dict[str, Any]:
+        """Configuration of the network whose features are read.
+
+        Raises:
+            InvalidInputError: the pipeline has a second network for other noise levels, or tells every token
+                a timestep of its own (both: Wan 2.2), so that one network at one timestep is not what it
+                computes.
+        """
+        second = f"{self.denoiser}_2"
+        boundary = self._setting("boundary_ratio")
+        if self.has(second) or boundary is not None:
+            raise InvalidInputError(
+                f"pipeline {self.name} has two networks, {self.denoiser} for high noise and {second} for low "
+                f"(boundary_ratio = {boundary}), as Wan 2.2 does: a reward reads one network at every noise "
+                f"level, so only pipelines with one are supported"
+            )
+        if self._setting("expand_timesteps"):
+            raise InvalidInputError(
+                f"pipeline {self.name} tells every token a timestep of its own (expand_timesteps), as Wan "
+                f"2.2 TI2V does: only pipelines with one timestep for a latent are supported"
+            )
         return self.config(self.denoiser, "config.json")
+
+    def _setting(self, name: str) -> Any:
+        """A setting of the pipeline itself; None where it has no such setting."""
+        settings = self.model_index() if self.live is None else getattr(self.live, "config", {})
+        return settings.get(name)
 
     def network_weights(self) -> TensorSource:
         if self.live is not None:

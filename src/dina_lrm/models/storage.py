@@ -3,11 +3,14 @@
 import contextlib
 import glob
 import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming
@@ -76,6 +79,13 @@ def recover_folder(target: Path, owned: Collection[str]) -> None:
             shutil.rmtree(old)
     for aside in target.parent.glob(f"{mark}.new"):
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def readable_json(record: Any) -> str:
+    """Indented, each list of numbers on one line."""
+    text = json.dumps(record, indent=2)
+    lists = re.compile(r"\[\s+([-+.\deE,\s]+?)\s+\]")
+    return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def file_digest(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Prompts to conditioning, through the pipeline's own `encode_prompt`, one cached row per prompt."""
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from dina_lrm.core.attention import without_autocast
 from dina_lrm.errors import InvalidInputError, MissingComponentError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.libraries import diffusers_class, quiet_loading, quiet_tokenizing
+from dina_lrm.models.sharing import apart
 from dina_lrm.models.source import PipelineSource
 
 CACHED_PROMPTS = 512
@@ -21,7 +23,7 @@ class PromptEncoder:
     """A pipeline's text encoders, loaded at the first prompt; one subclass per family, beside its backbone.
 
     Embeddings are kept per prompt, least recently used dropped first, on the CPU: at full size a row takes
-    megabytes. After changing the text encoders of a live pipeline call `clear_cache`.
+    megabytes. After replacing the text encoders of a live pipeline call `clear_cache`.
 
     Args:
         architecture: of the backbone that will read the embeddings.
@@ -70,8 +72,18 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
         """One row per prompt, in order. Every distinct prompt is encoded once."""
         check_prompts(prompts)
-        pipeline = self._load(device)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        if new:
+            self._encode_new(new, device)
+        for prompt in prompts:
+            self._cache.move_to_end(prompt)
+        encoded = [self._cache[prompt] for prompt in prompts]
+        while len(self._cache) > CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return _joined(encoded).to(device)
+
+    def _encode_new(self, new: list[str], device: torch.device) -> None:
+        pipeline = self._load(device)
         self._warn(new, pipeline)
         on = device if self._source.live is None else pipeline._execution_device
         for start in range(0, len(new), self.prompts_per_call):
@@ -81,12 +93,6 @@ class PromptEncoder:
                 rows = self.encode_batch(pipeline, list(chunk), on).to("cpu")
             for row, prompt in enumerate(chunk):
                 self._cache[prompt] = _without_padding(rows.index_select(torch.tensor([row])))
-        for prompt in prompts:
-            self._cache.move_to_end(prompt)
-        encoded = [self._cache[prompt] for prompt in prompts]
-        while len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return _joined(encoded).to(device)
 
     def encode_empty(self, device: torch.device) -> Conditioning:
         """What classifier-free guidance contrasts prompts with, one row: the empty prompt."""
@@ -104,13 +110,32 @@ class PromptEncoder:
                             f"pipeline {self._source.name} has no {component}, so prompts cannot be encoded: "
                             f"give a pipeline that has it, or use score_latents with a Conditioning"
                         )
-            self._pipeline = self._source.live or self._load_text_pipeline()
-        if self._source.live is None:
-            for name in (*self.encoders, *self.optional_encoders):
-                encoder = getattr(self._pipeline, name)
-                if encoder is not None:
-                    encoder.to(device)
+            self._pipeline = (
+                self._load_text_pipeline() if self._source.live is None else self._with_own_tokenizers()
+            )
+        if self._source.live is not None:
+            return self._live()
+        for name in (*self.encoders, *self.optional_encoders):
+            encoder = getattr(self._pipeline, name)
+            if encoder is not None:
+                encoder.to(device)
         return self._pipeline
+
+    def _with_own_tokenizers(self) -> Any:
+        """The live pipeline with tokenizers of our own: they keep what they were last told of padding and
+        cutting, so that two threads cannot share one."""
+        pipeline = copy.copy(self._source.live)
+        for name in map(tokenizer_of, (*self.encoders, *self.optional_encoders)):
+            vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name, None))
+        return pipeline
+
+    def _live(self) -> Any:
+        """The same for one use, with our own modules over the text encoders' weights as they are now."""
+        pipeline = copy.copy(self._pipeline)
+        for name in (*self.encoders, *self.optional_encoders):
+            encoder = getattr(self._source.live, name, None)
+            vars(pipeline)[name] = None if encoder is None else apart(encoder, name)
+        return pipeline
 
     def _load_text_pipeline(self) -> Any:
         source = self._source
@@ -170,9 +195,9 @@ class PromptEncoder:
             cut, unknown = self._not_seen(prompt, pipeline)
             all_unknown |= dict.fromkeys(unknown)
             if cut:
-                warnings.warn(cut, PromptWarning, stacklevel=4)
+                warnings.warn(cut, PromptWarning, stacklevel=5)
         if all_unknown:
-            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=4)
+            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=5)
 
 
 def _unknown_note(words: Iterable[str]) -> str:

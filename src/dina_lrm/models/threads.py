@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dina_lrm.core.attention import without_inference_mode
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -38,11 +40,11 @@ library_lock = Turn()
 
 
 def in_turn(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method that holds its object's `turn` while it runs."""
+    """A method that holds its object's `turn` while it runs, and keeps nothing of `torch.inference_mode`."""
 
     @functools.wraps(method)
     def taking_turns(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.turn:
+        with self.turn, without_inference_mode():
             return method(self, *args, **kwargs)
 
     return taking_turns

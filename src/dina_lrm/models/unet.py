@@ -220,14 +220,15 @@ class UNetBackbone(Backbone):
         "beta_end": 0.012,
         "num_train_timesteps": 1000,
     }
-    probes = ("conv_in.weight", "time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight")
+    reference_weight = "conv_in.weight"
     conditional_half = "last"
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:
         added = None
         if self.architecture.is_xl:  # a picture of the latent's own size, not cropped
             size = [side * self.pixels_per_latent for side in latents.shape[-2:]]
-            ids = latents.new_tensor([*size, 0, 0, *size]).expand(len(latents), -1)
+            ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=latents.device)
+            ids = ids.expand(len(latents), -1)
             added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": ids}
         return {
             "sample": latents,

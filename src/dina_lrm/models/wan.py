@@ -136,11 +136,7 @@ class WanBackbone(Backbone):
         "prediction_type": "flow_prediction",
         "flow_shift": 3.0,
     }
-    probes = (
-        "patch_embedding.weight",
-        "condition_embedder.time_proj.weight",
-        "blocks.0.ffn.net.0.proj.weight",
-    )
+    reference_weight = "patch_embedding.weight"
 
     def arguments(self, latents: Tensor, conditioning: Conditioning, timestep: Tensor) -> dict[str, Any]:
         return {

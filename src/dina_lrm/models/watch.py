@@ -7,11 +7,13 @@
 In step i a pipeline evaluates its network at (z_i, sigma_i). The watch notes what the network was called with
 and, at the end of the step, gives the reward of z_i at sigma_i:
 
-- If reward and generator use the same weights there, which means a frozen-backbone reward that shares the
-  pipeline's network and no other adapter active in it, the blocks' outputs are those of the generator's own
-  forward pass. The backbone's walk is replayed with them; only the embedders and the head are computed.
-- Otherwise (LoRA rewards, a policy's adapter, other guidance, a reward with weights of its own) one forward
-  pass of the first L blocks is made, with the reward's weights.
+- If reward and generator compute the same there, which means a frozen-backbone reward that shares the weights
+  of the pipeline's network, no adapter active in it and no cache of its blocks, the blocks' outputs are those
+  of the generator's own forward pass. The backbone's walk is replayed with them; only the embedders and the
+  head are computed.
+- Otherwise (LoRA rewards, a policy's adapter, other guidance, a reward with weights of its own, a FLUX or
+  Qwen-Image in half precision, which rounds the time that the reward does not) one forward pass of the first
+  L blocks is made, with the reward's weights.
 
 With classifier-free guidance only the conditional half is scored. The score is that of `score_state` for the
 same state, up to the rounding of a larger batch.
@@ -20,12 +22,14 @@ same state, up to the rounding of a larger batch.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dina_lrm.core.attention import without_inference_mode
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.backbone import BackboneFeatures, NoisyState
@@ -62,22 +66,20 @@ class RewardWatch:
             raise InvalidInputError("watch takes a live diffusers pipeline, whose sampling is to be watched")
         self.steps: list[StepScore] = []
         self._model = model
-        self._networks = [
-            network
-            for name in (source.denoiser, f"{source.denoiser}_2")  # Wan 2.2 has two, for high and low noise
-            if (network := getattr(pipeline, name, None)) is not None
-        ]
+        self._called: nn.Module = getattr(pipeline, source.denoiser)
+        self._network: nn.Module = source.network  # inside what torch.compile puts around it
         self._handles: list[RemovableHandle] = []
         self._call: dict[str, Any] | None = None
         self._outputs: dict[nn.Module, Any] = {}
         self._listening = False
 
     def __enter__(self) -> "RewardWatch":
-        for network in self._networks:
-            self._handles.append(network.register_forward_pre_hook(self._note_call, with_kwargs=True))
-        if self._shares_weights():
+        self._handles.append(self._called.register_forward_pre_hook(self._note_call, with_kwargs=True))
+        shared = self._model.backbone.shared
+        if self._model.config.tuning == "frozen" and shared is not None and shared.network is self._network:
             for module in self._model.backbone.run_modules:
-                self._handles.append(module.register_forward_hook(self._note_output))
+                original = shared.originals[module]
+                self._handles.append(original.register_forward_hook(partial(self._note_output, module)))
         self._listening = True
         return self
 
@@ -96,28 +98,22 @@ class RewardWatch:
             raise InvalidInputError("a reward watch sees nothing outside its context: use `with`")
         if self._call is None:
             raise InvalidInputError("no network of the watched pipeline was called in this step")
-        if self._is_cached() and self._model.backbone.shared:
-            raise InvalidInputError(
-                "the watched network caches its blocks (enable_cache): disable the cache, or watch with a "
-                "reward that does not share its weights"
-            )
         if "latents" not in callback_kwargs:
             raise InvalidInputError('the watch needs "latents" among callback_on_step_end_tensor_inputs')
         backbone, call, outputs = self._model.backbone, self._call, self._outputs
         self._forget()
         state = backbone.state(**call)
+        told = torch.as_tensor(timestep, dtype=torch.float32, device=state.timestep.device)
+        state = state._replace(timestep=told.expand(len(state.latents)))  # before a pipeline rounds it
         rows = self._conditional_rows(len(state.latents), len(callback_kwargs["latents"]))
         complete = all(module in outputs for module in backbone.run_modules)
         replayed = complete and self._is_the_rewards_own_call(state, call)
-        self._listening = False  # the model's own use of shared blocks is none of the generator's
-        try:
-            if replayed:
+        if replayed:
+            with self._model.turn, without_inference_mode():
                 features = backbone.features_at(*state, run=lambda module, *_, **__: outputs[module])
                 scores = self._model.score_tokens(self._model.tokens(_rows_of(features, rows)))
-            else:
-                scores = self._model.score_state(*state.index_select(rows))
-        finally:
-            self._listening = True
+        else:
+            scores = self._model.score_state(*state.index_select(rows))
         sigma = backbone.schedule.sigma_at(state.timestep[:1])
         self.steps.append(StepScore(step, float(state.timestep[0]), float(sigma), scores, replayed))
         return callback_kwargs
@@ -135,34 +131,33 @@ class RewardWatch:
         ):
             self._call, self._outputs = call, {}
 
-    def _note_output(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._listening and module not in self._outputs:
-            self._outputs[module] = output
+    def _note_output(self, ours: nn.Module, theirs: nn.Module, _: Any, output: Any) -> None:
+        if self._listening and ours not in self._outputs:
+            self._outputs[ours] = output
 
     def _forget(self) -> None:
         self._call, self._outputs = None, {}
-
-    def _shares_weights(self) -> bool:
-        """Are the reward's blocks the pipeline's own, as they are?"""
-        backbone = self._model.backbone
-        return self._model.config.tuning == "frozen" and any(
-            backbone.kept_blocks[0] in set(network.modules()) for network in self._networks
-        )
 
     def _is_the_rewards_own_call(self, state: NoisyState, call: Mapping[str, Any]) -> bool:
         """Did the generator compute just what the reward would have: same arguments, no adapter?"""
         backbone = self._model.backbone
         adapted = any(
-            layer.active_adapters and not layer.disable_adapters for layer in tuner_layers(backbone.parts)
+            layer.active_adapters and not layer.disable_adapters for layer in tuner_layers(self._network)
         )
+        device = state.latents.device.type
+        half = backbone.weight.dtype.itemsize < 4 or (
+            torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        )
+        if adapted or self._is_cached() or (half and backbone.generator_rounds_time):
+            return False
         own = backbone.arguments(*state)
         extra = [value for name, value in call.items() if name not in own and name != "return_dict"]
         plain = all(value is None or value is False or value == {} for value in extra)
-        return plain and not adapted and _same(own, call)
+        return plain and _same(own, call)
 
     def _is_cached(self) -> bool:
         """Does the generator approximate blocks by what they put out in earlier steps?"""
-        return any(getattr(network, "is_cache_enabled", False) for network in self._networks)
+        return bool(getattr(self._network, "is_cache_enabled", False))
 
     def _conditional_rows(self, num_rows: int, num_latents: int) -> Tensor:
         half, device = self._model.backbone.conditional_half, self._model.device

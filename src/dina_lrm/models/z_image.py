@@ -142,7 +142,7 @@ class ZImageBackbone(Backbone):
     architecture_class = ZImageArchitecture
     prompt_encoder = ZImagePrompts
     default_scheduler: ClassVar = {"_class_name": FLOW_MATCH, "shift": 3.0}
-    probes = ("cap_embedder.1.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.to_q.weight")
+    reference_weight = "cap_embedder.1.weight"
     masks_text = True
     conditional_half = "first"
 
