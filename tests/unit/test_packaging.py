@@ -6,6 +6,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 import dina_lrm
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,8 @@ def test_every_dependency_that_make_installs_is_pinned():
 
 NAMES = """
 import sys
+import pytest
+
 import dina_lrm
 assert issubclass(dina_lrm.ScoringError, dina_lrm.DinaError)
 assert dina_lrm.alignment.__name__ == "dina_lrm.alignment"
@@ -45,6 +49,7 @@ for name in dina_lrm.__all__:
 """
 
 
+@pytest.mark.long
 def test_public_names_are_reached_from_the_package_alone() -> None:
     """In a new process, where nothing has imported the modules behind them; torch is loaded when needed."""
     done = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, check=False)

@@ -128,6 +128,7 @@ def test_the_level_and_the_token_are_passed_on(
         assert headers["authorization"] == "Bearer secret"
 
 
+@pytest.mark.long
 def test_a_server_that_fails_ends_the_run_and_keeps_the_checkpoint(
     align: Callable[..., RunResult], server: Server, tmp_path: Path, waits: list[float]
 ) -> None:

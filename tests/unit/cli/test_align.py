@@ -27,6 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_leaves_a_lora_a_report_and_its_scores(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {
@@ -45,11 +46,13 @@ def test_a_run_leaves_a_lora_a_report_and_its_scores(finished: Path) -> None:
     assert all(0 <= value <= 1 for one in evaluations for value in one["gold"]["judge"])
 
 
+@pytest.mark.long
 def test_a_finished_run_is_not_trained_over(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["align", "refl", "shapes", *SMALL, "--output", str(finished)]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_resuming_a_finished_run_says_what_it_reached(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +101,7 @@ def test_an_algorithms_help_lists_its_settings(
         assert name in shown.err
 
 
+@pytest.mark.long
 def test_a_signal_ends_a_run_with_the_command_that_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

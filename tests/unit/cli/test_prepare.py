@@ -72,6 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, folder / "latents"
 
 
+@pytest.mark.long
 def test_two_folders_account_for_the_source(prepared: tuple[Path, Path]) -> None:
     _, output = prepared
     parts = {
@@ -95,6 +96,7 @@ def test_two_folders_account_for_the_source(prepared: tuple[Path, Path]) -> None
         assert len(LatentShards.open(output / part)) == len(parts[part])
 
 
+@pytest.mark.long
 def test_the_split_is_one_with_its_folder(
     prepared: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +113,7 @@ def test_the_split_is_one_with_its_folder(
     assert "--root" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_summary_adds_up_and_names_what_comes_next(
     prepared: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +134,7 @@ def test_the_recipe_of_a_generator_is_named(tiny_pipeline: Path) -> None:
     assert recipe_of(str(tiny_pipeline)) == f"RECIPE --model.pipeline {tiny_pipeline}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_says_how_to_go_on_and_ends_in_the_same_bytes(

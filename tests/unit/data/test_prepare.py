@@ -408,6 +408,7 @@ def test_a_picture_that_changed_is_refused_by_name(tiny_pipeline: Path, tmp_path
         run(root, root / "latents", tiny_pipeline)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

@@ -26,6 +26,7 @@ def test_scoring_in_python_says_nothing() -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("environment", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}])
 def test_a_command_on_a_terminal_does_not_warn_of_progress_bars(environment: dict[str, str]) -> None:
     terminal, stderr = pty.openpty()

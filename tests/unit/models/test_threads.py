@@ -33,11 +33,13 @@ def alone() -> float:
     return score
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["one-model", "own-models"])
 def test_threads_from_a_cold_start(alone: float, mode: str) -> None:
     assert cold_start(mode, 4) == [alone] * 4
 
 
+@pytest.mark.long
 def test_processes_from_a_cold_start(alone: float) -> None:
     assert cold_start("processes", 2) == [alone] * 2
 

@@ -78,6 +78,7 @@ def outlast(client: TestClient, tensors: dict[str, Tensor], count: int) -> Count
     return statuses
 
 
+@pytest.mark.long
 def test_a_thousand_mutated_bodies(client: TestClient, tensors: dict[str, Tensor]) -> None:
     statuses = outlast(client, tensors, 1000)
     assert statuses[422] > 500

@@ -88,6 +88,7 @@ def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
             process.kill()
 
 
+@pytest.mark.long
 def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     """Rows that give no pair are listed meanwhile."""
     path = make_items(tmp_path, 2)

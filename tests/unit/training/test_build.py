@@ -97,6 +97,7 @@ def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path
     assert "training step" in card
 
 
+@pytest.mark.long
 def test_own_pairs_are_validated_on_a_part_of_them(tiny_pipeline: Path, tmp_path: Path) -> None:
     """A folder of pairs, no word about validation, no output."""
     rng = np.random.default_rng(0)
@@ -116,6 +117,7 @@ def test_own_pairs_are_validated_on_a_part_of_them(tiny_pipeline: Path, tmp_path
     assert not any("shapes" in line for line in told)
 
 
+@pytest.mark.long
 def test_pairs_that_cannot_be_split_name_the_ways_out(tiny_pipeline: Path, rows: Path) -> None:
     config = make_config(tiny_pipeline, rows, rows.parent / "run")
     config = replace(config, data=DataConfig(train=str(rows)), output=None)
