@@ -46,7 +46,9 @@ class DemoPictures:
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Receives votes.csv and the pictures; it must not hold a set already."""
     prompts: int = 60
-    """Prompts, with two or three pictures each; at most 60."""
+    """At most 60."""
+    pictures: int = 2
+    """Pictures of a prompt, from 2 to 8; every other prompt has one more. Raters see each two of them."""
     seed: int = 0
     """Seed of the drawings, of what is wrong with them, and of the raters."""
     as_json: JsonFlag = False
@@ -84,7 +86,11 @@ def main(arguments: Sequence[str]) -> int:
     votes = options.output / "votes.csv"
     if votes.exists():
         raise UsageError(f"{votes} is there already; choose another --output")
-    made = make_pictures(options.output, num_prompts=options.prompts, seed=options.seed)
+    if not 2 <= options.pictures <= 8:
+        raise UsageError(f"--pictures is in [2, 8]; got {options.pictures}")
+    made = make_pictures(
+        options.output, num_prompts=options.prompts, num_pictures=options.pictures, seed=options.seed
+    )
     if options.as_json:
         print_json({"output": str(options.output), **asdict(made)})
         return 0
@@ -110,7 +116,7 @@ def all_prompts() -> list[str]:
     return scenes + fruit
 
 
-def make_pictures(output: Path, *, num_prompts: int = 60, seed: int = 0) -> PictureSet:
+def make_pictures(output: Path, *, num_prompts: int = 60, num_pictures: int = 2, seed: int = 0) -> PictureSet:
     """Draw the pictures of a set, vote on them, and write both."""
     rng = np.random.default_rng([seed, 11])
     chosen = rng.permutation(all_prompts())[:num_prompts].tolist()
@@ -120,12 +126,12 @@ def make_pictures(output: Path, *, num_prompts: int = 60, seed: int = 0) -> Pict
     rows: list[list[object]] = []
     for index, prompt in enumerate(chosen):
         drawn: list[Drawn] = []
-        for number in range(2 + index % 2):
+        for number in range(num_pictures + index % 2):
             # The pictures of one prompt are of one size, but for every sixth: people do not always crop.
             size = SIZES[(index + (number if index % 6 == 5 else 0)) % len(SIZES)]
             form = FORMS[index % len(FORMS)]
             picture, fault, utility = draw(prompt, rng, size, faulty=number > 0 or rng.random() < 0.3)
-            file = f"pictures/{index:02}-{'abc'[number]}{'' if form[0] == '.' else '-'}{form}"
+            file = f"pictures/{index:02}-{'abcdefghi'[number]}{'' if form[0] == '.' else '-'}{form}"
             store(picture, output / file, form)
             drawn.append(Drawn(file, utility))
             made.pictures += 1
