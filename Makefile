@@ -64,14 +64,14 @@ layers: $(VENV)/.installed-dev  ## the direction of imports
 	$(BIN)/lint-imports
 
 # Tests run side by side, one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=20
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=20
 SHORT := not slow and not gpu and not browser
 
 unit: $(VENV)/.installed-dev  ## unit and parity tests of less than ten seconds, and the doctests
-	$(PYTEST) -m "$(SHORT) and not long" tests/unit src/dina_lrm tests/parity
+	$(PYTEST) --dist worksteal -m "$(SHORT) and not long" tests/unit src/dina_lrm tests/parity
 
 long: $(VENV)/.installed-dev  ## the longer ones: training, kills, several processes, servers, Ray, the demo
-	$(PYTEST) -m "$(SHORT) and long" tests/unit tests/trajectory tests/end_to_end
+	$(PYTEST) --dist loadfile -m "$(SHORT) and long" tests/unit tests/trajectory tests/end_to_end
 
 slow: $(VENV)/.installed-dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest tests -m slow --durations=20

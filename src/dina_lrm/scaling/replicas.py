@@ -68,7 +68,12 @@ def serve_replicas(
         count, on_gpu = share(ray.cluster_resources(), settings.device, replicas)
         port = _free_port(host, port)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": host, "port": port}, logging_config={"enable_access_log": False})
+        try:
+            serve.start(
+                http_options={"host": host, "port": port}, logging_config={"enable_access_log": False}
+            )
+        except ray.exceptions.RayError as error:
+            raise ChildProcessError(f"Ray Serve does not start: {error}") from error
         stop = threading.Event()
         try:
             serve.run(_application(settings, count, on_gpu), name=APPLICATION)
