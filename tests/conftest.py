@@ -25,6 +25,8 @@ with warnings.catch_warnings():
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers wait for everybody else
+
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 
 GOLDEN_VARIABLE = "DINA_LRM_GOLDEN"

@@ -139,6 +139,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(hub, ignore_errors=True))
     os.environ.update(HF_HOME=hub, HF_HUB_CACHE=f"{hub}/hub", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAY_worker_niceness"] = "0"  # by default Ray's workers wait for everybody else
     os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
     # Gradio leaves sockets and event loops to the garbage collector. The bundled tokenizer says what it does
     # not know, which is right.
