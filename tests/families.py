@@ -54,6 +54,11 @@ def load_pipeline(folder: Path) -> Any:
     return pipeline
 
 
+def network_of(pipeline: Any) -> Any:
+    """The pipeline's denoiser."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
 def make_family_reward(pipeline: Path | Any, *, seed: int = 1, **settings: Any) -> RewardModel:
     """A reward as if trained: the default blocks and taps, LoRA of rank 2."""
     return randomize_reward(RewardModel.initialize(pipeline, **{"lora_rank": 2} | settings), seed)

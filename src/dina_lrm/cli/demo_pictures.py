@@ -46,7 +46,7 @@ class DemoPictures:
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Receives votes.csv and the pictures; it must not hold a set already."""
     prompts: int = 60
-    """At most 60."""
+    """Prompts, at most 60."""
     pictures: int = 2
     """Pictures of a prompt, from 2 to 8; every other prompt has one more. Raters see each two of them."""
     seed: int = 0

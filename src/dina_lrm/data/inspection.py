@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dina_lrm.data.comparisons import Comparison
-from dina_lrm.data.pairs import ImageSource, Reject, image_size, load_image
+from dina_lrm.data.pairs import ImageSource, Reject, image_size, load_image, row_place
 from dina_lrm.data.split import fold_prompt
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault
@@ -147,7 +147,7 @@ def _look(image: ImageSource, found: Inspection, max_sizes: int) -> tuple[str, s
 
 
 def _place(item: Comparison | Reject) -> str:
-    row = f"row {item.row}" if item.line is None else f"line {item.line}"
+    row = row_place(item.row, item.line)
     return f"{item.file}, {row}" if item.file else row
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "image_size",
     "load_image",
     "reasons",
+    "row_place",
     "same_picture",
     "write_rejects",
 ]
@@ -137,9 +138,14 @@ def reasons(rejects: Iterable[Reject]) -> str:
     if not listed:
         return ""
     counts = Counter(reject.reason.split(":")[0] for reject in listed)
-    where = f"row {listed[0].row}" if listed[0].line is None else f"line {listed[0].line}"
+    where = row_place(listed[0].row, listed[0].line)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     return f": {kinds}; first: {where}, {listed[0].reason}"
+
+
+def row_place(row: int, line: int | None) -> str:
+    """Where a row stands, as a message says it: the line of an editor where its file has lines."""
+    return f"row {row}" if line is None else f"line {line}"
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -35,6 +35,7 @@ __all__ = [
     "count_rows",
     "is_rows_file",
     "open_parquet",
+    "repeated_key",
     "rows_of_file",
     "rows_of_list",
     "shown",
@@ -202,10 +203,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) == len(pairs):
         return values
-    keys = [key for key, _ in pairs]
     twice = _Twice(values)
-    twice.key = next(key for key in keys if keys.count(key) > 1)
+    twice.key = repeated_key(pairs)
     return twice
+
+
+def repeated_key(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that stands twice in an object of JSON, of which there has to be one."""
+    keys = [key for key, _ in pairs]
+    return next(key for key in keys if keys.count(key) > 1)
 
 
 def _integer(digits: str) -> int | float:

@@ -67,8 +67,7 @@ def read_source(
     """
     root = Path(root)
     if name == "folder":
-        source_files(name, root, split=split)
-        yield from _folder(root, check_images)
+        yield from _folder(root, check_images, split)
         return
     read_row = {"jsonl": own_row, "latent-cache": _cached_row}.get(name)
     if read_row is None:
@@ -229,10 +228,10 @@ def _cache_index(root: Path) -> set[tuple[str, int]] | None:
     return listed if indices else None
 
 
-def _folder(root: Path, check: Check) -> Iterator[Comparison | Reject]:
+def _folder(root: Path, check: Check, split: str | None) -> Iterator[Comparison | Reject]:
     """NAME.txt holds the prompt; NAME.chosen.png and NAME.rejected.png, of any format, lie beside it."""
     beside: dict[Path, dict[str, list[Path]]] = {}
-    for index, file in enumerate(source_files("folder", root)):
+    for index, file in enumerate(source_files("folder", root, split=split)):
         if file.parent not in beside:
             named = beside[file.parent] = {}
             for place in file.parent.iterdir():

@@ -84,7 +84,7 @@ def recover_folder(target: Path, owned: Collection[str]) -> None:
 def readable_json(record: Any) -> str:
     """Indented, each list of numbers on one line."""
     text = json.dumps(record, indent=2)
-    lists = re.compile(r"\[\s+([-+.\deE,\s]+?)\s+\]")
+    lists = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")  # no string holds a line break
     return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 

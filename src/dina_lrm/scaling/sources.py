@@ -21,7 +21,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from dina_lrm.data.rows import BadRow, rows_of_file, shown
+from dina_lrm.data.rows import BadRow, repeated_key, rows_of_file, shown
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.scaling.places import filesystem, find_files, is_local
 from dina_lrm.scaling.rows import Row, parse_row
@@ -314,8 +314,7 @@ def _parse(line: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands twice")
+        raise ValueError(f"the key {shown(repeated_key(pairs))} stands twice")
     return values
 
 

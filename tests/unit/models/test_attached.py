@@ -13,26 +13,16 @@ from torch import Tensor
 
 from dina_lrm import CheckpointError, InvalidInputError, RewardModel
 from tests.families import (
-    FAMILIES,
     family_conditioning,
     family_latents,
     generate_latents,
     load_pipeline,
     make_family_reward,
+    network_of,
 )
 from tests.tiny import PROMPT, WORDS
 
 CHANGED = "base weights of the shared network have changed"
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def pipeline(family: str, family_folders: Any) -> Any:
-    return load_pipeline(family_folders(family))
 
 
 @pytest.fixture
@@ -45,10 +35,6 @@ def peft_talks() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Adapter style was active|Already found a `peft_config`")
         yield
-
-
-def network_of(pipeline: Any) -> Any:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def score(model: RewardModel, family: str) -> Tensor:

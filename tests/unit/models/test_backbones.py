@@ -14,7 +14,14 @@ from dina_lrm import CheckpointError, Conditioning, InvalidInputError, RewardMod
 from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.backbone import Backbone
 from dina_lrm.models.families import BACKBONES, backbone_of, read_architecture
-from tests.families import FAMILIES, family_conditioning, family_latents, load_pipeline, make_family_reward
+from tests.families import (
+    FAMILIES,
+    family_conditioning,
+    family_latents,
+    load_pipeline,
+    make_family_reward,
+    network_of,
+)
 from tests.tiny import PROMPT, randomize_reward
 
 SHAPES = [(8, 8), (8, 12)]
@@ -22,18 +29,9 @@ SIGMAS = [0.3, 0.8]
 MASKED = ("z_image", "qwen_image")
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def folder(family: str, family_folders: Any) -> Path:
     return family_folders(family)
-
-
-def network_of(pipeline: Any) -> Any:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def every_tap(folder: Path, **settings: Any) -> RewardModel:

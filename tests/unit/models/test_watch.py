@@ -12,12 +12,12 @@ from dina_lrm.models.backbone import NoisyState
 from dina_lrm.models.lora import tuner_layers
 from dina_lrm.models.watch import RewardWatch
 from tests.families import (
-    FAMILIES,
     family_conditioning,
     family_latents,
     generate_latents,
     load_pipeline,
     make_family_reward,
+    network_of,
 )
 from tests.tiny import PROMPT
 
@@ -32,20 +32,6 @@ PLAIN = {
     for name in ("sd3", "sd15", "sdxl", "z_image", "wan")
 }
 PLAIN |= {"flux": {}, "qwen_image": {"true_cfg_scale": 1.0}}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def pipeline(family: str, family_folders: Any) -> Any:
-    return load_pipeline(family_folders(family))
-
-
-def network_of(pipeline: Any) -> Any:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
 def with_policy_adapter(network: Any) -> None:
