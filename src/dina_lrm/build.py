@@ -369,6 +369,7 @@ class _RunPairs:
         raw = [source for source in (self.train, config.data.validation) if self._is_raw(source)]
         if self.output is not None:
             recover_folder(self.output, OWNED)
+            recover_folder(self.output / "last")
             self.folder = self.output / "pairs"
         elif raw and self.processes.num_processes > 1:
             raise InvalidInputError(f"several processes share the prepared pairs of {raw[0]}: give an output")
@@ -380,7 +381,7 @@ class _RunPairs:
         elif self._is_raw(self.train) and Path(self.train).suffix != ".parquet":
             check_batch_size(config.batch_size, source_length(raw_source(Path(self.train)) or "", self.train))
         if config.resume and self.output is not None:
-            begun = any((self.output / name).exists() for name in ("last", "last.old"))
+            begun = (self.output / "last").exists()
             log(
                 f"going on with {config.output}"
                 if begun

@@ -148,3 +148,4 @@ def main(pipeline: Path, output: Path, names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    torch.distributed.destroy_process_group()

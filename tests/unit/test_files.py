@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from dina_lrm.files import naming, write_whole
 from dina_lrm.models.storage import replaced_folder
-from dina_lrm.training.state import replace_folder
 
 
 @contextmanager
@@ -35,24 +34,17 @@ def fill(folder: Path) -> None:
     save_file({"a": torch.zeros(100_000)}, folder / "tensors.safetensors")
 
 
-def test_a_checkpoint_that_does_not_fit_names_its_folder_and_leaves_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "last"
-    replace_folder(target, lambda folder: (folder / "a").write_text("old"))
-    with no_file_above(50_000), pytest.raises(OSError, match="File too large") as caught:
-        replace_folder(target, fill)
-    assert caught.value.filename == str(target)
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    assert [path.name for path in target.iterdir()] == ["a"]
-
-
-def test_a_model_that_does_not_fit_names_its_folder_and_leaves_the_old_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owned", [("a",), None])
+def test_a_folder_that_does_not_fit_is_named_and_leaves_the_old_one(
+    tmp_path: Path, owned: tuple[str, ...] | None
+) -> None:
     target = tmp_path / "model"
-    with replaced_folder(target, ("a",)) as aside:
+    with replaced_folder(target, owned) as aside:
         (aside / "a").write_text("old")
     with (
         no_file_above(50_000),
         pytest.raises(OSError, match="File too large") as caught,
-        replaced_folder(target, ("a",)) as aside,
+        replaced_folder(target, owned) as aside,
     ):
         fill(aside)
     assert caught.value.filename == str(target)

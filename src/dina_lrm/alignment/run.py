@@ -37,6 +37,7 @@ from dina_lrm.config import to_dict
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming, write_whole
+from dina_lrm.models.storage import recover_folder, replaced_folder
 from dina_lrm.training import optim, state
 from dina_lrm.training.interrupt import Interrupt, Interrupted
 
@@ -124,7 +125,7 @@ class Run:
         if self._writes:
             assert self.output is not None
             for name in ("last", "best"):
-                state.recover_folder(self.output / name)
+                recover_folder(self.output / name)
             self.output.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------------------- the loop
@@ -380,8 +381,8 @@ class Run:
             for index, picture in enumerate(pictures):
                 picture.save(folder / f"{index:03d}.png")
         if best_evaluation(self.evaluations) is evaluation and self.step > 0:
-            with self.averaged():
-                state.replace_folder(self.output / "best", self.policy.save_lora)
+            with self.averaged(), replaced_folder(self.output / "best") as best:
+                self.policy.save_lora(best)
         _append(self.output / "evaluations.jsonl", asdict(evaluation))
         if self.on_evaluation is not None:
             self.on_evaluation(self, self.evaluations, pictures)
@@ -409,12 +410,10 @@ class Run:
             data_fingerprint=self.fingerprint,
         )
 
-        def fill(folder: Path) -> None:
+        with replaced_folder(self.output / name) as folder:
             with self.averaged():
                 self.policy.save_lora(folder)
             state.save_state(folder, position, self.parameters, self.optimizer, self.average, None)
-
-        state.replace_folder(self.output / name, fill)
 
     def _resume(self) -> None:
         if self.output is None:

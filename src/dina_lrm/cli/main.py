@@ -203,6 +203,9 @@ def run() -> None:
     if stream is not None and stream.encoding.lower() == "utf-8":
         stream.reconfigure(errors="surrogateescape")  # names of files are printed as they were typed
     code = main()
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # else gloo's threads may abort an interpreter that is ending
     try:
         sys.stdout.flush()
     except OSError:  # told already, where it happened

@@ -118,11 +118,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str) -> None:
     if layout not in LAYOUTS:
         raise InvalidInputError(f'layout = {layout!r}: it must be "dina" or "published"')
     with replaced_folder(folder, OWNED) as aside:
-        if layout == "dina":
-            _write(aside, checkpoint)
-        else:
-            published.write(aside, checkpoint)
-        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        fill_checkpoint(aside, checkpoint, layout)
+
+
+def fill_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str = "dina") -> None:
+    """Write into a new folder that is there."""
+    if layout == "dina":
+        _write(folder, checkpoint)
+    else:
+        published.write(folder, checkpoint)
+    (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
 
 
 def write_adapter(folder: Path, config: RewardModelConfig, adapter: Mapping[str, Tensor]) -> None:

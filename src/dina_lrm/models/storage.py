@@ -17,15 +17,15 @@ from dina_lrm.files import naming
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
+def replaced_folder(target: Path, owned: Collection[str] | None = None) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `target` once everything is on disk.
 
     Written beside the target, flushed, then renamed. Until the rename the old folder is untouched; if
     anything fails it stays, and what was written aside is removed.
 
     Args:
-        owned: names that belong to a checkpoint. Anything else in the old folder (logs, training state)
-            is kept.
+        owned: names that belong to what is written; anything else in the old folder (logs, say) is kept.
+            None: nothing of it is.
 
     Raises:
         OSError: it cannot be written; names `target`, or a file of it.
@@ -49,10 +49,7 @@ def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
             except OSError:
                 os.rename(old, target)
                 raise
-            for entry in old.iterdir():
-                if entry.name not in owned and not (target / entry.name).exists():
-                    os.rename(entry, target / entry.name)
-            shutil.rmtree(old)
+            _finish(old, target, owned)
         else:
             os.rename(aside, target)
         _flush(target.parent)
@@ -60,7 +57,7 @@ def replaced_folder(target: Path, owned: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def recover_folder(target: Path, owned: Collection[str]) -> None:
+def recover_folder(target: Path, owned: Collection[str] | None = None) -> None:
     """Bring a replacement to its end that was killed half-way, and remove what others left aside.
 
     To be called when nobody is writing `target`. The old folder comes back if the new one had not yet taken
@@ -73,12 +70,17 @@ def recover_folder(target: Path, owned: Collection[str]) -> None:
             if not target.exists():
                 os.rename(old, target)
                 continue
-            for entry in old.iterdir():
-                if entry.name not in owned and not (target / entry.name).exists():
-                    os.rename(entry, target / entry.name)
-            shutil.rmtree(old)
+            _finish(old, target, owned)
     for aside in target.parent.glob(f"{mark}.new"):
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _finish(old: Path, target: Path, owned: Collection[str] | None) -> None:
+    """What is not owned moves from the old folder into the new one; the rest of the old one goes."""
+    for entry in old.iterdir():
+        if owned is not None and entry.name not in owned and not (target / entry.name).exists():
+            os.rename(entry, target / entry.name)
+    shutil.rmtree(old)
 
 
 def readable_json(record: Any) -> str:

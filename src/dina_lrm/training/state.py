@@ -7,9 +7,7 @@ dropout of step n are functions of (seed, n). No pickle.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from torch import Tensor, nn
 
 from dina_lrm.core.sharding import cut, is_cut, local, whole
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.files import naming, write_whole
+from dina_lrm.files import write_whole
 
-__all__ = ["Position", "check_same_run", "load_state", "replace_folder", "save_state"]
+__all__ = ["Position", "check_same_run", "load_state", "save_state"]
 
 FOLDER = "training_state"
 
@@ -160,46 +158,3 @@ def check_same_run(
         raise InvalidInputError(f"{folder} belongs to a run with other settings: {'; '.join(differing)}")
     if position.data_fingerprint != data_fingerprint:
         raise InvalidInputError(f"{folder} was trained on other {data} than those given now")
-
-
-# --- a folder that appears whole or not at all -------------------------------------------------------------
-
-
-def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a new folder aside, flush it to disk, then put it in the place of `target`.
-
-    If the machine stops between the two renames the old folder is left as `<target>.old`; `recover_folder`
-    puts it back. If `fill` fails, what it wrote is removed and the old folder stays.
-
-    Raises:
-        OSError: it cannot be written; names `target`, or a file of it.
-    """
-    partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(target):
-            partial.mkdir()
-            fill(partial)
-            for path in partial.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    recover_folder(target)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Undo a replacement that was cut off: the old folder back in place, or out of the way."""
-    old = target.with_name(target.name + ".old")
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)

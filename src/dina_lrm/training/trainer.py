@@ -39,10 +39,10 @@ from dina_lrm.data.shards import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.files import write_whole
 from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.checkpoint import OWNED
+from dina_lrm.models.checkpoint import OWNED, fill_checkpoint
 from dina_lrm.models.config import Calibration
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.models.storage import recover_folder
+from dina_lrm.models.storage import recover_folder, replaced_folder
 from dina_lrm.training import optim, state
 from dina_lrm.training.distribution import check_distribution, drop_gathered, treat_as_forward
 from dina_lrm.training.interrupt import Interrupt, Interrupted
@@ -200,8 +200,9 @@ class _Run:
         self.fingerprint = self.train_pairs.fingerprint()
         self.is_main = self.accelerator.is_main_process
         if self.output is not None and self.is_main:
-            for folder in (self.output, self.output / "best", self.output / "last.partial"):
+            for folder in (self.output, self.output / "best"):
                 recover_folder(folder, OWNED)  # of a run that was killed while it saved
+            recover_folder(self.output / "last")
             self.output.mkdir(parents=True, exist_ok=True)
         self.reporter = Reporter(
             self.output if self.is_main else None,
@@ -442,24 +443,26 @@ class _Run:
             data_fingerprint=self.fingerprint,
         )
 
-        def fill(folder: Path) -> None:
-            with self._averaged_weights():
-                self._save_model(folder, self.step)
+        def save_state(folder: Path) -> None:
             state.save_state(
                 folder, position, self.parameters, self.optimizer, self.average, self.best_weights
             )
 
+        with self._averaged_weights():
+            checkpoint = self.model.checkpoint(self.step) if self.is_main or self.in_pieces else None
+        last = self.output / "last"
         if self.is_main:
-            state.replace_folder(self.output / "last", fill)
+            assert checkpoint is not None
+            with replaced_folder(last) as aside:
+                fill_checkpoint(aside, checkpoint)
+                save_state(aside)
         elif self.in_pieces:
-            fill(self.output / "last")
+            save_state(last)
 
     def _resume(self) -> None:
         if self.output is None:
             raise InvalidInputError("resume needs output: the folder of the run to go on with")
         last = self.output / "last"
-        if self.is_main:
-            state.recover_folder(last)
         self.accelerator.wait_for_everyone()
         if not last.exists():  # stopped before the first checkpoint, or never begun
             return

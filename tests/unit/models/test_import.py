@@ -6,13 +6,11 @@ import sys
 import pytest
 
 PROBE = """
-import sys, time, torch
-start = time.perf_counter()
+import sys
 import dina_lrm
 {access}
-seconds = time.perf_counter() - start
 heavy = {{"diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "gradio", "ray"}}
-print(seconds, sorted(heavy & {{name.split(".")[0] for name in sys.modules}}))
+print(sorted(heavy & {{name.split(".")[0] for name in sys.modules}}))
 """
 
 
@@ -20,6 +18,4 @@ print(seconds, sorted(heavy & {{name.split(".")[0] for name in sys.modules}}))
 def test_import_loads_no_pipeline_library(access: str) -> None:
     command = [sys.executable, "-c", PROBE.format(access=access)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    seconds, heavy = output.split(maxsplit=1)
-    assert heavy.strip() == "[]"
-    assert float(seconds) < 2.0, "0.1 s on an idle machine; the bound leaves room for a busy one"
+    assert output.strip() == "[]"

@@ -60,6 +60,25 @@ def test_a_kill_at_any_rename_loses_nothing(
     assert contents(target) == {"config.json": "newer", "metrics.jsonl": "metrics"}
 
 
+def test_a_folder_that_belongs_to_its_writer_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "last"
+    with replaced_folder(target) as aside:
+        (aside / "a").write_text("old")
+    with replaced_folder(target) as aside:
+        (aside / "b").write_text("new")
+    assert contents(target) == {"b": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_whole_folder_cut_between_its_renames_comes_back(tmp_path: Path) -> None:
+    old = tmp_path / ".last.1234.old"
+    old.mkdir()
+    (old / "a").write_text("old")
+    recover_folder(tmp_path / "last")
+    assert contents(tmp_path / "last") == {"a": "old"}
+    assert not old.exists()
+
+
 def test_nothing_to_recover(tmp_path: Path) -> None:
     recover_folder(tmp_path / "none", OWNED)
     target = run_folder(tmp_path)

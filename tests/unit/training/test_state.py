@@ -67,27 +67,3 @@ def test_another_model_and_damage_are_errors(tmp_path: Path) -> None:
         state.load_state(tmp_path, dict(model.named_parameters()), optimizer, average)
     with pytest.raises(FileNotFoundError, match="resume"):
         state.load_state(tmp_path / "nowhere", dict(model.named_parameters()), optimizer, average)
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "last"
-    state.replace_folder(target, lambda folder: (folder / "a").write_text("old"))
-
-    def fails(folder: Path) -> None:
-        (folder / "a").write_text("new")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        state.replace_folder(target, fails)
-    assert (target / "a").read_text() == "old"
-    state.replace_folder(target, lambda folder: (folder / "b").write_text("new"))
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    assert [path.name for path in target.iterdir()] == ["b"]
-
-
-def test_a_replacement_cut_between_its_renames_is_undone(tmp_path: Path) -> None:
-    (tmp_path / "last.old").mkdir()
-    (tmp_path / "last.old" / "a").write_text("old")
-    state.recover_folder(tmp_path / "last")
-    assert (tmp_path / "last" / "a").read_text() == "old"
-    assert not (tmp_path / "last.old").exists()
