@@ -283,15 +283,11 @@ def raw_source(path: Path) -> Literal["jsonl", "folder"] | None:
         return None if path.suffix == ".safetensors" else "jsonl"
     if not path.is_dir():
         raise InvalidInputError(f"no pairs at {str(path)!r}: pairs come from {FORMS}")
-    if any((path / name).is_file() for name in ("prepare.json", "manifest.json")):
+    parts = [path, path / "train", path / "test"]
+    if (path / "manifest.json").is_file() or any((part / "prepare.json").is_file() for part in parts):
         return None
     if any(path.glob("*.safetensors")):
         return None
-    if any((path / part / "prepare.json").is_file() for part in ("train", "test")):
-        raise InvalidInputError(
-            f"{path} was split by `dina-lrm prepare --test-fraction`: train on {path / 'train'}, evaluate on "
-            f"{path / 'test'}"
-        )
     if any(path.rglob("*.txt")):
         return "folder"
     if any(any(path.glob(pattern)) for pattern in PATTERNS):

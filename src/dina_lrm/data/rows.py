@@ -327,7 +327,7 @@ def _items(text: io.TextIOBase) -> Iterator[Any]:
         return buffer[at : at + 1]
 
     if sign() != "[":
-        yield BadRow("not JSON: a list of rows is expected, as in the published file")
+        yield BadRow("not a JSON list: [row, row, ...] is expected")
         return
     at += 1
     if sign() == "]":

@@ -324,6 +324,18 @@ def stack_prompts(rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor | None, Ten
     )
 
 
+def _no_shards(folder: Path) -> str:
+    """Why a folder without a manifest cannot be read."""
+    if (folder / "prepare.json").is_file():
+        return f"`dina-lrm prepare` of {folder} was not finished: run it again, it goes on where it stopped"
+    if any((folder / part / "prepare.json").is_file() for part in ("train", "test")):
+        return (
+            f"{folder} was split by `dina-lrm prepare --test-fraction`: train on {folder / 'train'}, "
+            f"evaluate on {folder / 'test'}"
+        )
+    return f"{folder} holds no latent shards: no manifest.json"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentShards:
     """Pairs in a folder that `dina-lrm prepare` wrote; latents stay on disk until a batch needs them.
@@ -385,9 +397,7 @@ class LatentShards:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except FileNotFoundError as error:
-            hint = "was not finished: run it again, it goes on where it stopped"
-            fault = f"`dina-lrm prepare` of {folder} {hint}" if (folder / "prepare.json").is_file() else None
-            raise InvalidInputError(fault or f"{folder} holds no latent shards: no manifest.json") from error
+            raise InvalidInputError(_no_shards(folder)) from error
         except json.JSONDecodeError as error:
             raise InvalidInputError(f"{folder / 'manifest.json'} is damaged: {error}") from error
         if manifest.get("format") != FORMAT:

@@ -576,6 +576,7 @@ def test_prompts_of_different_length_need_a_mask() -> None:
         ("manifest", r"manifest\.json is damaged"),
         ("other", "holds 'something', not"),
         ("nothing", "holds no latent shards"),
+        ("split", "was split .* evaluate on .*/test"),
     ],
 )
 def test_damage_is_told(damage: str, message: str, prepared: tuple[Path, Path, Any], tmp_path: Path) -> None:
@@ -593,6 +594,7 @@ def test_damage_is_told(damage: str, message: str, prepared: tuple[Path, Path, A
         case "other":
             (output / "manifest.json").write_text('{"format": "something"}')
         case _:
+            output.rename(tmp_path / ("test" if damage == "split" else "copy"))
             output = tmp_path
     with pytest.raises(InvalidInputError, match=message):
         LatentShards.open(output)

@@ -273,7 +273,7 @@ def test_a_file_that_is_no_list_is_told(tmp_path: Path, content: str) -> None:
     comparisons, rejects = read("hpdv3", tmp_path)
     assert not comparisons
     assert [(reject.reason, reject.file) for reject in rejects] == [
-        ("not JSON: a list of rows is expected, as in the published file", "test.json")
+        ("not a JSON list: [row, row, ...] is expected", "test.json")
     ]
 
 
