@@ -140,6 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(HF_HOME=hub, HF_HUB_CACHE=f"{hub}/hub", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAY_worker_niceness"] = "0"  # by default Ray's workers wait for everybody else
+    os.environ["RAY_gcs_server_port_wait_time_s"] = "120"  # 30 are too few beside other pages
     os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
     # Gradio leaves sockets and event loops to the garbage collector. The bundled tokenizer says what it does
     # not know, which is right.
