@@ -274,8 +274,8 @@ def test_weights_cut_over_two_processes_train_as_whole_ones(
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "one")
     assert ours.keys() == theirs.keys()
     determined = [name for name in ours if "optimizer." not in name and not name.endswith(UNDETERMINED)]
-    furthest = max(float((ours[name] - theirs[name]).abs().max()) for name in determined)
-    print(f"FSDP2 against one: losses {difference.max():.2g}, weights {furthest:.2g}")
+    furthest, name = max((float((ours[name] - theirs[name]).abs().max()), name) for name in determined)
+    print(f"FSDP2 against one: losses {difference.max():.2g}, weights {furthest:.2g} ({name})")
     assert len(difference) == 10
     assert difference.max() < 1e-6
     assert furthest < 1e-5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dina_lrm.config import (
@@ -323,7 +324,9 @@ def test_validation_does_not_touch_training(
 # --- the average of the weights
 
 
-def test_the_average_is_what_is_kept(new_model: Callable[..., RewardModel], train_pairs: LatentPairs) -> None:
+def test_the_average_is_what_is_kept(
+    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, tmp_path: Path
+) -> None:
     """Against the same average computed here from runs that are stopped after every step."""
     decay, num_steps = 0.6, 6
     raw = []
@@ -338,9 +341,14 @@ def test_the_average_is_what_is_kept(new_model: Callable[..., RewardModel], trai
         expected = {name: keep * expected[name] + (1 - keep) * values[name] for name in expected}
     model = new_model()
     settings = replace(CONFIG.optimizer, ema_decay=decay)
-    train(replace(CONFIG, num_steps=num_steps, optimizer=settings), model, train_pairs)
+    config = replace(CONFIG, num_steps=num_steps, optimizer=settings, output=str(tmp_path / "run"))
+    train(config, model, train_pairs)
     for name, value in trained_values(model).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    kept, last = (
+        load_file(folder / "reward_head.safetensors") for folder in (tmp_path / "run", tmp_path / "run/last")
+    )
+    assert_same(kept, last)
     assert any(not torch.equal(expected[name], raw[-1][name]) for name in expected)
 
 

@@ -193,7 +193,8 @@ class _Run:
             self.average = optim.weight_average(self._pieces(), settings.ema_decay)
 
         self.step = 0
-        self.seconds_before = 0.0
+        self.seconds_before = 0.0  # in earlier processes of this run
+        self.seconds_trained = 0.0  # until the end of the latest step, its validation included
         self.best_accuracy: float | None = None
         self.best_step: int | None = None
         self.best_weights: list[Tensor] | None = None
@@ -272,6 +273,7 @@ class _Run:
                     due = self.step % config.validation.every == 0 or last
                     if self.validation_pairs is not None and due:
                         self._validate_and_keep()
+                    self.seconds_trained = self.seconds
                     interrupted = interrupt.asked(self.accelerator)
                     if self.step % config.checkpoint_every == 0 or last or interrupted:
                         self._checkpoint()
@@ -436,7 +438,7 @@ class _Run:
             return
         position = state.Position(
             step=self.step,
-            seconds=self.seconds,
+            seconds=self.seconds_trained,
             best_accuracy=self.best_accuracy,
             best_step=self.best_step,
             config=to_dict(self.config),
@@ -448,15 +450,15 @@ class _Run:
                 folder, position, self.parameters, self.optimizer, self.average, self.best_weights
             )
 
-        with self._averaged_weights():
-            checkpoint = self.model.checkpoint(self.step) if self.is_main or self.in_pieces else None
         last = self.output / "last"
         if self.is_main:
-            assert checkpoint is not None
             with replaced_folder(last) as aside:
-                fill_checkpoint(aside, checkpoint)
+                with self._averaged_weights():
+                    fill_checkpoint(aside, self.model.checkpoint(self.step))
                 save_state(aside)
         elif self.in_pieces:
+            with self._averaged_weights():
+                self.model.checkpoint()
             save_state(last)
 
     def _resume(self) -> None:
@@ -471,6 +473,7 @@ class _Run:
             last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="pairs"
         )
         self.step, self.seconds_before = position.step, position.seconds
+        self.seconds_trained = position.seconds
         self.model.trained = self.model.trained or self.step > 0
         self.best_accuracy, self.best_step = position.best_accuracy, position.best_step
         self.best_weights = best
@@ -495,7 +498,7 @@ class _Run:
         self.model.eval()
         result = TrainResult(
             steps=self.step,
-            seconds=self.seconds,
+            seconds=self.seconds_trained,
             stopped_by=stopped_by,
             best_step=self.best_step,
             best_accuracy=self.best_accuracy,
