@@ -12,6 +12,7 @@ a part keeps the digests of its pictures, which are read again before the run go
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections import Counter, deque
@@ -477,7 +479,10 @@ def _processes(
     load_encoder: LoadEncoder, devices: Sequence[str], root: Path
 ) -> Iterator[ProcessPoolExecutor]:
     others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    # One process imports the libraries, and all others have them from it.
+    source = load_encoder.func if isinstance(load_encoder, functools.partial) else load_encoder
+    context.set_forkserver_preload([source.__module__, "diffusers.models", "transformers.models.auto"])
     names = context.SimpleQueue()
     for device in devices:
         names.put(device)
