@@ -32,7 +32,7 @@ from dina_lrm.data.prepare import (
     unwanted,
 )
 from dina_lrm.data.rows import PATTERNS
-from dina_lrm.data.shards import LatentShards, PairSet, set_aside
+from dina_lrm.data.shards import LatentShards, PairSet, no_shards, set_aside
 from dina_lrm.data.sources import read_source, source_files, source_length
 from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError
@@ -283,11 +283,12 @@ def raw_source(path: Path) -> Literal["jsonl", "folder"] | None:
         return None if path.suffix == ".safetensors" else "jsonl"
     if not path.is_dir():
         raise InvalidInputError(f"no pairs at {str(path)!r}: pairs come from {FORMS}")
-    parts = [path, path / "train", path / "test"]
-    if (path / "manifest.json").is_file() or any((part / "prepare.json").is_file() for part in parts):
+    if any((path / name).is_file() for name in ("prepare.json", "manifest.json")):
         return None
     if any(path.glob("*.safetensors")):
         return None
+    if any((path / part / "prepare.json").is_file() for part in ("train", "test")):
+        raise InvalidInputError(no_shards(path))
     if any(path.rglob("*.txt")):
         return "folder"
     if any(any(path.glob(pattern)) for pattern in PATTERNS):

@@ -41,6 +41,7 @@ __all__ = [
     "PairSet",
     "PromptRow",
     "PromptTable",
+    "no_shards",
     "prompt_hash",
     "set_aside",
     "write_pairs",
@@ -324,7 +325,7 @@ def stack_prompts(rows: Sequence[PromptRow]) -> tuple[Tensor, Tensor | None, Ten
     )
 
 
-def _no_shards(folder: Path) -> str:
+def no_shards(folder: Path) -> str:
     """Why a folder without a manifest cannot be read."""
     if (folder / "prepare.json").is_file():
         return f"`dina-lrm prepare` of {folder} was not finished: run it again, it goes on where it stopped"
@@ -397,7 +398,7 @@ class LatentShards:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
         except FileNotFoundError as error:
-            raise InvalidInputError(_no_shards(folder)) from error
+            raise InvalidInputError(no_shards(folder)) from error
         except json.JSONDecodeError as error:
             raise InvalidInputError(f"{folder / 'manifest.json'} is damaged: {error}") from error
         if manifest.get("format") != FORMAT:
