@@ -26,7 +26,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers wait for everybody else
-os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # 30 are too few beside other tests
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 

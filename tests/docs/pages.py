@@ -11,6 +11,7 @@ the page's source by `tests.docs.stand_ins`, and listed at the end of the run.
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import tomllib
@@ -140,7 +141,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(HF_HOME=hub, HF_HUB_CACHE=f"{hub}/hub", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAY_worker_niceness"] = "0"  # by default Ray's workers wait for everybody else
-    os.environ["RAY_gcs_server_port_wait_time_s"] = "120"  # 30 are too few beside other pages
+    # Ray makes a token in the home folder and keeps to it, and every page has a home folder of its own.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["OMP_NUM_THREADS"] = "1"  # servers and pages run side by side, and the networks are tiny
     # Gradio leaves sockets and event loops to the garbage collector. The bundled tokenizer says what it does
     # not know, which is right.

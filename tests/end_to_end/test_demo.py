@@ -8,8 +8,8 @@ from dina_lrm.cli.main import main
 def test_demo(tmp_path, capsys):
     budget = {
         "--train-seconds": 6,
-        "--train-prompts": 16,
-        "--test-prompts": 8,
+        "--train-prompts": 4,
+        "--test-prompts": 4,
         "--num-samples": 2,
         "--num-rankings": 2,
     }

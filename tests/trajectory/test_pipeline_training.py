@@ -23,10 +23,10 @@ def tiny_run(output: Path, **settings: object) -> PipelineTrainConfig:
         vae=short,
         clip=short,
         text=short,
-        generator=StageConfig(steps=4, batch_size=4, learning_rate=1e-3, warmup_steps=1),
+        generator=short,
         pool_size=24,
-        checkpoint_every=2,
-        keep_steps=(2,),
+        checkpoint_every=1,
+        keep_steps=(1,),
     )
     return replace(config, **settings)
 
@@ -52,17 +52,17 @@ def test_the_result_is_a_pipeline_that_samples(run: PipelineTrainConfig) -> None
 
 def test_stages_log_their_losses_and_keep_an_early_checkpoint(run: PipelineTrainConfig) -> None:
     rows = [json.loads(line) for line in (run.output / "generator" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 4
+    assert rows[-1]["step"] == 2
     assert rows[-1]["loss"] > 0
-    assert (run.output / "generator" / "step_2" / "transformer" / "config.json").exists()
+    assert (run.output / "generator" / "step_1" / "transformer" / "config.json").exists()
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(run: PipelineTrainConfig, tmp_path: Path) -> None:
     for part in ("vae", "clip", "text"):
         (tmp_path / part).symlink_to(run.output / part)
-    whole = StageConfig(steps=4, batch_size=4, learning_rate=1e-3, warmup_steps=1, decay_fraction=0.25)
-    stopped = replace(whole, steps=2, decay_fraction=0.0)
-    for stage in (stopped, whole):  # the second starts from the checkpoint that the first left at step 2
+    whole = StageConfig(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=1, decay_fraction=0.5)
+    stopped = replace(whole, steps=1, decay_fraction=0.0)
+    for stage in (stopped, whole):  # the second starts from the checkpoint that the first left at step 1
         main(tiny_run(tmp_path, stages=("generator",), generator=stage, keep_steps=()))
     other = tmp_path / "uninterrupted"
     other.mkdir()
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run: PipelineTrainConfig, tmp
         (other / part).symlink_to(run.output / part)
     main(tiny_run(other, stages=("generator",), generator=whole, keep_steps=()))
     states = [torch.load(path / "generator" / "state.pt", weights_only=True) for path in (tmp_path, other)]
-    assert states[0]["step"] == states[1]["step"] == 4
+    assert states[0]["step"] == states[1]["step"] == 2
     for name, module in states[0]["modules"].items():
         for key, value in module.items():
             assert torch.equal(value, states[1]["modules"][name][key]), (name, key)
