@@ -215,7 +215,8 @@ def make_pairs(
     """Training, validation and test pairs: other pictures and votes in each, captions drawn anew."""
     from dina_lrm.shapes.pairs import make_shapes_pairs
 
-    sizes = (options.train_prompts, max(options.train_prompts // 7, 20), options.test_prompts)
+    num_validation = min(max(options.train_prompts // 7, 20), options.train_prompts)
+    sizes = (options.train_prompts, num_validation, options.test_prompts)
     made = [
         make_shapes_pairs(pipeline, num_prompts=size, seed=1_000_003 * (options.seed + 1) + number)
         for number, size in enumerate(sizes)
