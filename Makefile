@@ -101,10 +101,10 @@ lowest highest: $(VENV)/.installed-dev
 	$(BIN)/uv pip compile -q --resolution $(if $(filter lowest,$@),lowest-direct,highest) pyproject.toml \
 		--extra serve --extra label -o .venv-$@/versions.txt
 	$(BIN)/uv pip install -q -p .venv-$@/bin/python -r .venv-$@/versions.txt
-	$(BIN)/uv pip install -q -p .venv-$@/bin/python -c constraints.txt pytest beartype
+	$(BIN)/uv pip install -q -p .venv-$@/bin/python -c constraints.txt pytest pytest-xdist beartype
 	$(BIN)/uv pip install -q -p .venv-$@/bin/python --no-deps -e .
 	grep -v '^ ' .venv-$@/versions.txt
-	.venv-$@/bin/python -m pytest -q $(VERSION_TESTS) -m "not slow and not gpu and not browser" \
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q -n $(JOBS) $(VERSION_TESTS) -m "not slow and not gpu and not browser" \
 		-o addopts="--import-mode=importlib --strict-markers" -o filterwarnings=default
 
 clean:  ## remove what the targets above wrote, the environment included
