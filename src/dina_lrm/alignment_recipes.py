@@ -21,6 +21,7 @@ from dina_lrm.alignment.config import (
     StepDpoConfig,
 )
 from dina_lrm.config import OptimizerConfig
+from dina_lrm.core.attention import faster_precision
 from dina_lrm.errors import InvalidInputError
 
 __all__ = ["AlgorithmName", "GeneratorName", "alignment_recipe"]
@@ -62,6 +63,7 @@ def _shapes() -> dict[str, Any]:
         "monitor": MonitorConfig(every=4, num_prompts=64, gold=("judge",)),
         "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, ema_decay=0.9),
         "batch_size": 16,
+        "precision": faster_precision("cpu"),
     }
 
 

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from dina_lrm.build_card import training_card
 from dina_lrm.config import ModelConfig, TrainConfig
+from dina_lrm.core.attention import faster_precision
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.hub import read_hub
 from dina_lrm.data.latents import LatentPairs, mix_seeds
@@ -337,6 +338,11 @@ def run_training(
         model = reward_model(config.model, likelihood, seed=config.seed)
         train_pairs, validation_pairs = pairs.get(model)
         described = pairs.described
+        if config.precision not in ("float32", faster_precision(pairs.processes.device.type)):
+            pairs.log(
+                f"warning: this CPU has no instructions for {config.precision}: --precision float32 takes a "
+                "fraction of the time"
+            )
         result = train(
             config,
             model,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dina_lrm.cli.console import UsageError, log, log_validation, print_json, print_table, stderr
 from dina_lrm.cli.options import JsonFlag, parse
@@ -260,6 +260,7 @@ def train_fresh(
 def demo_recipe(options: Demo, num_pairs: int) -> "TrainConfig":
     """The quick recipe within the demo's time, with a point of the curve every few seconds; a batch is never
     larger than there are pairs."""
+    from dina_lrm.core.attention import faster_precision
     from dina_lrm.recipes import shapes_quick
 
     base = shapes_quick()
@@ -272,27 +273,11 @@ def demo_recipe(options: Demo, num_pairs: int) -> "TrainConfig":
         num_steps=2000,
         optimizer=replace(base.optimizer, warmup_steps=10),
         validation=replace(base.validation, every=20),
-        precision=faster_precision(),
+        precision=faster_precision("cpu"),
         log_every=2,
         checkpoint_every=2000,
         tensorboard=False,
     )
-
-
-def faster_precision() -> Literal["float32", "bfloat16"]:
-    """The arithmetic in which this machine multiplies faster; CPUs differ by a factor of three either way."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 768).to(dtype)
-        laps: list[float] = []
-        for _ in range(6):
-            started = time.perf_counter()
-            _ = left @ right
-            laps.append(time.perf_counter() - started)
-        return min(laps[1:])
-
-    return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
 
 def rank_pictures(

@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import matrix_precision
+from dina_lrm.core.attention import faster_precision, matrix_precision
 
 Stage = Literal["vae", "clip", "text", "generator", "assemble"]
 
@@ -164,12 +164,13 @@ class Fit:
         """Run the remaining steps; `loss_of_step` returns losses by name, of which `loss` is minimised."""
         log = (self.folder / "log.jsonl").open("a")
         started, seen = time.monotonic(), 0
+        device = torch.device(self.run.device).type
         remaining = range(self.step, self.config.steps)
         for _ in track(remaining, description=self.name, disable=not remaining):
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate()
-            with matrix_precision("bfloat16", torch.device(self.run.device).type):
+            with matrix_precision(faster_precision(device), device):
                 losses = loss_of_step(self)
             losses["loss"].backward()
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)

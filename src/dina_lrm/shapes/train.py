@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from dina_lrm.core.attention import faster_precision, matrix_precision
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.shapes import networks
 from dina_lrm.shapes.fit import Fit, PipelineTrainConfig
@@ -95,9 +96,9 @@ def train_vae(run: PipelineTrainConfig) -> None:
 @torch.no_grad()
 def encode_pictures(vae: Any, pictures: np.ndarray, device: str, batch_size: int = 64) -> Tensor:
     """Posterior means, neither shifted nor scaled: float32 (batch, 16, 16, 16) on the CPU."""
-    rows = []
+    rows, kind = [], torch.device(device).type
     for start in range(0, len(pictures), batch_size):
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with matrix_precision(faster_precision(kind), kind):
             mean = vae.encode(to_model_range(pictures[start : start + batch_size], device)).latent_dist.mean
         rows.append(mean.float().cpu())
     return torch.cat(rows)

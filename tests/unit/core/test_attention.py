@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dina_lrm.core.attention import PlainAttention
+from dina_lrm.core.attention import PlainAttention, faster_precision
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -31,3 +31,12 @@ def test_masks_are_left_to_the_library(options: dict[str, object]) -> None:
     with PlainAttention():
         masked = F.scaled_dot_product_attention(query, key, value, **options)
     assert torch.equal(masked, F.scaled_dot_product_attention(query, key, value, **options))
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_multiplies_in_bfloat16_where_it_has_the_instructions(
+    supported: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert faster_precision("cpu") == expected
+    assert faster_precision("cuda") == "bfloat16"
