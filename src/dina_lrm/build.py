@@ -338,7 +338,8 @@ def run_training(
         model = reward_model(config.model, likelihood, seed=config.seed)
         train_pairs, validation_pairs = pairs.get(model)
         described = pairs.described
-        if config.precision not in ("float32", faster_precision(pairs.processes.device.type)):
+        device = pairs.processes.device or model.device
+        if config.precision not in ("float32", faster_precision(device.type)):
             pairs.log(
                 f"warning: this CPU has no instructions for {config.precision}: --precision float32 takes a "
                 "fraction of the time"
