@@ -18,6 +18,8 @@ from dina_lrm.recipes import recipe, recipe_names
 from tests.families import FAMILIES
 from tests.tiny import copy_of
 
+pytestmark = pytest.mark.long  # networks of their full size, on shapes
+
 SMALL = replace(Z_IMAGE, n_layers=2)
 
 

@@ -23,6 +23,8 @@ from dina_lrm.models.families import BACKBONES
 from dina_lrm.models.sd3 import SD35_MEDIUM
 from dina_lrm.recipes import recipe, recipe_names
 
+pytestmark = pytest.mark.long  # networks of their full size, on shapes
+
 OVER_RELEASED = [name for name in recipe_names() if recipe(name).model.pipeline in FULL_SIZE]
 
 

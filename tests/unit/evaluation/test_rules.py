@@ -111,6 +111,7 @@ def test_the_smallest_of_equally_good_thresholds() -> None:
     assert best_threshold("tie-calibrated", [2.0, 1.0], [False, False]) == 0.0
 
 
+@pytest.mark.long
 def test_the_interval_covers() -> None:
     """A known accuracy of 70 %, prompts of 5 pairs with an effect of their own, 1,000 repetitions."""
     rng = np.random.default_rng(1)

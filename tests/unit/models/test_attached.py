@@ -60,6 +60,7 @@ def add_lora(pipeline: Any, name: str = "style", *, size: float = 0.1) -> None:
     network.set_adapter(name)
 
 
+@pytest.mark.long
 def test_adapters_of_the_pipeline_come_and_go(
     family: str, pipeline: Any, model: RewardModel, family_folders: Any
 ) -> None:

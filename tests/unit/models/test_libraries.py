@@ -20,6 +20,7 @@ dina_lrm.RewardModel.from_pretrained("bundled").score("a red circle", Image.new(
 ON_A_TERMINAL = "from dina_lrm.cli.console import quiet_libraries; quiet_libraries()\n" + SCORE
 
 
+@pytest.mark.long
 def test_scoring_in_python_says_nothing() -> None:
     command = [sys.executable, "-W", "default", "-c", SCORE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

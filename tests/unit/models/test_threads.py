@@ -78,6 +78,7 @@ def test_one_model_serves_many_threads(model: RewardModel) -> None:
     assert found == expected * 6
 
 
+@pytest.mark.long
 def test_scores_hold_while_another_thread_loads(model: RewardModel) -> None:
     """Libraries that load change the default dtype and where new parameters go, for the whole process."""
     picture = Image.linear_gradient("L").resize((64, 64))
