@@ -104,7 +104,7 @@ lowest highest: $(VENV)/.installed-dev
 	$(BIN)/uv pip install -q -p .venv-$@/bin/python -c constraints.txt pytest pytest-xdist beartype
 	$(BIN)/uv pip install -q -p .venv-$@/bin/python --no-deps -e .
 	grep -v '^ ' .venv-$@/versions.txt
-	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q -n $(JOBS) $(VERSION_TESTS) -m "not slow and not gpu and not browser" \
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -q -n $(JOBS) $(VERSION_TESTS) -m "$(SHORT) and not long" \
 		-o addopts="--import-mode=importlib --strict-markers" -o filterwarnings=default
 
 clean:  ## remove what the targets above wrote, the environment included
