@@ -198,7 +198,7 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
     [
         (("--model", "no/such/folder"), "no/such/folder"),
         (("--max-batch-size", "0"), "max_batch_size = 0"),
-        (("--port", "70000"), "--port is in [0, 65535]"),
+        (("--port", "70000"), "port = 70000: must be in [0, 65535]"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--replicas", "0"), "--replicas is at least 1"),
     ],
@@ -231,13 +231,59 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", str(taken.getsockname()[1])],
+            [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", str(port)],
             capture_output=True,
             text=True,
             timeout=240,
         )
     assert done.returncode == 2
-    assert "Address already in use" in done.stderr
+    assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in done.stderr
     assert "loading" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sighup_loads_anew_and_loses_no_request(reward: RewardModel, tmp_path: Path) -> None:
+    """Under load; settings are read again, too."""
+    body, expected = a_request(reward, 1)
+    config = tmp_path / "serve.toml"
+    config.write_text("max_rows = 5\n")
+    with server(tmp_path / "log", "--config", str(config)) as (process, url):
+
+        def limit() -> int:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
+                return json.loads(reply.read())["limits"]["max_rows"]
+
+        answers, done = list[int](), threading.Event()
+
+        def client() -> None:
+            while not done.is_set():
+                status, reply = send(url, body)
+                answers.append(status)
+                torch.testing.assert_close(torch.tensor(reply["raw_scores"]), expected, rtol=1e-6, atol=1e-5)
+
+        threads = [threading.Thread(target=client) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert limit() == 5
+        config.write_text("max_rows = 6\n")
+        process.send_signal(signal.SIGHUP)
+        for _ in range(1200):
+            if limit() == 6:
+                break
+            time.sleep(0.1)
+        assert limit() == 6
+        config.write_text("max_rowz = 6\n")
+        process.send_signal(signal.SIGHUP)
+        for _ in range(600):
+            if "the reload failed" in (tmp_path / "log").read_text():
+                break
+            time.sleep(0.1)
+        assert limit() == 6
+        done.set()
+        for thread in threads:
+            thread.join(60)
+    assert len(answers) > 10
+    assert set(answers) == {200}
+    assert "'max_rowz' is no setting" in (tmp_path / "log").read_text()
