@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dina_lrm.core.noise import seeded_generator
 from dina_lrm.errors import InvalidInputError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.encoders import pixels_per_latent
@@ -100,13 +101,13 @@ class Draws:
 
     def __init__(self, row: Row) -> None:
         self._shape = row.latent.shape
-        self._generator = torch.Generator().manual_seed(row.seed)
+        self._generator = seeded_generator(row.seed)
         self._made: dict[int, Tensor] = {}
         self._next = 0
 
     def __call__(self, index: int) -> Tensor:
         while self._next <= index:
-            self._made[self._next] = torch.randn(self._shape, generator=self._generator)
+            self._made[self._next] = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
             self._next += 1
         return self._made[index]
 
