@@ -167,6 +167,7 @@ def _add_routes(
         body = await read_body(request)
         latents = await to_thread.run_sync(unpack, body) if len(body) > LARGE_BYTES else unpack(body)
         del body
+        served.check_count(len(latents), "latents")
         fresh = [secrets.randbits(62) for _ in range(len(latents))]
         rows = served.engine.latent_rows(latents, fresh)
         scores = await service.score(request, served, rows, "latents")
@@ -182,13 +183,7 @@ def _add_routes(
         holds the same JSON without them."""
         wanted, files = await read_pictures(request, ImagesRequest, several=("images",))
         served = service.find(wanted.model or request.query_params.get("model"))
-        if len(files["images"]) > settings.max_rows:
-            raise RequestError(
-                f"images: {len(files['images'])} in one request, at most {settings.max_rows} are taken "
-                f"(max_rows)",
-                field="images",
-                status=413,
-            )
+        served.check_count(len(files["images"]), "images")
         prompts, seeds = paired(wanted.prompts, wanted.seed, len(files["images"]), settings.max_prompt_length)
         levels = levels_of(wanted.noise_levels, served.model.config.noise_levels)
         pictures = await pictures_of(files["images"], "images", settings)

@@ -126,6 +126,11 @@ class Served:
 
     # ------------------------------------------------------------------------------------- costs
 
+    def check_count(self, rows: int, name: str) -> None:
+        """As `check_cost`, as soon as it is known how many rows there are."""
+        if rows > self.settings.max_rows:
+            raise _too_large(name, f"{rows} in one request", self.settings.max_rows, "max_rows")
+
     def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> int:
         """Tokens of work of a request.
 
@@ -136,8 +141,7 @@ class Served:
             RequestError: 413; it says which limit, and by how much it is passed.
         """
         limits, total, pixels = self.settings, 0, 0
-        if len(rows) > limits.max_rows:
-            raise _too_large(name, f"{len(rows)} in one request", limits.max_rows, "max_rows")
+        self.check_count(len(rows), name)
         for row in rows:
             if isinstance(row, Row):
                 text = row.conditioning.prompt_embeds.shape[1]
