@@ -177,7 +177,7 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(
-                b"POST /v1/score HTTP/1.1\r\nhost: x\r\nx-drm-protocol-version: 1\r\n"
+                b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\n"
                 b"content-type: application/octet-stream\r\ncontent-length: 1073741824\r\n\r\n"
             )
             part = b"\0" * 2**20
@@ -189,7 +189,9 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
         assert answer.startswith(b"HTTP/1.1 413")
         assert b'"field":"body"' in answer
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:  # leaves in the middle
-            connection.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+            connection.sendall(
+                b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nabc"
+            )
         assert send(url, body)[0] == 200
 
 

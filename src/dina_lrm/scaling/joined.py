@@ -65,7 +65,8 @@ def score_to_file(
             if fault := file_fault(path):  # a FIFO, say, would be replaced
                 raise InvalidInputError(f"{str(path)!r} {fault}, not a file")
             if not overwrite and not (retry_rejects and parts.is_dir()):
-                raise InvalidInputError(f"{str(path)!r} exists: choose another name, or --overwrite")
+                retry = ", --retry-rejects" if parts.is_dir() else ""
+                raise InvalidInputError(f"{str(path)!r} exists: choose another name{retry}, or --overwrite")
     summary = score_dataset(
         replace(job, output=str(parts)),
         workers=workers,
