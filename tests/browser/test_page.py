@@ -165,8 +165,8 @@ def test_rank(browser, address, files, reward, tmp_path, width, height, scheme):
     assert visit.panel.locator(".reward-gallery .caption-label").all_inner_texts() == [
         f"{place}: {number(one.score)}" for place, one in enumerate(expected, start=1)
     ]
-    for number in range(3):  # a caption stands below its picture
-        item = visit.panel.locator(".reward-gallery .thumbnail-item").nth(number)
+    for nth in range(3):  # a caption stands below its picture
+        item = visit.panel.locator(".reward-gallery .thumbnail-item").nth(nth)
         picture, caption = (item.locator(one).bounding_box() for one in ("img", ".caption-label"))
         assert caption["y"] >= picture["y"] + picture["height"] - 1
     with visit.page.expect_download() as download:
