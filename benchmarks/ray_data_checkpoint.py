@@ -114,7 +114,7 @@ def pipeline(folder: Path, name: str, blocks: int, seed: int) -> None:
         delete_checkpoint_on_success=False,
     )
 
-    def score(batch: dict[str, Any]) -> dict[str, Any]:
+    def score(batch: Any) -> Any:
         time.sleep(1)
         lengths = [len(Path(file).read_text()) if Path(file).exists() else None for file in batch["file"]]
         return {"id": batch["id"], "length": lengths, "seed": [seed] * len(lengths)}

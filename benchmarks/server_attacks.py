@@ -394,7 +394,7 @@ def main(options: Options) -> None:
             if options.only and attack not in options.only:
                 continue
             with served(options, Path(name), files=128 if attack == "few files" else None) as server:
-                ask(server.port, "POST", "/v1/score", body, **HEADERS)  # warm
+                ask(server.port, "POST", "/v1/score", body, timeout=60, **HEADERS)  # warm
                 with server.watched():
                     outcome = run(server, time.monotonic() + options.seconds)
                 status, content = ask(server.port, "POST", "/v1/score", body, timeout=60, **HEADERS)

@@ -290,7 +290,7 @@ class _Methods:
             method = scope["method"]
             if allowed is not None and method not in allowed:
                 if method == "HEAD" and "GET" in allowed:
-                    return await self.app(scope | {"method": "GET"}, receive, send)
+                    return await self.app({**scope, "method": "GET"}, receive, send)
                 content = {
                     "error": "Method Not Allowed",
                     "field": None,
