@@ -30,7 +30,7 @@ class Options:
     """New folder."""
     rows: int = 2000
     blocks: int = 20
-    """Files of the input, and blocks that Ray Data is told to make of them."""
+    """Files of the input, and blocks that are made of them."""
     results: Path | None = None
     """Folder that receives ray_data_checkpoint.md."""
 
@@ -40,11 +40,12 @@ def main(options: Options) -> None:
     folder.mkdir(parents=True)
     for row in range(options.rows):
         (folder / f"{row}.txt").write_text("x" * (row % 100))
-    missing = options.rows // options.blocks // 2  # in the first block
-    (folder / f"{missing}.txt").rename(folder / "aside.txt")
+    size = -(-options.rows // options.blocks)
+    missing = range(size // 2, options.rows, size)  # one in each block
+    for row in missing:
+        (folder / f"{row}.txt").rename(folder / f"{row}.aside")
     names = [f"{folder}/{row}.txt" for row in range(options.rows)]
     table = pyarrow.table({"id": range(options.rows), "file": names})
-    size = -(-options.rows // options.blocks)
     (folder / "rows").mkdir()
     for block in range(options.blocks):
         part = table.slice(block * size, size)
@@ -53,9 +54,11 @@ def main(options: Options) -> None:
     whole = written(folder / "whole", run(folder, "whole", options, seed=0))
     killed_after = run(folder, "cut", options, seed=0, kill_after=options.blocks // 3)
     before = written(folder / "cut", killed_after)
-    done = before["ids"][0]
+    done = next(row for row in before["ids"] if row not in missing)
+    failed = next(row for row in before["ids"] if row in missing)
     (folder / f"{done}.txt").write_text("changed" * 100)
-    (folder / "aside.txt").rename(folder / f"{missing}.txt")
+    for row in missing:
+        (folder / f"{row}.aside").rename(folder / f"{row}.txt")
     after = written(folder / "cut", run(folder, "cut", options, seed=1))
 
     import ray
@@ -73,7 +76,7 @@ def main(options: Options) -> None:
         "rows_in_input_order": whole["ids"] == sorted(whole["ids"]),
         "seeds_in_the_output": sorted(set(after["seeds"].values())),
         "changed_file_scored_again": after["lengths"][done] == 700,
-        "failed_row_tried_again": after["lengths"].get(missing) is not None,
+        "failed_row_tried_again": after["lengths"][failed] is not None,
     }
     print(json.dumps(record))
     if options.results is not None:
@@ -107,7 +110,6 @@ def pipeline(folder: Path, name: str, blocks: int, seed: int) -> None:
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     context = ray.data.DataContext.get_current()
-    context.target_min_block_size = 1  # these rows are small: by default they would be one block
     context.checkpoint_config = CheckpointConfig(
         id_column="id",
         checkpoint_path=str(folder / f"{name}-checkpoint"),
@@ -121,7 +123,7 @@ def pipeline(folder: Path, name: str, blocks: int, seed: int) -> None:
 
     # Not from JSON lines: the filter of a second run takes Arrow's blocks only, and those of read_json are
     # pandas' (AssertionError in filter_rows_for_block, Ray 2.60.0).
-    rows = ray.data.read_parquet(str(folder / "rows"), override_num_blocks=blocks)
+    rows = ray.data.read_parquet(str(folder / "rows")).repartition(blocks)
     rows.map_batches(score, batch_size=None).write_parquet(str(folder / name))
 
 

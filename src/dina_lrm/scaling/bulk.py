@@ -34,7 +34,7 @@ import pyarrow.parquet
 from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
 from dina_lrm.files import write_whole, written_aside
 from dina_lrm.scaling.changes import Marks, changes
-from dina_lrm.scaling.cluster import check_device, connected, share, whole_path
+from dina_lrm.scaling.cluster import check_device, connected, living_machines, share, whole_path
 from dina_lrm.scaling.places import filesystem, is_local
 from dina_lrm.scaling.rows import Result, results_of_rows
 from dina_lrm.scaling.settings import BulkJob, Scoring
@@ -231,6 +231,7 @@ def _with_ray(
     job = replace(job, output=whole_path(job.output), reward=reward)
     with connected() as ray:
         count, on_gpu = share(ray.cluster_resources(), job.reward.device, workers)
+        machines = living_machines()
         actor = ray.remote(_Scorer).options(
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
@@ -260,10 +261,17 @@ def _with_ray(
                     raise error.cause from None
                 raise
             except ray.exceptions.RayActorError as error:
+                if lost := machines - living_machines():
+                    raise ChildProcessError(
+                        f"Ray has lost {len(lost)} of its {len(machines)} machines, or one of its own "
+                        f"processes there, and could not go on ({error})"
+                    ) from error
                 raise ChildProcessError(
                     f"rows {part.first_row} to {part.first_row + part.rows - 1} of {job.input!r} have "
-                    f"brought their worker down {RETRIES_PER_PART + 1} times; what was done is kept ({error})"
+                    f"brought their worker down {RETRIES_PER_PART + 1} times ({error})"
                 ) from error
+            except ray.exceptions.RayError as error:
+                raise ChildProcessError(f"Ray has failed: {error}") from error
             free.append(worker)
             yield worker[0], result
 
