@@ -3,8 +3,9 @@
 The input is cut into parts, fixed ranges of its rows (`sources`). A worker reads a part, scores it and writes
 its file, aside and renamed, so that a part is there whole or not at all; doing it twice gives the same file.
 That is all there is to exactly one result a row, to workers that die, and to runs that continue: what is
-missing is done. Ray Data is not used: its blocks are cut and ordered at run time, so that neither the files
-nor what is left to do would be a function of the input.
+missing is done. Ray Data is not used: its blocks are cut and ordered at run time, so that the files are no
+function of the input, and its checkpoints (`CheckpointConfig`) look neither at settings nor at pictures
+(`benchmarks/ray_data_checkpoint.py`).
 
     OUTPUT/manifest.json        input with fingerprints, model, settings: another run is refused
     OUTPUT/part-000000.parquet  row, the input's columns, the results, error; marks of its pictures
