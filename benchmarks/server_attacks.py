@@ -37,6 +37,7 @@ from dina_lrm.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pa
 
 TOLERANCE = 1e-5
 HEADERS = {VERSION_HEADER: PROTOCOL_VERSION, "content-type": CONTENT_TYPE}
+START_SECONDS = 600
 CAPTION = "a red circle on a gray background"
 
 
@@ -47,7 +48,7 @@ class Options:
     source: Path | None = None
     """The tree to attack, a folder with dina_lrm in it; by default the one that is installed."""
     label: str = "after"
-    """What the rows are called; rows of other labels in the results stay."""
+    """What the rows are called; rows of other labels, and of other attacks, stay in the results."""
     seconds: float = 45.0
     """Longest that an attack may take."""
     only: tuple[str, ...] = ()
@@ -121,11 +122,10 @@ def served(options: Options, folder: Path, *flags: str, files: int | None = None
         command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     process = subprocess.Popen(command, stderr=log.open("wb"), env=environment)
     try:
-        for _ in range(1200):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server has ended: {log.read_text()[-2000:]}")
-            if ask(port, "GET", "/healthz", timeout=5)[0] == 200:
-                break
+        until = time.monotonic() + START_SECONDS
+        while ask(port, "GET", "/healthz", timeout=5)[0] != 200:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server does not start: {log.read_text()[-2000:]}")
             time.sleep(0.1)
         yield Server(port, process, log)
     finally:
@@ -418,7 +418,8 @@ def main(options: Options) -> None:
     if options.results is not None:
         file = options.results / "server_attacks.json"
         before = json.loads(file.read_text())["rows"] if file.exists() else []
-        rows = [row for row in before if row["label"] != options.label] + rows
+        found = {(row["label"], row["attack"]): row for row in [*before, *rows]}
+        rows = list(found.values())
         command = "python benchmarks/server_attacks.py --results benchmarks/results"
         about = {"command": command, "note": options.note, "tolerance": TOLERANCE}
         file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -244,6 +245,23 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -
     assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in done.stderr
     assert "loading" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_out_of_files_it_says_so_and_goes_on(reward: RewardModel, tmp_path: Path) -> None:
+    """In a few lines, not in one for each connection that waits, again and again."""
+    body, _ = a_request(reward, 1)
+    with server(tmp_path / "log") as (process, url):
+        open_files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files + 20, open_files + 20))
+        port = int(url.rsplit(":", 1)[1])
+        waiting = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
+        time.sleep(3)
+        for one in waiting:
+            one.close()
+        time.sleep(2)
+        assert send(url, body)[0] == 200
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if "out of system resource" in line]
+    assert 1 <= len(lines) <= 10
 
 
 def test_sighup_loads_anew_and_loses_no_request(reward: RewardModel, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ HEADER_BYTES = 32 * 1024
 """Of a request line with its headers."""
 KEEP_ALIVE_SECONDS = 75
 """How long a connection is kept that says nothing, after an answer."""
+ACCEPTED_AT_ONCE = 1
+"""Connections in one turn of the event loop. By default asyncio takes all that wait, up to 2048: then it is
+out of files before the first one that is too many has been closed, and tries, and logs, as often again."""
 SPARE_DESCRIPTORS = 64
 """Open files that a server needs beside its connections."""
 _LOG_EVERY_SECONDS = 5.0
@@ -59,6 +62,7 @@ def uvicorn_config(
             header_seconds=header_seconds, max_connections=descriptors_allow(max_connections)
         ),
         h11_max_incomplete_event_size=HEADER_BYTES,
+        backlog=ACCEPTED_AT_ONCE,
         loop="asyncio",  # which says when it is out of files, and goes on
         ws="none",
         log_config=None,
