@@ -43,7 +43,7 @@ def server(log: Path, *flags: str, module: str = "dina_lrm", **environment: str)
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):  # five minutes, on a machine that has other work
             assert process.poll() is None, log.read_text()
             try:
                 with urllib.request.urlopen(f"{address}/healthz", timeout=5) as reply:
@@ -51,6 +51,8 @@ def server(log: Path, *flags: str, module: str = "dina_lrm", **environment: str)
                         break
             except OSError:
                 time.sleep(0.1)
+        else:
+            raise AssertionError(f"the server is not up: {log.read_text()}")
         yield process, address
     finally:
         process.kill()
