@@ -45,7 +45,7 @@ install: $(VENV)/.installed-dev  ## the package, editable, with the development 
 demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/demo/report.html (five minutes, offline)
 	$(BIN)/python -m dina_lrm demo --output $(REPORT)
 
-test: lint types layers unit  ## what a change is tried with: about ten minutes on two cores
+test: lint types layers unit  ## what a change is tried with: seven minutes on two cores
 
 lint: $(VENV)/.installed-dev  ## ruff: style and formatting; the deployment files
 	$(BIN)/ruff check .
