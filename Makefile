@@ -51,7 +51,8 @@ lint: $(VENV)/.installed-dev  ## ruff: style and formatting; the deployment file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint deploy/Dockerfile
-	$(BIN)/yamllint --strict deploy/compose.yaml
+	$(BIN)/yamllint --strict deploy
+	$(BIN)/kubernetes-validate --strict deploy/kubernetes/*.yaml
 
 format: $(VENV)/.installed-dev  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

@@ -27,7 +27,6 @@ from dina_lrm.data.pairs import image_name
 from dina_lrm.data.prepare import (
     Prepared,
     PrepareSettings,
-    content_digest,
     prepare,
     prompt_rows,
     unwanted,
@@ -37,7 +36,7 @@ from dina_lrm.data.shards import LatentShards, PairSet, no_shards, set_aside
 from dina_lrm.data.sources import read_source, source_files, source_length
 from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import file_fault
+from dina_lrm.files import content_digest, file_fault
 from dina_lrm.models.checkpoint import OWNED
 from dina_lrm.models.config import LikelihoodConfig
 from dina_lrm.models.encoders import Encoders, pipeline_encoders

@@ -391,11 +391,13 @@ class _Server:
         max_rows: int = 64,
     ) -> None:
         try:
-            host = httpx.URL(url).host
+            address = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise InvalidInputError(f"url = {url!r}: not an address ({error})") from error
-        if not is_address(url) or not host:
+        if not is_address(url) or not address.host:
             raise InvalidInputError(f"url = {url!r}: it must start with http:// or https:// and name a host")
+        if set(address.params) - {"model"}:
+            raise InvalidInputError(f"url = {url!r}: after the ? only model=NAME may stand")
         if not timeout_seconds > 0:
             raise InvalidInputError(f"timeout_seconds = {timeout_seconds}: must be above 0")
         if max_retries < 0 or max_rows < 1:
@@ -405,9 +407,10 @@ class _Server:
         token = token or os.environ.get(TOKEN_VARIABLE) or None
         if token is not None and (not token.isprintable() or token != token.strip()):
             raise InvalidInputError("token: it must be printable, on one line, without space around it")
-        self.url = url.rstrip("/").removesuffix(SCORE_PATH)
+        self.url = str(address.copy_with(query=None)).rstrip("/").removesuffix(SCORE_PATH)
         self.max_retries, self.max_rows = max_retries, max_rows
         self._connect(
+            params=address.params,
             headers=[] if token is None else [(b"authorization", b"Bearer " + token.encode())],
             timeout=httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
         )
@@ -428,7 +431,8 @@ class Client(_Server):
     """A reward behind HTTP. Threads may share one; it keeps its connections, so close it, or use `with`.
 
     Args:
-        url: such as http://127.0.0.1:8000; the server's /v1/score may follow.
+        url: such as http://127.0.0.1:8000; the server's /v1/score may follow, and ?model=NAME for one of
+            several models.
         token: sent as a bearer token; None: the environment variable DINA_LRM_TOKEN, where it is set.
         timeout_seconds: longest silence within an attempt; connecting may take 10 s.
         max_retries: attempts after the first one, of every request.

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and what is wrong with a path that should be read."""
+"""Files that appear whole or not at all, their digests, and what is wrong with a path that should be read."""
 
 import contextlib
 import difflib
+import hashlib
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["file_fault", "naming", "not_a_file", "write_whole", "written_aside"]
+__all__ = ["content_digest", "file_fault", "naming", "not_a_file", "write_whole", "written_aside"]
 
 LISTED = 2000
 """Entries of a folder that are looked at for what a mistyped name may have meant."""
@@ -57,6 +58,17 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write `content`."""
     with written_aside(path) as partial:
         partial.write_bytes(content)
+
+
+def content_digest(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none that can be read."""
+    if file_fault(path) is not None:
+        return None
+    try:
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def file_fault(path: Path) -> str | None:

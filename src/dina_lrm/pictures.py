@@ -93,9 +93,9 @@ def fitted_size(
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:
-    """(3, *frame, height, width) at another size: bicubic, antialiased, within [0, 1]."""
+    """(channel, *frame, height, width) at another size: bicubic, antialiased, within [0, 1]."""
     if picture.shape[-2:] == (height, width):
         return picture
-    frames = picture.reshape(3, -1, *picture.shape[-2:]).transpose(0, 1)
+    frames = picture.reshape(len(picture), -1, *picture.shape[-2:]).transpose(0, 1)
     frames = F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
     return frames.transpose(0, 1).reshape(*picture.shape[:-2], height, width).clamp(0, 1)

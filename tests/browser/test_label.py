@@ -1,88 +1,28 @@
 """The labelling page in a real browser: two raters, a server that is killed, a phone, a keyboard, a token."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
 
 from dina_lrm.cli.main import main
-from dina_lrm.serving.labelling.items import Items, read_items
+from dina_lrm.serving.labelling.items import read_items
 from dina_lrm.serving.labelling.store import VoteStore
-from dina_lrm.shapes.render import render
-from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
+from tests.browser.labelling import PHONE, Rater, Server, write_items
 
 pytestmark = pytest.mark.browser
 
 NUM_PAIRS = 50
 KILLED_AFTER = 20
 """Votes of each rater before the server is killed."""
-PHONE = {"is_mobile": True, "has_touch": True}
-
-
-class Server:
-    """`dina-lrm label` in its own process, on one port however often it is started."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.options = folder, options
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.votes = folder / "votes.sqlite"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "dina_lrm",
-            "label",
-            "--input",
-            "items.jsonl",
-            "--output",
-            "votes.sqlite",
-        ]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), *self.options],
-            cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for _ in range(600):
-            try:
-                httpx.get(self.address)
-                return
-            except httpx.TransportError:
-                assert self.process.poll() is None
-                time.sleep(0.1)
-        pytest.fail("the server does not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Fifty captions, each with a picture of it and one that differs in one respect."""
     folder = tmp_path_factory.mktemp("label")
-    rng = np.random.default_rng(0)
-    with (folder / "items.jsonl").open("w") as file:
-        for number in range(NUM_PAIRS):
-            spec = sample_caption(rng)
-            names = [f"{number}-right.png", f"{number}-wrong.png"]
-            for name, scene in zip(names, (spec, change_attribute(rng, spec)), strict=True):
-                render(sample_scene(rng, scene)).save(folder / name)
-            file.write(json.dumps({"prompt": spec.caption, "images": names}) + "\n")
+    write_items(folder, NUM_PAIRS)
     return folder
 
 
@@ -93,58 +33,6 @@ def server(folder, request):
     server.kill()
     for file in folder.glob("votes.*"):
         file.unlink()
-
-
-class Rater:
-    """A person at the page, in a browser of their own."""
-
-    def __init__(self, browser: Any, server: Server, items: Items, name: str, **context: Any) -> None:
-        self.page = browser.new_context(**context).new_page()
-        self.items, self.name = items, name
-        self.acknowledged: list[str] = []
-        self.errors: list[str] = []
-        self.addresses: list[str] = []
-        self.page.on("request", lambda request: self.addresses.append(request.url))
-        self.page.on("requestfinished", self._note)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(server.address)
-
-    def _note(self, request: Any) -> None:
-        if request.url.endswith("/api/votes") and request.response().status == 200:
-            self.acknowledged.append(json.loads(request.post_data)["id"])
-
-    def enter(self) -> None:
-        self.page.get_by_label("Your name").fill(self.name)
-        self.page.keyboard.press("Enter")
-        self.ready()
-
-    def ready(self) -> None:
-        """Wait until there is something to choose, or nothing left."""
-        self.page.locator("#finished:not([hidden]), #work:not([hidden]) #left:enabled").first.wait_for()
-
-    def counted_from(self, before: int) -> None:
-        """Wait until another number of answers is shown."""
-        self.page.locator(f'#mine:not([value="{before}"])').wait_for()
-
-    @property
-    def finished(self) -> bool:
-        return self.page.locator("#finished").is_visible()
-
-    @property
-    def done(self) -> int:
-        return int(self.page.locator("#mine").evaluate("progress => progress.value"))
-
-    def right_side(self) -> str:
-        """Where the picture stands that shows what the caption says."""
-        number = self.page.locator("#left-picture").get_attribute("src").split("/")[-1].split("?")[0]
-        return "left" if "right" in Path(str(self.items.pictures[int(number)])).name else "right"
-
-    def press(self, key: str, *, wait: bool = True) -> None:
-        before = self.done
-        self.page.keyboard.press(key)
-        if wait:
-            self.counted_from(before)
-            self.ready()
 
 
 def arrow(side: str) -> str:
@@ -166,8 +54,13 @@ def test_two_raters_and_a_killed_server(browser, server, folder, screenshots):
     def answer_bob() -> None:
         choice = "tie" if bob.done % 5 == 4 else bob.right_side()
         before = bob.done
-        target = f"#{choice}" if bob.done % 2 or choice == "tie" else f"#{choice}-figure"
-        bob.page.locator(target).click()
+        if bob.done == 2:  # a tap on a picture enlarges it, and is no choice
+            bob.page.locator("#left-enlarge").tap()
+            bob.page.locator("#large[open]").wait_for()
+            bob.page.locator("#large-picture").tap()
+            bob.page.locator("#large").wait_for(state="hidden")
+            assert bob.done == before
+        bob.page.locator(f"#{choice}").tap()
         bob.counted_from(before)
         bob.ready()
 
@@ -183,7 +76,7 @@ def test_two_raters_and_a_killed_server(browser, server, folder, screenshots):
     ada.press(arrow(ada.right_side()), wait=False)
     ada.page.locator("#offline").wait_for()
     assert "kept on this device" in ada.page.locator("#offline").inner_text()
-    assert ada.page.locator("#left").is_disabled()
+    assert ada.page.locator("#left").get_attribute("aria-disabled") == "true"
     ada.page.screenshot(path=screenshots / "label-server-gone.png")
     bob.page.locator("#tie").click()
     bob.page.locator("#offline").wait_for()
@@ -218,9 +111,14 @@ def test_two_raters_and_a_killed_server(browser, server, folder, screenshots):
     assert 30 <= sides.count("a") <= 70  # a fair coin leaves it once in 20,000
 
     ada.page.goto(f"{server.address}/results")
+    ada.page.get_by_text("for whoever runs the labelling").wait_for()
+    assert ada.page.get_by_role("rowheader").count() == 0
+    ada.page.close()
+    ada.page = ada.page.context.new_page()
+    ada.page.goto(server.results)
     ada.page.get_by_role("rowheader", name="Ada").wait_for()
     ada.page.screenshot(path=screenshots / "label-results.png", full_page=True)
-    bob.page.goto(f"{server.address}/results")
+    bob.page.goto(server.results)
     bob.page.get_by_role("rowheader", name="Bob").wait_for()
     bob.page.screenshot(path=screenshots / "label-results-phone.png", full_page=True)
     table = bob.page.locator(".wide")
@@ -284,12 +182,14 @@ def test_every_key_and_undo(browser, server, folder, screenshots):
         outline = "parseFloat(getComputedStyle(document.activeElement).outlineWidth)"
         assert rater.page.evaluate(outline) >= 2, name
         rater.page.keyboard.press("Tab")
-    assert {"left", "tie", "right", "undo", "skip", "leave"} <= set(order)
+    assert {"left", "tie", "right", "undo", "skip", "leave", "left-enlarge", "right-enlarge"} <= set(order)
     rater.page.locator("#right").focus()
     rater.page.screenshot(path=screenshots / "label-dark-focus.png")
     rater.press("Enter")
     assert rater.done == 6
-    assert rater.page.evaluate("[...document.images].every(image => image.alt && image.naturalWidth > 0)")
+    assert rater.page.evaluate(focused) == "right"  # a vote leaves the focus where it was
+    seen = "[...document.querySelectorAll('#work img')].every(image => image.alt && image.naturalWidth > 0)"
+    assert rater.page.evaluate(seen)
     rater.page.reload()
     rater.ready()
     assert rater.done == 6  # the name and the place are remembered
@@ -352,4 +252,62 @@ def test_the_token_is_asked_for(browser, server, folder, screenshots):
     rater.enter()
     rater.press("ArrowLeft")
     assert rater.done == 1
+    rater.page.context.close()
+
+
+def test_enlarged_pictures(browser, server, folder, screenshots):
+    """With the mouse and with keys; no choice is made meanwhile, and the focus comes back."""
+    server.start()
+    items = read_items(folder / "items.jsonl")
+    rater = Rater(browser, server, items, "Max", viewport={"width": 1000, "height": 800})
+    rater.enter()
+    focused = "document.activeElement.id"
+    assert rater.page.evaluate(focused) == "prompt"  # the description is read first
+    large, picture = rater.page.locator("#large"), rater.page.locator("#large-picture")
+    sources = [rater.page.locator(f"#{side}-picture").get_attribute("src") for side in ("left", "right")]
+    rater.page.locator("#left-enlarge").click()
+    assert picture.get_attribute("src").endswith(sources[0])
+    assert picture.get_attribute("alt") == "First picture"
+    box = picture.bounding_box()
+    assert min(box["width"], box["height"]) >= 650
+    rater.page.screenshot(path=screenshots / "label-large.png")
+    rater.page.keyboard.press("ArrowRight")
+    assert picture.get_attribute("src").endswith(sources[1])
+    rater.page.locator("#other").click()
+    assert picture.get_attribute("src").endswith(sources[0])
+    rater.page.keyboard.press("s")
+    rater.page.keyboard.press("Escape")
+    large.wait_for(state="hidden")
+    assert rater.page.evaluate(focused) == "left-enlarge"
+    rater.page.keyboard.press("2")
+    assert picture.get_attribute("src").endswith(sources[1])
+    rater.page.get_by_role("button", name="Close").click()
+    large.wait_for(state="hidden")
+    assert rater.done == 0
+    rater.press("ArrowLeft")
+    assert rater.page.locator("#spoken").inner_text().startswith("First picture recorded. Next: ")
+    assert rater.errors == []
+    rater.page.context.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (844, 390), (1280, 900)])
+def test_pictures_are_as_large_as_the_screen_allows(browser, server, folder, screenshots, width, height):
+    """On a phone that is held upright one stands above the other; what one votes with is in sight."""
+    server.start()
+    items = read_items(folder / "items.jsonl")
+    options = {"viewport": {"width": width, "height": height}} | (PHONE if width < 1000 else {})
+    rater = Rater(browser, server, items, f"Size {width}", **options)
+    rater.enter()
+    rater.page.screenshot(path=screenshots / f"label-size-{width}.png")
+    first, second = (rater.page.locator(f"#{side}-picture").bounding_box() for side in ("left", "right"))
+    upright = width < height
+    assert (second["y"] > first["y"], second["x"] > first["x"]) == (upright, not upright)
+    assert min(first["width"], first["height"]) >= {390: 300, 844: 180, 1280: 500}[width]
+    for side, name in (("left", "Upper" if upright else "Left"), ("right", "Lower" if upright else "Right")):
+        button = rater.page.locator(f"#{side}")
+        assert button.inner_text().split()[0] == name
+        if upright or width > 1000:
+            box = button.bounding_box()
+            assert box["y"] + box["height"] <= height
+    assert rater.page.evaluate("document.documentElement.scrollWidth") <= width
     rater.page.context.close()

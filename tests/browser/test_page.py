@@ -1,26 +1,14 @@
 """The reward server's page in a real browser: every tab at desk and on a phone, wrong input, a keyboard."""
 
-import asyncio
 import csv
 import os
 import re
-import threading
-import time
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from PIL import Image
 
-from dina_lrm import RewardModel
-from dina_lrm.errors import ScoringError
-from dina_lrm.shapes.pipeline import load_pipeline
 from dina_lrm.shapes.render import blur, render
 from dina_lrm.shapes.scenes import parse_caption, sample_scene
 
@@ -38,60 +26,6 @@ VIEWS = pytest.mark.parametrize(
 )
 PATIENCE = 120_000
 """Milliseconds; the machine may be busy."""
-
-
-class ModelThread:
-    """Runs jobs in one thread, and counts them; refuses them while `busy`."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1)
-        self.jobs = 0
-        self.busy = False
-
-    def __call__(self, job: Callable[[], Any], /) -> Any:
-        if self.busy:
-            raise ScoringError("the server is busy: try again in a moment")
-        self.jobs += 1
-        return self.pool.submit(job).result()
-
-
-@pytest.fixture(scope="module")
-def reward():
-    return RewardModel.from_pretrained("bundled").requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def model_thread():
-    thread = ModelThread()
-    yield thread
-    thread.pool.shutdown()
-
-
-@pytest.fixture(scope="module")
-def address(reward, model_thread, tmp_path_factory):
-    """Of a server with the page alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Gradio's own imports
-        from dina_lrm.serving.page import build_page, mount_page
-
-    servers: list[uvicorn.Server] = []
-
-    async def serve() -> None:
-        app = FastAPI()
-        mount_page(app, build_page(reward, run=model_thread, pipeline=load_pipeline()))
-        servers.append(uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none")))
-        await servers[0].serve()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        thread = threading.Thread(target=lambda: asyncio.run(serve()))
-        thread.start()
-        while not (servers and servers[0].started):
-            assert thread.is_alive()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{servers[0].servers[0].sockets[0].getsockname()[1]}/"
-        servers[0].force_exit = servers[0].should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +119,7 @@ def number(value, digits=2):
 @VIEWS
 def test_score(browser, address, files, reward, width, height, scheme):
     visit = Visit(browser, address, width, height, scheme)
+    visit.open("Score")
     visit.upload(files["sharp"])
     prompt = visit.panel.get_by_label("Prompt")
     prompt.fill(PROMPT)
@@ -230,6 +165,10 @@ def test_rank(browser, address, files, reward, tmp_path, width, height, scheme):
     assert visit.panel.locator(".reward-gallery .caption-label").all_inner_texts() == [
         f"{place}: {number(one.score)}" for place, one in enumerate(expected, start=1)
     ]
+    for nth in range(3):  # a caption stands below its picture
+        item = visit.panel.locator(".reward-gallery .thumbnail-item").nth(nth)
+        picture, caption = (item.locator(one).bounding_box() for one in ("img", ".caption-label"))
+        assert caption["y"] >= picture["y"] + picture["height"] - 1
     with visit.page.expect_download() as download:
         visit.panel.get_by_text("Download as CSV").click()
     download.value.save_as(tmp_path / "ranking.csv")
@@ -273,6 +212,7 @@ def test_stopping_and_others_in_between(browser, address, model_thread):
     steps.press("Tab")
     one.click("Generate")
     one.panel.get_by_text("of 50.").wait_for()
+    other.open("Score")
     other.click(PROMPT)  # the example
     other.panel.locator(".reward-number").wait_for()
     assert "of 50." in one.panel.get_by_role("status").inner_text()
@@ -290,6 +230,7 @@ def test_stopping_and_others_in_between(browser, address, model_thread):
 
 def test_a_busy_server_is_told(browser, address, model_thread):
     visit = Visit(browser, address)
+    visit.open("Score")
     model_thread.busy = True
     try:
         visit.click(PROMPT)
@@ -337,6 +278,7 @@ def test_wrong_input(browser, address, files, width, height, scheme, tab, name, 
 
 def test_unknown_words_are_noted(browser, address, files):
     visit = Visit(browser, address, 360, 780)
+    visit.open("Score")
     visit.upload(files["sharp"])
     visit.panel.get_by_label("Prompt").fill("a red <b>zebra</b> on a gray background")
     visit.click("Score")
@@ -351,6 +293,7 @@ def test_unknown_words_are_noted(browser, address, files):
 
 def test_drag_and_drop(browser, address, files):
     visit = Visit(browser, address)
+    visit.open("Score")
     bytes_ = list(files["sharp"].read_bytes())
     transfer = visit.page.evaluate_handle(
         """bytes => {
@@ -372,6 +315,7 @@ def test_drag_and_drop(browser, address, files):
 
 def test_paste(browser, address, files):
     visit = Visit(browser, address, permissions=["clipboard-read", "clipboard-write"])
+    visit.open("Score")
     visit.page.evaluate(
         """async bytes => {
           const picture = new Blob([new Uint8Array(bytes)], {type: "image/png"});
@@ -390,11 +334,13 @@ def test_paste(browser, address, files):
 def test_a_keyboard_is_enough(browser, address):
     """From the tabs through the upload to prompt, button and examples, each with a name; Enter takes one."""
     visit = Visit(browser, address)
+    visit.open("Score")
     visit.page.get_by_role("tab", name="Score").focus()
     names = []
     for _ in range(24):
         visit.page.keyboard.press("Tab")
         names.append(visit.page.evaluate(FOCUSED))
+        assert visit.page.evaluate(OUTLINE) >= 2, names[-1]
         if names[-1] == PROMPT:
             break
     assert "" not in names
@@ -405,6 +351,73 @@ def test_a_keyboard_is_enough(browser, address):
     visit.panel.get_by_text("Numbers").wait_for()
     visit.finish("keyboard")
 
+
+def test_arrows_go_from_tab_to_tab(browser, address):
+    visit = Visit(browser, address)
+    visit.page.get_by_role("tab", name="Compare").focus()
+    for key, name in (
+        ("ArrowRight", "Rank"),
+        ("ArrowRight", "Score"),
+        ("End", "Generate"),
+        ("ArrowRight", "Compare"),
+        ("ArrowLeft", "Generate"),
+        ("Home", "Compare"),
+    ):
+        visit.page.keyboard.press(key)
+        assert visit.page.get_by_role("tab", selected=True).inner_text() == name
+        assert visit.page.evaluate("document.activeElement.innerText") == name
+    visit.finish("arrows")
+
+
+# --- to the eye and the finger -----------------------------------------------------------------------------
+
+
+@VIEWS
+def test_nothing_stands_on_a_picture(browser, address, files, width, height, scheme):
+    """Its name and its buttons are beside it, and the buttons are hit by a finger."""
+    visit = Visit(browser, address, width, height, scheme)
+    visit.upload(files["sharp"], place=0)
+    visit.upload(files["blurred"], place=1)
+    boxes = visit.panel.locator(".reward-picture")
+    for number in range(2):
+        box = boxes.nth(number)
+        picture = box.locator("img").bounding_box()
+        assert min(picture["width"], picture["height"]) > 90
+        pieces = box.locator("label, button")
+        shown = [piece.bounding_box() for piece in pieces.all() if piece.is_visible()]
+        assert len(shown) >= 4  # the name, full screen, remove, upload or paste
+        for piece in shown:
+            assert (
+                piece["y"] + piece["height"] <= picture["y"] + 1
+                or piece["y"] >= picture["y"] + picture["height"] - 1
+            )
+        names = [one.bounding_box() for one in box.locator("button").all() if one.is_visible()]
+        assert min(min(one["width"], one["height"]) for one in names) >= 32
+    visit.finish("pictures")
+
+
+@VIEWS
+def test_a_placeholder_can_be_read(browser, address, width, height, scheme):
+    visit = Visit(browser, address, width, height, scheme)
+    colours = visit.panel.get_by_label("Prompt").evaluate(
+        """one => [getComputedStyle(one, "::placeholder").color, getComputedStyle(one).backgroundColor]"""
+    )
+    front, back = (luminance(colour) for colour in colours)
+    assert (max(front, back) + 0.05) / (min(front, back) + 0.05) >= 4.5
+    visit.finish("placeholder")
+
+
+def luminance(colour):
+    """Relative luminance by WCAG, of "rgb(r, g, b)"."""
+    channels = [float(one) / 255 for one in re.findall(r"[0-9.]+", colour)[:3]]
+    red, green, blue = (one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+OUTLINE = """() => {
+  const style = getComputedStyle(document.activeElement);
+  return style.outlineStyle === "none" ? 0 : parseFloat(style.outlineWidth);
+}"""
 
 FOCUSED = """() => {
   const one = document.activeElement;

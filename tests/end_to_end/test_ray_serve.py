@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,13 +58,13 @@ class Server:
     def replicas(self) -> list[int]:
         return self.processes(b"ray::ServeReplica:dina-lrm:reward")
 
-    def rows_scored(self) -> float:
-        """What the replica that happens to answer has scored so far."""
+    def rows_scored(self) -> dict[str, float]:
+        """What each replica has scored so far, as any of them tells it."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+            assert len(reply.headers.get_all("x-request-id")) == 1
             text = reply.read().decode()
-        found = re.search(r"^dina_lrm_scores_total (\S+)$", text, re.MULTILINE)
-        assert found, text
-        return float(found.group(1))
+        found = re.findall(r'^dina_lrm_scores_total\{model="bundled",replica="(\w+)"\} (\S+)$', text, re.M)
+        return {replica: float(count) for replica, count in found}
 
 
 def _read(file: Path) -> bytes:
@@ -111,9 +112,11 @@ def test_a_killed_replica_is_replaced_and_no_score_is_wrong(server):
     with Client(server.url, max_retries=8) as client, ThreadPoolExecutor(4) as clients:
         assert max(clients.map(ask, starts)) < 1e-4
         # Every row was scored once, by one replica or the other.
-        counts = {server.rows_scored() for _ in range(40)}
-        assert len(counts) == 2
-        assert sum(counts) == ROWS * len(starts)
+        assert eventually(lambda: sum(server.rows_scored().values()) == ROWS * len(starts), seconds=30)
+        assert len(server.rows_scored()) == 2
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10) as one:
+            one.sendall(b"GET /healthz HTTP/1.1\r\nx-a: " + b"a" * 60_000)
+            assert one.recv(4096).startswith(b"HTTP/1.1 400")
 
         before = server.replicas()
         assert len(before) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -42,7 +43,7 @@ def server(log: Path, *flags: str, module: str = "dina_lrm", **environment: str)
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):  # five minutes, on a machine that has other work
             assert process.poll() is None, log.read_text()
             try:
                 with urllib.request.urlopen(f"{address}/healthz", timeout=5) as reply:
@@ -50,6 +51,8 @@ def server(log: Path, *flags: str, module: str = "dina_lrm", **environment: str)
                         break
             except OSError:
                 time.sleep(0.1)
+        else:
+            raise AssertionError(f"the server is not up: {log.read_text()}")
         yield process, address
     finally:
         process.kill()
@@ -177,7 +180,7 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(
-                b"POST /v1/score HTTP/1.1\r\nhost: x\r\nx-drm-protocol-version: 1\r\n"
+                b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\n"
                 b"content-type: application/octet-stream\r\ncontent-length: 1073741824\r\n\r\n"
             )
             part = b"\0" * 2**20
@@ -189,7 +192,9 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
         assert answer.startswith(b"HTTP/1.1 413")
         assert b'"field":"body"' in answer
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:  # leaves in the middle
-            connection.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+            connection.sendall(
+                b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nabc"
+            )
         assert send(url, body)[0] == 200
 
 
@@ -198,7 +203,7 @@ def test_a_body_of_a_gigabyte_is_refused_and_the_server_goes_on(reward: RewardMo
     [
         (("--model", "no/such/folder"), "no/such/folder"),
         (("--max-batch-size", "0"), "max_batch_size = 0"),
-        (("--port", "70000"), "--port is in [0, 65535]"),
+        (("--port", "70000"), "port = 70000: must be in [0, 65535]"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--replicas", "0"), "--replicas is at least 1"),
     ],
@@ -231,13 +236,76 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", str(taken.getsockname()[1])],
+            [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", str(port)],
             capture_output=True,
             text=True,
             timeout=240,
         )
     assert done.returncode == 2
-    assert "Address already in use" in done.stderr
+    assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in done.stderr
     assert "loading" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_out_of_files_it_says_so_and_goes_on(reward: RewardModel, tmp_path: Path) -> None:
+    """In a few lines, not in one for each connection that waits, again and again."""
+    body, _ = a_request(reward, 1)
+    with server(tmp_path / "log") as (process, url):
+        open_files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files + 20, open_files + 20))
+        port = int(url.rsplit(":", 1)[1])
+        waiting = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]
+        time.sleep(3)
+        for one in waiting:
+            one.close()
+        time.sleep(2)
+        assert send(url, body)[0] == 200
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if "out of system resource" in line]
+    assert 1 <= len(lines) <= 10
+
+
+def test_sighup_loads_anew_and_loses_no_request(reward: RewardModel, tmp_path: Path) -> None:
+    """Under load; settings are read again, too."""
+    body, expected = a_request(reward, 1)
+    config = tmp_path / "serve.toml"
+    config.write_text("max_rows = 5\n")
+    with server(tmp_path / "log", "--config", str(config)) as (process, url):
+
+        def limit() -> int:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
+                return json.loads(reply.read())["limits"]["max_rows"]
+
+        answers, done = list[int](), threading.Event()
+
+        def client() -> None:
+            while not done.is_set():
+                status, reply = send(url, body)
+                answers.append(status)
+                torch.testing.assert_close(torch.tensor(reply["raw_scores"]), expected, rtol=1e-6, atol=1e-5)
+
+        threads = [threading.Thread(target=client) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert limit() == 5
+        config.write_text("max_rows = 6\n")
+        process.send_signal(signal.SIGHUP)
+        for _ in range(1200):
+            if limit() == 6:
+                break
+            time.sleep(0.1)
+        assert limit() == 6
+        config.write_text("max_rowz = 6\n")
+        process.send_signal(signal.SIGHUP)
+        for _ in range(600):
+            if "the reload failed" in (tmp_path / "log").read_text():
+                break
+            time.sleep(0.1)
+        assert limit() == 6
+        done.set()
+        for thread in threads:
+            thread.join(60)
+    assert len(answers) > 10
+    assert set(answers) == {200}
+    assert "'max_rowz' is no setting" in (tmp_path / "log").read_text()

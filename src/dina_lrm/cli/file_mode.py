@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from dina_lrm.models.options import ModelOptions
     from dina_lrm.scaling.settings import Scoring, Task
 
-FLAGS = ("--output", "--engine", "--workers", "--rows-per-part", "--rejects", "--overwrite")
+FLAGS = (
+    "--output",
+    "--engine",
+    "--workers",
+    "--rows-per-part",
+    "--rejects",
+    "--overwrite",
+    "--retry-rejects",
+)
 GO_ON = "what was done is kept: give the same command again, and it goes on"
 
 
@@ -40,6 +48,8 @@ class FileOptions:
     OUTPUT.rejects.jsonl. A folder has its own rejects.jsonl."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over where OUTPUT, or a part of it, exists from another run."""
+    retry_rejects: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Try rows again that an earlier run has rejected, say because missing pictures are there now."""
 
 
 def run_file(
@@ -54,6 +64,8 @@ def run_file(
     in_folder = is_folder(options.output)
     if in_folder and options.rejects is not None:
         raise UsageError("--rejects goes with a file as --output; a folder has its own rejects.jsonl")
+    if options.overwrite and options.retry_rejects:
+        raise UsageError("--overwrite does all rows again; leave out --retry-rejects")
     from dina_lrm.scaling.bulk import BulkJob, score_dataset
     from dina_lrm.scaling.joined import score_to_file
 
@@ -68,6 +80,7 @@ def run_file(
     common: dict[str, Any] = {
         "workers": options.workers if options.engine == "ray" else 0,
         "overwrite": options.overwrite,
+        "retry_rejects": options.retry_rejects,
     }
     found: int | None = None
     with resumable(GO_ON), WorkProgress() as progress:
@@ -93,7 +106,10 @@ def run_file(
         columns = ("rows", "scored", "rejected", "output")
         print_table(list(columns), [[str(record[name]) for name in columns]], text_columns=0)
     if summary.rejected:
-        log(f"{summary.rejected} rows could not be {task.name}d; the reasons are in {summary.rejects}")
+        log(
+            f"{summary.rejected} rows could not be {task.name}d; the reasons are in {summary.rejects}, and "
+            "--retry-rejects tries them again"
+        )
     if not summary.scored:
         raise InvalidInputError(f"no row of {options.input!r} could be {task.name}d")
     return 0

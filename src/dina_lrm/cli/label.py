@@ -1,5 +1,6 @@
 """`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
 
+import ipaddress
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,11 +16,11 @@ from dina_lrm.cli.options import (
     TOKEN_VARIABLE,
     JsonFlag,
     ModelOptions,
-    is_loopback,
     need_packages,
     parse,
     refuse,
 )
+from dina_lrm.serving.settings import LOOPBACK_NAMES, is_loopback
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -55,6 +56,13 @@ class Label:
     """Address to listen at; 0.0.0.0 lets other devices in, and then a token is wise."""
     port: int = 8080
     """0 takes any that is free."""
+    hosts: tuple[str, ...] = ()
+    """Names that the page is called by, such as label.example.org behind a proxy. By default any, but
+    localhost alone where it listens there."""
+    root_path: str = ""
+    """Prefix under which a proxy offers the page, such as /label."""
+    proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are believed."""
     seed: int = 0
     """Seed of the order of pairs and of the sides."""
     token: str | None = None
@@ -64,7 +72,11 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source."""
+    """Write votes as preference rows: prompt, chosen, rejected, votes_chosen, votes_rejected, source.
+
+    With --votes a row for each vote: prompt, left, right, choice, rater, given_at, seconds, pair, vote and
+    source.
+    """
 
     votes: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="VOTES")]
     """The SQLite file."""
@@ -72,6 +84,8 @@ class Export:
     """The file of rows to write, .jsonl or .parquet."""
     items: Annotated[Path | None, tyro.conf.arg(name="input", metavar="ITEMS")] = None
     """Where the items lie, if they were moved since."""
+    single: Annotated[bool, tyro.conf.arg(name="votes"), tyro.conf.FlagCreatePairsOff] = False
+    """Write a row for each vote, with its rater and time, instead of one for each pair."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
@@ -91,7 +105,18 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    need_packages("label", "fastapi", "uvicorn", "nltk")
+    if options.root_path and (not options.root_path.startswith("/") or options.root_path.endswith("/")):
+        raise UsageError(
+            f"--root-path begins with / and does not end with it, such as /label; got {options.root_path!r}"
+        )
+    for proxy in options.proxies:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError as error:
+            raise UsageError(
+                f"--proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
+            ) from error
+    need_packages("label", "fastapi", "uvicorn", "nltk", "pythonjsonlogger")
     from dina_lrm.serving.labelling.items import read_items
 
     token = options.token or os.environ.get(TOKEN_VARIABLE) or None
@@ -105,12 +130,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None) -> int:
     """Serve until SIGINT or SIGTERM; what kept the reward from saying anything is raised."""
-    import uvicorn
-
+    from dina_lrm.serving.connections import uvicorn_config
     from dina_lrm.serving.labelling.app import Labelling, create_app
     from dina_lrm.serving.labelling.estimates import Estimates
     from dina_lrm.serving.labelling.store import VoteStore
     from dina_lrm.serving.running import Server, bound
+    from dina_lrm.serving.server import log_as_json
 
     failures: list[Exception] = []
 
@@ -133,17 +158,21 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
         labelling = Labelling(
             items, store, raters_per_pair=options.raters_per_pair, seed=options.seed, estimates=estimates
         )
-        hosts = ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) else None
-        config = uvicorn.Config(
-            create_app(labelling, token=token, hosts=hosts),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+        app = create_app(
+            labelling,
+            token=token,
+            hosts=options.hosts,
+            local_hosts=(*LOOPBACK_NAMES, options.host) if is_loopback(options.host) else (),
+            root_path=options.root_path,
         )
-        server = Server(
-            config, listener, lambda at: log(f"{at}  (label /, results /results); stop with Ctrl-C")
-        )
+
+        def tell(address: str) -> None:
+            log(f"{address}  (for raters); stop with Ctrl-C")
+            log(f"{address}/results#{store.results_key}  (results, for you: raters are not to see them)")
+
+        log_as_json()
+        config = uvicorn_config(app, drain_seconds=GRACE_SECONDS, proxies=options.proxies)
+        server = Server(config, listener, tell)
         try:
             if estimates is not None:
                 estimates.start()
@@ -159,8 +188,15 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
 
 def export(options: Export) -> int:
     """Write the rows, and print where every vote went."""
-    from dina_lrm.serving.labelling.export import export_votes
+    from dina_lrm.serving.labelling.export import export_single_votes, export_votes
 
+    if options.single:
+        count = export_single_votes(options.votes, options.output, options.items)
+        if options.as_json:
+            print_json({"output": str(options.output), "votes": count})
+        else:
+            log(f"{options.output}: {count:,} votes")
+        return 0
     exported = export_votes(options.votes, options.output, options.items)
     if options.as_json:
         from dataclasses import asdict

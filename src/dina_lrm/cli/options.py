@@ -1,7 +1,6 @@
 """Options that several commands have in common."""
 
 import importlib
-import ipaddress
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -24,7 +23,6 @@ __all__ = [
     "NoiseLevels",
     "check_prompt",
     "find_device",
-    "is_loopback",
     "need_packages",
     "parse",
     "parse_noise_levels",
@@ -88,11 +86,18 @@ _DASHED = "\0"
 """Put before a word behind `--` while tyro reads it: it would take -dash.png for an option."""
 
 
-def parse(kind: type[OptionsT], command: str, arguments: Sequence[str]) -> OptionsT:
-    """The options of `dina-lrm COMMAND`; what stands behind `--` is a prompt or a file, also with a dash."""
+def parse(
+    kind: type[OptionsT], command: str, arguments: Sequence[str], default: OptionsT | None = None
+) -> OptionsT:
+    """The options of `dina-lrm COMMAND`; what stands behind `--` is a prompt or a file, also with a dash.
+
+    Args:
+        default: what holds where nothing is typed; by default what `kind` says.
+    """
     front = list(takewhile(lambda word: word != "--", arguments))
     behind = [_DASHED + word if word.startswith("-") else word for word in arguments[len(front) + 1 :]]
-    options = tyro.cli(kind, prog=f"dina-lrm {command}", args=[*front, *behind], registry=_REGISTRY)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    options = tyro.cli(kind, prog=f"dina-lrm {command}", args=[*front, *behind], registry=_REGISTRY, **given)
     typed: Any = options
     marked = {one.name: _unmarked(getattr(typed, one.name)) for one in fields(typed)} if behind else {}
     return replace(typed, **marked)
@@ -156,13 +161,3 @@ def need_packages(extra: str, *names: str) -> None:
             raise MissingComponentError(
                 f"{name} is not installed: pip install 'dina-lrm[{extra}]'"
             ) from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

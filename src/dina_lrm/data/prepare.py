@@ -61,10 +61,10 @@ from dina_lrm.data.shards import (
     write_prompts,
 )
 from dina_lrm.errors import InvalidInputError, PromptWarning, RunError
-from dina_lrm.files import file_fault, write_whole
+from dina_lrm.files import content_digest, write_whole
 from dina_lrm.pictures import rgb_tensor
 
-__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "content_digest", "prepare", "unwanted"]
+__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "prepare", "unwanted"]
 
 PICTURES_PER_CALL = 16
 PROMPTS_PER_CALL = 16
@@ -400,17 +400,6 @@ def _check_files(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             raise InvalidInputError(
                 f"{name} {what} since {output} was begun: prepare into another folder, or delete that one"
             )
-
-
-def content_digest(file: Path) -> str | None:
-    """SHA-256 of a file; None where there is none that can be read."""
-    if file_fault(file) is not None:
-        return None
-    try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def unwanted(

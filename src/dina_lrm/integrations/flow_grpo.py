@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.integrations.local import PUBLISHED_REWARD, LocalReward, check_pairs, finite, local_reward
+from dina_lrm.integrations.local import (
+    PUBLISHED_REWARD,
+    LocalReward,
+    check_pairs,
+    check_settings,
+    finite,
+    local_reward,
+)
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import NoiseLevels
@@ -74,7 +81,11 @@ def register(name: str = "dina", **settings: Any) -> None:
 
     Args:
         settings: of `dina_score`.
+
+    Raises:
+        InvalidInputError: a setting that it does not have.
     """
+    check_settings(settings, dina_score)
     rewards: Any = importlib.import_module("flow_grpo.rewards")
     if not isinstance(rewards.multi_score, MultiScore):
         rewards.multi_score = MultiScore(rewards.multi_score)

@@ -1,9 +1,11 @@
 """A reward inside a trainer's process: loaded once, called by one thread at a time."""
 
 import contextlib
+import difflib
 import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,24 @@ def check_pairs(prompts: Any, count: int, what: str) -> list[str]:
         given = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise InvalidInputError(f"{given} for {count} {what}: give a list with one prompt for each")
     return list(prompts)
+
+
+def check_settings(
+    given: Collection[str], function: Callable[..., Any], *, known: Collection[str] = ()
+) -> None:
+    """A trainer's configuration is data: a setting that nobody reads is a mistake, and would go unnoticed.
+
+    Args:
+        given: names of settings. function: what they are for; its keyword-only parameters are the settings.
+        known: further names that are let pass.
+
+    Raises:
+        InvalidInputError: a name that is neither; it says which one may be meant.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    allowed = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in given:
+        if name not in allowed and name not in known:
+            close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(allowed)}"
+            raise InvalidInputError(f"{name!r} is no setting of {function.__name__}: {hint}")

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.integrations import latent_http
-from dina_lrm.integrations.local import PUBLISHED_REWARD, finite, local_reward
+from dina_lrm.integrations.local import PUBLISHED_REWARD, check_settings, finite, local_reward
 from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import NoiseLevels
 
+MANAGERS_OWN = ("model_name", "reward_model_tokenizer", "reward_router_address")
+"""Keywords that verl-omni's managers pass to every scorer."""
 SERVED_CHANNELS = 16
 """Of a latent for a server, by which it is told from a picture."""
 
@@ -31,17 +33,17 @@ def compute_score(
     extra_info: Mapping[str, Any] | None,
     *,
     server_url: str | None = None,
-    reward: str = PUBLISHED_REWARD,
+    reward: str | None = None,
     pipeline: str | None = None,
-    device: str = "cuda",
+    device: str | None = None,
     dtype: str | None = None,
     noise_level: NoiseLevels = 0.4,
     noise_seed: int | None = 0,
     score_scale: float = 1.0,
     score_bias: float = 0.0,
-    timeout_seconds: float = 120.0,
-    max_retries: int = 5,
-    **_: Any,
+    timeout_seconds: float | None = None,
+    max_retries: int | None = None,
+    **others: Any,
 ) -> dict[str, float]:
     """Score one sample; a latent wherever there is one, since it costs no decoding and no text encoder.
 
@@ -57,32 +59,41 @@ def compute_score(
         extra_info: for latents `prompt_embeds` (token, dim) and, where the backbone takes them,
             `pooled_prompt_embeds` (dim,): those that the latent was sampled with. Here and in latents a
             leading axis of length one may be there.
-        server_url: score by a server (`integrations.latent_http`), latents only; reward, pipeline, device and
-            dtype are then the server's affair. None: score here, the reward being loaded once a process.
-        reward, pipeline, dtype: as in `RewardModel.from_pretrained`; dtype by its name.
+        server_url: score by a server (`integrations.latent_http`), latents only. None: score here, the reward
+            being loaded once a process.
+        reward, pipeline, device, dtype: as in `RewardModel.from_pretrained`; dtype by its name. By default
+            the paper's reward on "cuda". With a server these are the server's affair, and refused here.
         noise_level: in [0, 1]; here also a list for an ensemble, or None for the reward's own.
         noise_seed: the same noise for every sample; None: fresh noise for each.
         score_scale, score_bias: score = score_scale * raw + score_bias. 0.1 and 1.0 are usual for the paper's
             reward.
-        timeout_seconds, max_retries: read only with a server.
-
-    Other keywords, which the managers pass to all scorers, are ignored.
+        timeout_seconds, max_retries: of requests to a server, by default 120 and 5; refused without one.
+        others: what managers pass to all scorers (`MANAGERS_OWN`) is not read; anything else is refused.
 
     Returns:
         "score", and "dina_raw": before scale and bias.
 
     Raises:
-        InvalidInputError: something missing, of a wrong shape, or NaN.
+        InvalidInputError: something missing, of a wrong shape, or NaN; a setting that is not known, or that
+            has no effect beside the others.
         ScoringError: no finite score to be had. verl-omni turns an exception into 0.0 unless the reward is
             `required`.
     """
+    check_settings(others, compute_score, known=MANAGERS_OWN)
+    own = {"reward": reward, "pipeline": pipeline, "device": device, "dtype": dtype}
+    remote = {"timeout_seconds": timeout_seconds, "max_retries": max_retries}
+    for name, value in (remote if server_url is None else own).items():
+        if value is not None:
+            where = "without server_url" if server_url is None else "with server_url: it is the server's"
+            raise InvalidInputError(f"{name} = {value!r} has no effect {where}")
     info = {} if extra_info is None else extra_info
     if server_url is not None:
-        raw = _score_remotely(
-            server_url, solution_image, info, noise_level, noise_seed, timeout_seconds, max_retries
-        )
+        given = {name: value for name, value in remote.items() if value is not None}
+        raw = _score_remotely(server_url, solution_image, info, noise_level, noise_seed, given)
     else:
-        local = local_reward(reward, pipeline=pipeline, device=device, dtype=dtype)
+        local = local_reward(
+            reward or PUBLISHED_REWARD, pipeline=pipeline, device=device or "cuda", dtype=dtype
+        )
         with local.turn() as model:
             raw = _score_here(model, solution_image, ground_truth, info, noise_level, noise_seed)
     return {"score": score_scale * raw + score_bias, "dina_raw": raw}
@@ -94,8 +105,7 @@ def _score_remotely(
     info: Mapping[str, Any],
     noise_level: NoiseLevels,
     noise_seed: int | None,
-    timeout_seconds: float,
-    max_retries: int,
+    requests: Mapping[str, Any],
 ) -> float:
     latents = _latents(solution_image, info, SERVED_CHANNELS)
     if latents is None:
@@ -111,8 +121,7 @@ def _score_remotely(
         _conditioning(info),
         torch.tensor([noise_level], dtype=torch.float32),
         None if noise_seed is None else [noise_seed],
-        timeout_seconds=timeout_seconds,
-        max_retries=max_retries,
+        **requests,
     )
     return raw
 

@@ -80,7 +80,7 @@ class PromptEncoder:
         encoded = [self._cache[prompt] for prompt in prompts]
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
-        return _joined(encoded).to(device)
+        return joined_rows(encoded).to(device)
 
     def _encode_new(self, new: list[str], device: torch.device) -> None:
         pipeline = self._load(device)
@@ -277,7 +277,7 @@ def _without_padding(row: Conditioning) -> Conditioning:
     return Conditioning(row.prompt_embeds[:, real], row.pooled_prompt_embeds)
 
 
-def _joined(rows: list[Conditioning]) -> Conditioning:
+def joined_rows(rows: list[Conditioning]) -> Conditioning:
     """Rows in one batch; rows of different length are padded with zeros and masked."""
     lengths = torch.tensor([row.prompt_embeds.shape[1] for row in rows])
     pooled = [row.pooled_prompt_embeds for row in rows]

@@ -3,11 +3,12 @@
 The input is cut into parts, fixed ranges of its rows (`sources`). A worker reads a part, scores it and writes
 its file, aside and renamed, so that a part is there whole or not at all; doing it twice gives the same file.
 That is all there is to exactly one result a row, to workers that die, and to runs that continue: what is
-missing is done. Ray Data is not used: its blocks are cut and ordered at run time, so that neither the files
-nor what is left to do would be a function of the input.
+missing is done. Ray Data is not used: its blocks are cut and ordered at run time, so that the files are no
+function of the input, and its checkpoints (`CheckpointConfig`) look neither at settings nor at pictures
+(`benchmarks/ray_data_checkpoint.py`).
 
     OUTPUT/manifest.json        input with fingerprints, model, settings: another run is refused
-    OUTPUT/part-000000.parquet  row, the input's columns, the results, error
+    OUTPUT/part-000000.parquet  row, the input's columns, the results, error; marks of its pictures
     OUTPUT/rejects.jsonl        rows without a result, with the reason; absent without any
     OUTPUT/summary.json         written last, when every row has been found once
     OUTPUT/rows-000000.jsonl    an input file that had to be converted (.csv, .json, .gz)
@@ -20,10 +21,10 @@ import posixpath
 import re
 import socket
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ import pyarrow.parquet
 
 from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
 from dina_lrm.files import write_whole, written_aside
-from dina_lrm.scaling.cluster import check_device, connected, share, whole_path
-from dina_lrm.scaling.places import filesystem, is_local, open_file
+from dina_lrm.scaling.changes import Marks, changes
+from dina_lrm.scaling.cluster import check_device, connected, living_machines, share, whole_path
+from dina_lrm.scaling.places import filesystem, is_local
 from dina_lrm.scaling.rows import Result, results_of_rows
 from dina_lrm.scaling.settings import BulkJob, Scoring
 from dina_lrm.scaling.sources import Part, Plan, converted_lines, make_plan, read_part
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["BulkFolder", "BulkJob", "BulkSummary", "Scoring", "score_dataset"]
 
 FORMAT = "dina-lrm scores"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RETRIES_PER_PART = 3
 """How often a part may bring its worker down before the run gives up."""
 SIGN_OF_LIFE_SECONDS = 20.0
@@ -85,6 +87,7 @@ def score_dataset(
     workers: int | None = 0,
     model: "RewardModel | None" = None,
     overwrite: bool = False,
+    retry_rejects: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkSummary:
     """Score every row of a dataset, or what an earlier run has left of it.
@@ -94,12 +97,14 @@ def score_dataset(
             started here; None: one a GPU, or two. 0: this process does it, without Ray.
         model: used by this process instead of loading it.
         overwrite: start over where the output is of another run.
+        retry_rejects: do the parts with rejects again, say because missing pictures are there now.
         on_progress: told rows done and rows in all: once at the start, then after each batch or part, and
             now and then in between.
 
     Raises:
-        InvalidInputError: an input that cannot be read, an output that belongs to another run, more workers
-            than the cluster has room for.
+        InvalidInputError: an input that cannot be read, an output that belongs to another run, pictures that
+            were changed, taken away or supplied since they were scored, more workers than the cluster has
+            room for.
         ScoringError: a server with pictures cannot be reached. What was done is kept.
         ChildProcessError: a part has brought its worker down again and again. What was done is kept.
     """
@@ -118,10 +123,11 @@ def score_dataset(
         folder.prepare(_manifest(job, plan, _weights_digest(checkpoint)), overwrite)
         for path, name in plan.converted:
             folder.write_stream(name, converted_lines(path))
-        there = folder.names()
-        missing = [part for part in plan.parts if part.name not in there]
-        done = plan.rows - sum(part.rows for part in missing)
+        kept = _parts_kept(folder, plan, retry_rejects)
+        missing = [part for part in plan.parts if part not in kept]
+        done = sum(part.rows for part in kept)
         on_progress(done, plan.rows)
+        _check_pictures(folder, plan, kept, lambda: on_progress(done, plan.rows))
         processes: dict[int, str] = {}
         replaced, told = 0, set[str]()
         if workers == 0:
@@ -173,17 +179,19 @@ class _Scorer:
     def score(self, part: Part, on_rows: Callable[[int], None] = lambda rows: None) -> _PartDone:
         """Read a part, score it, and write its file; tells how many of its rows are done."""
         job, plan = self.job, self.plan
-        open_picture = partial(open_file, fs=self.fs, folder=part.folder)
+        marks = Marks(self.fs, part)
         tables: list[pyarrow.Table] = []
         results: list[Result] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
             for table, rows in read_part(plan, part, job.scoring.batch_size):
                 tables.append(table)
-                results += results_of_rows(self.model, rows, job.scoring, open_picture, job.task)
+                marks.add(rows)
+                results += results_of_rows(self.model, rows, job.scoring, marks.open, job.task)
                 on_rows(len(results))
         notes = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, PromptWarning))
         table = _with_results(pyarrow.concat_tables(tables), part, results, plan)
+        table = table.replace_schema_metadata(marks.metadata())
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd")
         self.folder.write(part.name, sink.getvalue().to_pybytes())
@@ -224,6 +232,7 @@ def _with_ray(
     job = replace(job, output=whole_path(job.output), reward=reward)
     with connected() as ray:
         count, on_gpu = share(ray.cluster_resources(), job.reward.device, workers)
+        machines = living_machines()
         actor = ray.remote(_Scorer).options(
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
@@ -253,10 +262,17 @@ def _with_ray(
                     raise error.cause from None
                 raise
             except ray.exceptions.RayActorError as error:
+                if lost := machines - living_machines():
+                    raise ChildProcessError(
+                        f"Ray has lost {len(lost)} of its {len(machines)} machines, or one of its own "
+                        f"processes there, and could not go on ({error})"
+                    ) from error
                 raise ChildProcessError(
                     f"rows {part.first_row} to {part.first_row + part.rows - 1} of {job.input!r} have "
-                    f"brought their worker down {RETRIES_PER_PART + 1} times; what was done is kept ({error})"
+                    f"brought their worker down {RETRIES_PER_PART + 1} times ({error})"
                 ) from error
+            except ray.exceptions.RayError as error:
+                raise ChildProcessError(f"Ray has failed: {error}") from error
             free.append(worker)
             yield worker[0], result
 
@@ -353,10 +369,7 @@ def _json(value: Any) -> bytes:
 
 def _manifest(job: BulkJob, plan: Plan, weights: str) -> dict[str, Any]:
     """What the results depend on, and how they are cut into files."""
-    files = [
-        {"name": posixpath.basename(file.path), "rows": file.rows, "bytes": file.bytes, "sha256": file.sha256}
-        for file in plan.files
-    ]
+    files = [asdict(file) | {"path": posixpath.basename(file.path)} for file in plan.files]
     settings = asdict(job.scoring) | {"noise_levels": list(job.scoring.noise_levels)}
     del settings["batch_size"]
     return {
@@ -385,20 +398,61 @@ def _weights_digest(checkpoint: "Checkpoint") -> str:
     return digest.hexdigest()
 
 
+def _parts_kept(folder: BulkFolder, plan: Plan, retry_rejects: bool) -> dict[Part, bool]:
+    """Parts that are not to be done again, and whether they have rejects."""
+    there = folder.names()
+    kept: dict[Part, bool] = {}
+    for part in plan.parts:
+        if part.name in there:
+            rejects = _read(folder, part, ["error"])["error"]
+            kept[part] = rejects.null_count < len(rejects)
+    return {part: rejects for part, rejects in kept.items() if not (rejects and retry_rejects)}
+
+
+def _check_pictures(
+    folder: BulkFolder, plan: Plan, kept: Mapping[Part, bool], on_part: Callable[[], None]
+) -> None:
+    """That those of parts that are kept are as they were."""
+    found: list[tuple[str, Part]] = []
+    for part in kept:
+        metadata = _read(folder, part, []).schema.metadata or {}
+        try:
+            found += [(change, part) for change in changes(plan, part, metadata)]
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{folder.location(part.name)!r}: {error}") from error
+        on_part()
+    if not found:
+        return
+    first, part = found[0]
+    more = f", and {len(found) - 1} more are not as they were" if len(found) > 1 else ""
+    retry = " --retry-rejects does those rows again;" if all(kept[one] for _, one in found) else ""
+    raise InvalidInputError(
+        f"{first} since {folder.location(part.name)!r} was made{more}:{retry} put back what was there, or "
+        "--overwrite starts over"
+    )
+
+
+def _read(folder: BulkFolder, part: Part, columns: list[str]) -> pyarrow.Table:
+    try:
+        with folder.open(part.name) as file:
+            return pyarrow.parquet.read_table(file, columns=columns)
+    except pyarrow.ArrowException as error:
+        where = folder.location(part.name)
+        raise InvalidInputError(f"{where!r} is damaged: delete it, and repeat the run") from error
+
+
 def _check_and_list_rejects(folder: BulkFolder, plan: Plan) -> tuple[int, int]:
     """See that every row is there once, and write the rejects down; returns rows scored and rejected."""
     rejects: list[str] = []
     for part in plan.parts:
-        where = folder.location(part.name)
-        try:
-            with folder.open(part.name) as file:
-                table = pyarrow.parquet.read_table(file, columns=["row", *plan.task.columns, "error"])
-        except pyarrow.ArrowException as error:
-            raise InvalidInputError(f"{where!r} is damaged: delete it, and repeat the run") from error
+        table = _read(folder, part, ["row", *plan.task.columns, "error"])
         if table["row"].to_pylist() != list(range(part.first_row, part.first_row + part.rows)):
+            where = folder.location(part.name)
             raise InvalidInputError(f"{where!r} has other rows than it should: delete it, and repeat the run")
         for reject in table.filter(table["error"].is_valid()).to_pylist():
             rejects.append(json.dumps(reject, ensure_ascii=False) + "\n")
     if rejects:
         folder.write("rejects.jsonl", "".join(rejects).encode())
+    elif "rejects.jsonl" in folder.names():  # of a run before, whose rejects were tried again
+        folder.remove("rejects.jsonl")
     return plan.rows - len(rejects), len(rejects)

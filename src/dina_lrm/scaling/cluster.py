@@ -10,7 +10,7 @@ from typing import Any
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["check_device", "connected", "share", "whole_path"]
+__all__ = ["check_device", "connected", "living_machines", "share", "whole_path"]
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a cluster of our own: pictures and scores do not travel through it, only parts' names and requests."""
@@ -56,6 +56,13 @@ def connected(address: str | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def living_machines() -> set[str]:
+    """Ids of the machines of the cluster; one whose Ray was killed, agents of it included, is none."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def check_device(device: str) -> None:

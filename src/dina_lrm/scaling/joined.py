@@ -35,10 +35,11 @@ def score_to_file(
     model: "RewardModel | None" = None,
     workers: int | None = 0,
     overwrite: bool = False,
+    retry_rejects: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BulkSummary:
     """As `score_dataset`, with a file as `job.output`; the parts are in OUTPUT.parts, where an interrupted
-    run goes on.
+    run goes on. They stay there as long as there are rejects, which may be tried again.
 
     Args:
         rejects: file of the rows without a result; by default OUTPUT.rejects.jsonl. Absent without any.
@@ -56,30 +57,33 @@ def score_to_file(
     rejects = rejects or target.with_name(target.name + ".rejects.jsonl")
     if target.resolve() == rejects.resolve():
         raise InvalidInputError(f"results and rejects would both be {str(target)!r}: give two files")
+    parts = target.with_name(target.name + ".parts")
     for path in (target, rejects):
         if path.exists() and Path(job.input).exists() and path.samefile(job.input):
             raise InvalidInputError(f"{str(path)!r} is the input: choose another name")
         if path.exists():
             if fault := file_fault(path):  # a FIFO, say, would be replaced
                 raise InvalidInputError(f"{str(path)!r} {fault}, not a file")
-            if not overwrite:
-                raise InvalidInputError(f"{str(path)!r} exists: choose another name, or --overwrite")
-    parts = target.with_name(target.name + ".parts")
+            if not overwrite and not (retry_rejects and parts.is_dir()):
+                retry = ", --retry-rejects" if parts.is_dir() else ""
+                raise InvalidInputError(f"{str(path)!r} exists: choose another name{retry}, or --overwrite")
     summary = score_dataset(
         replace(job, output=str(parts)),
         workers=workers,
         model=model,
         overwrite=overwrite,
+        retry_rejects=retry_rejects,
         on_progress=on_progress,
     )
     with written_aside(target) as aside, _writer(aside, target.suffix) as write:
         for path in sorted(parts.glob("part-*.parquet")):
-            write(pyarrow.parquet.read_table(path))
+            write(pyarrow.parquet.read_table(path).replace_schema_metadata())
     rejects.unlink(missing_ok=True)
     if summary.rejects is not None:
         with written_aside(rejects) as aside:
             shutil.copyfile(summary.rejects, aside)
-    shutil.rmtree(parts)
+    if not summary.rejected:
+        shutil.rmtree(parts)
     return replace(summary, output=job.output, rejects=None if summary.rejects is None else str(rejects))
 
 

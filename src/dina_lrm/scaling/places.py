@@ -12,16 +12,32 @@ from fsspec.implementations.local import LocalFileSystem
 from httpx_retries import Retry, RetryTransport
 
 from dina_lrm.errors import InvalidInputError, ScoringError
-from dina_lrm.files import file_fault, not_a_file
+from dina_lrm.files import content_digest, file_fault, not_a_file
 from dina_lrm.pictures import picture_file
 
-__all__ = ["filesystem", "find_files", "is_local", "open_file", "suffix_of"]
+__all__ = [
+    "NOT_TOLD",
+    "filesystem",
+    "find_files",
+    "is_local",
+    "mark_of",
+    "open_file",
+    "stored_mark",
+    "suffix_of",
+]
 
 HTTP_SECONDS = 30.0
 HTTP_RETRIES = 3
 """Tries of a picture on the web after the first, when the server is busy or does not answer."""
 BUSY = (408, 425, 429)
 """Client errors that are about the moment and not about the address."""
+GONE = (404, 410)
+NO_HEAD = (405, 501)
+"""Answers of a server that gives files, and does not tell about them."""
+NOT_TOLD = ""
+"""Mark of a file whose store says nothing by which a change could be seen."""
+TOLD = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "updated", "created")
+"""What stores call a file's version or the time it was written, in fsspec's `info`; the first one counts."""
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -61,8 +77,9 @@ def suffix_of(path: str) -> str:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> Path | bytes:
+def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> tuple[Path | bytes, str | None]:
     """A picture's file from what a row calls it: a URL, an absolute path, or a path beside the row's file.
+    And its mark, taken before it is read: if it is replaced meanwhile, `mark_of` finds another one later.
 
     Raises:
         InvalidInputError: there is none, or the server refuses to give it.
@@ -70,17 +87,66 @@ def open_file(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> Path | b
             store says the same.
     """
     if name.startswith(("http://", "https://")):
-        return _fetch(name)
-    path = posixpath.join(folder, name)
-    if "://" in name:
-        fs, path = filesystem(name)
+        reply = _fetch(name)
+        return reply.content, _web_mark(reply)
+    fs, path = _place(name, fs, folder)
+    mark = stored_mark(fs, path)
     if is_local(fs):
-        return picture_file(path)
+        return picture_file(path), mark
     try:
         with fs.open(path, "rb") as file:
-            return file.read()  # pyright: ignore[reportReturnType]
+            return file.read(), mark  # pyright: ignore[reportReturnType]
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InvalidInputError(f"missing file: {name}") from error
+
+
+def mark_of(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
+    """What changes when a picture does: the digest of a local file, and what a store or a web server tells of
+    its version, or of size and time. None: there is none; `NOT_TOLD`: they tell nothing.
+
+    Raises:
+        ScoringError: a server cannot be reached, or fails. An OSError of an object store says the same.
+    """
+    if not name.startswith(("http://", "https://")):
+        try:
+            return stored_mark(*_place(name, fs, folder))
+        except InvalidInputError:
+            return None
+    try:
+        reply = _ask("HEAD", name)
+    except InvalidInputError:
+        return None
+    if reply.status_code in GONE:
+        return None
+    if reply.is_error and reply.status_code not in NO_HEAD:
+        _check_reply(reply, name)
+    return NOT_TOLD if reply.is_error else _web_mark(reply)
+
+
+def stored_mark(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+    """As `mark_of`, of a file of a filesystem."""
+    if is_local(fs):
+        return content_digest(Path(path))
+    try:
+        info = fs.info(path)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    if info.get("type", "file") != "file":
+        return None
+    return _mark(info.get("size"), next((info[key] for key in TOLD if info.get(key)), None))
+
+
+def _place(name: str, fs: fsspec.AbstractFileSystem, folder: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    return filesystem(name) if "://" in name else (fs, posixpath.join(folder, name))
+
+
+def _mark(size: object, version: object) -> str:
+    return NOT_TOLD if version is None else f"{size} bytes, {version}"
+
+
+def _web_mark(reply: httpx.Response) -> str:
+    told = reply.headers
+    return _mark(told.get("content-length"), told.get("etag", told.get("last-modified")))
 
 
 @cache
@@ -91,18 +157,27 @@ def _web() -> httpx.Client:
     )
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(url: str) -> httpx.Response:
+    reply = _ask("GET", url)
+    _check_reply(reply, url)
+    if reply.is_error:
+        raise InvalidInputError(f"missing file: {url} (the server answers {reply.status_code})")
+    return reply
+
+
+def _ask(method: str, url: str) -> httpx.Response:
     try:
-        reply = _web().get(url)
+        return _web().request(method, url)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
         raise InvalidInputError(f"cannot fetch {url}: {error}") from error
     except httpx.HTTPError as error:
         raise ScoringError(f"cannot fetch {url}: {error or type(error).__name__}") from error
+
+
+def _check_reply(reply: httpx.Response, url: str) -> None:
+    """An answer that is about the moment, and not about the address."""
     if reply.status_code >= 500 or reply.status_code in BUSY:
         raise ScoringError(f"cannot fetch {url}: the server answers {reply.status_code}")
-    if reply.is_error:
-        raise InvalidInputError(f"missing file: {url} (the server answers {reply.status_code})")
-    return reply.content
 
 
 # --- rows --------------------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 Each replica builds the same app with a model of its own. Ray Serve spreads requests over them, asks each for
 its health, and replaces one that is dead or stalled; a request that was in it is answered with 500, which
-clients of the protocol try again. What a replica counts, its /metrics tell: a scrape meets one of them. The
-page needs all requests of a visitor in one process, so replicas have none.
+clients of the protocol try again. A scrape of /metrics meets one replica, which tells what all of them count,
+each under its name. The page needs all requests of a visitor in one process, so replicas have none.
 """
 
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +30,18 @@ HEALTH_PERIOD_SECONDS = 5.0
 HEALTH_TIMEOUT_SECONDS = 30.0
 DRAIN_SECONDS = 30.0
 """How long requests that were accepted may take after SIGTERM."""
+BOARD = "dina-lrm-metrics"
+"""Name of the actor where replicas leave what they count."""
+FORGOTTEN_SECONDS = 30.0
+"""A replica that has not counted for so long is gone."""
+PROXY_SETUP = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Environment variable by which Ray Serve's proxy is told what to call when it starts."""
 
 
 def serve_replicas(
     settings: "ServerSettings",
     *,
     replicas: int,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     ray_address: str | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted.
@@ -43,7 +49,6 @@ def serve_replicas(
     Args:
         settings: of every replica. The queue is one replica's; the page is left out.
         replicas: processes, each with one GPU, or one CPU core.
-        port: 0 for any that is free.
         ray_address: of a cluster to run on, which then listens on each of its nodes; by default $RAY_ADDRESS,
             and without it a cluster of this machine.
 
@@ -55,18 +60,25 @@ def serve_replicas(
     from dina_lrm.models.checkpoint import read_checkpoint
 
     check_device(settings.device)
-    read_checkpoint(settings.model)
+    for _, location in settings.models:
+        read_checkpoint(location)
+    host = settings.host
     settings = replace(
         settings,
-        model=whole_path(settings.model),
+        model=tuple(
+            whole_path(location) if name == location else f"{name}={whole_path(location)}"
+            for name, location in settings.models
+        ),
         pipeline=None if settings.pipeline is None else whole_path(settings.pipeline),
+        tokens=None if settings.tokens is None else settings.tokens.resolve(),
         page=False,
     )
+    os.environ.setdefault(PROXY_SETUP, "dina_lrm.scaling.proxy:limit_connections")
     with connected(ray_address) as ray:
         from ray import serve
 
         count, on_gpu = share(ray.cluster_resources(), settings.device, replicas)
-        port = _free_port(host, port)
+        port = _free_port(host, settings.port)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             serve.start(
@@ -95,10 +107,15 @@ def _application(settings: "ServerSettings", replicas: int, on_gpu: bool) -> Any
 
     def build() -> Any:
         from dina_lrm.serving.app import create_app
+        from dina_lrm.serving.metrics import joined
         from dina_lrm.serving.server import log_as_json
 
+        async def of_all(text: bytes) -> bytes:
+            return joined(await _board().exchange.remote(_replica(), text))
+
         log_as_json()  # into Ray's log files, for the process's stderr
-        return create_app(settings)
+        # Ray Serve's proxy takes and gives the request id by itself.
+        return create_app(settings, names_requests=False, metrics_text=of_all)
 
     @serve.deployment(
         name=DEPLOYMENT,
@@ -115,10 +132,43 @@ def _application(settings: "ServerSettings", replicas: int, on_gpu: bool) -> Any
     @serve.ingress(build)
     class Replica:
         def check_health(self) -> None:
-            if not self.app.state.service.healthy:  # type: ignore[attr-defined]
+            service = self.app.state.service  # type: ignore[attr-defined]
+            _board().exchange.remote(_replica(), service.metrics.text())
+            if not service.healthy:
                 raise RuntimeError("the model is stalled")
 
     return Replica.bind()  # type: ignore[attr-defined]
+
+
+class Board:
+    """What every replica counted last, for whichever of them is asked."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, tuple[float, bytes]] = {}
+
+    def exchange(self, replica: str, text: bytes) -> dict[str, bytes]:
+        """Leave a replica's counts, and see those of all."""
+        now = time.monotonic()
+        self._texts[replica] = (now, text)
+        self._texts = {name: kept for name, kept in self._texts.items() if now - kept[0] < FORGOTTEN_SECONDS}
+        return {name: kept for name, (_, kept) in sorted(self._texts.items())}
+
+
+def _board() -> Any:
+    """The actor; whoever asks first makes it."""
+    import ray
+
+    return (
+        ray.remote(Board)
+        .options(name=BOARD, get_if_exists=True, num_cpus=0, namespace=BOARD, lifetime="detached")
+        .remote()
+    )
+
+
+def _replica() -> str:
+    from ray import serve
+
+    return serve.get_replica_context().replica_id.unique_id
 
 
 def _reason() -> str:

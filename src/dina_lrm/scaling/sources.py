@@ -23,7 +23,7 @@ import pyarrow.parquet
 
 from dina_lrm.data.rows import BadRow, repeated_key, rows_of_file, shown
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.scaling.places import filesystem, find_files, is_local
+from dina_lrm.scaling.places import filesystem, find_files, is_local, stored_mark
 from dina_lrm.scaling.rows import Row, parse_row
 from dina_lrm.scaling.settings import SCORE, Task
 
@@ -55,6 +55,8 @@ class SourceFile:
     bytes: int
     sha256: str
     """Digest of what the plan read."""
+    mark: str | None = None
+    """Of a table or a shard on an object store, whose pictures are read once only: see `places.mark_of`."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def make_plan(url: str, rows_per_part: int, output: str, task: Task = SCORE) -> 
                 rows, starts = _scan_lines(lines, rows_per_part, digest, kinds_of_values, task)
             case "tar":
                 rows, starts = _scan_tar(fs, path, rows_per_part, digest)
-        files.append(SourceFile(path, rows, fs.size(path) or 0, digest.hexdigest()))
+        mark = stored_mark(fs, path) if kind in ("parquet", "tar") and not is_local(fs) else None
+        files.append(SourceFile(path, rows, fs.size(path) or 0, digest.hexdigest(), mark))
         for number, start in enumerate(starts):
             begin = number * rows_per_part
             count = min(rows_per_part, rows - begin)

@@ -1,85 +1,151 @@
-"""The model behind a server: rows of requests in, scores out."""
+"""The model behind a server: what requests want, as units of work that share passes.
 
-import io
-import time
+A row, a latent or a picture with its prompt, is scored in as many units as it has noise draws; a picture is
+encoded first, in a unit of its own. A unit holds what its pass needs and no more: a picture of the size that
+is encoded, or a latent.
+"""
+
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dina_lrm.core.ensemble import mean_and_standard_error
-from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.noise import seeded_generator
 from dina_lrm.errors import InvalidInputError, PromptWarning
 from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.images import as_picture
+from dina_lrm.models.encoders import pixels_per_latent
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.models.text import joined_rows
 from dina_lrm.protocol import LatentRows
 
-__all__ = ["Engine", "LatentRow", "PictureRow", "RowScore", "open_picture"]
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Of pictures that are taken from strangers."""
+__all__ = ["Draws", "Encode", "Encoded", "Engine", "Result", "Row", "Score", "Unit"]
 
 
 @dataclass(frozen=True)
-class RowScore:
-    """Of one row."""
+class Encoded:
+    """A picture with its prompt, ready to be scored."""
 
-    score: float
-    standard_error: float | None = None
-    encode_seconds: float = 0.0
-    """Of the pass that the row was in: text encoders and VAE."""
-    forward_seconds: float = 0.0
-    """Of the pass: backbone and head."""
-    notes: tuple[str, ...] = ()
+    latent: Tensor
+    conditioning: Conditioning
+    """One row."""
+    notes: tuple[str, ...]
     """What the text encoders did not see of the prompt."""
 
 
-@dataclass(frozen=True)
-class LatentRow:
-    """A clean latent with its conditioning, without a batch axis, in float32."""
-
-    latent: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    noise_level: float
-    seed: int
-
-    @property
-    def kind(self) -> Hashable:
-        return "latent", self.latent.shape, self.prompt_embeds.shape
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """A picture (3, height, width) in [0, 1] with its prompt."""
+@dataclass(frozen=True, eq=False)
+class Encode:
+    """Encode a picture and its prompt."""
 
     picture: Tensor
+    """(3, height, width) in [0, 1], of the size that is encoded."""
     prompt: str
-    noise_levels: tuple[float, ...]
-    seed: int
-    num_draws: int
-    size: tuple[int, int]
-    """Height and width that it is encoded at."""
+
+    stage = "encode"
 
     @property
     def kind(self) -> Hashable:
-        return "picture", self.size, len(self.noise_levels), self.num_draws
+        return self.stage, self.picture.shape
+
+    @property
+    def work(self) -> int:
+        """Patches of 16 pixels a side, of which most backbones make a token."""
+        return max(1, self.picture[0].numel() // 256)
 
 
-Row = LatentRow | PictureRow
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Score a latent under one noise sample, at its noise levels together."""
+
+    latent: Tensor
+    conditioning: Conditioning
+    noise_levels: tuple[float, ...]
+    noise: "Draws"
+    draw: int
+    """Which of the noise draws."""
+    text_kind: Hashable
+    """Rows whose conditioning can stand in one batch have equal ones."""
+    tokens: int
+    """Image and text tokens."""
+
+    stage = "forward"
+
+    @property
+    def kind(self) -> Hashable:
+        return self.stage, self.latent.shape, len(self.noise_levels), self.text_kind
+
+    @property
+    def work(self) -> int:
+        """Tokens, each counted once a noise level."""
+        return self.tokens * len(self.noise_levels)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What is to be scored of one row of a request."""
+
+    latent: Tensor
+    conditioning: Conditioning
+    noise_levels: tuple[float, ...]
+    seed: int
+    num_draws: int = 1
+
+
+Unit = Encode | Score
+Result = Encoded | float
+
+
+class Draws:
+    """The noise draws of a row, those of `seeded_noise`, each made when a pass wants it."""
+
+    def __init__(self, row: Row) -> None:
+        self._shape = row.latent.shape
+        self._generator = seeded_generator(row.seed)
+        self._made: dict[int, Tensor] = {}
+        self._next = 0
+
+    def __call__(self, index: int) -> Tensor:
+        while self._next <= index:
+            self._made[self._next] = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+            self._next += 1
+        return self._made[index]
+
+    def drop(self, index: int) -> None:
+        """Forget a draw that has been scored."""
+        self._made.pop(index, None)
 
 
 class Engine:
-    """Scores rows of one kind in one pass; checks them before they are queued."""
+    """A reward, its costs, and its passes.
+
+    Attributes:
+        prompt_tokens: text tokens of a short prompt, known after `warm_up`; 0 without text encoders.
+    """
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
+        self.prompt_tokens = 0
 
-    def latent_rows(self, request: LatentRows, fresh_seeds: Sequence[int]) -> list[LatentRow]:
+    # ------------------------------------------------------------------------------------- costs
+
+    def image_tokens(self, latent_shape: Sequence[int]) -> int:
+        """Of a latent (channel, *frame, height, width)."""
+        count = 1
+        for side in latent_shape[1:]:
+            count *= side
+        return max(1, count // self.model.backbone.architecture.latent_multiple**2)
+
+    def picture_tokens(self, height: int, width: int) -> int:
+        """Image and text tokens of a picture that is encoded at this size."""
+        encoders = self.model.encoders
+        assert encoders is not None  # `picture_size` was asked before
+        factor = pixels_per_latent(encoders.source.config("vae", "config.json"))
+        return self.image_tokens((1, height // factor, width // factor)) + self.prompt_tokens
+
+    # ------------------------------------------------------------------------------------- units
+
+    def latent_rows(self, request: LatentRows, fresh_seeds: Sequence[int]) -> list[Row]:
         """The rows of a request of the latent protocol.
 
         Args:
@@ -89,126 +155,98 @@ class Engine:
             InvalidInputError: they do not suit the model's backbone.
         """
         self.model.backbone.check_latents(request.latents, finite=False)
-        self.model.backbone.check_conditioning(
-            Conditioning(request.prompt_embeds, request.pooled_prompt_embeds), finite=False
-        )
-        latents, embeds, pooled = (
-            tensor.float()
-            for tensor in (request.latents, request.prompt_embeds, request.pooled_prompt_embeds)
-        )
+        conditioning = Conditioning(request.prompt_embeds, request.pooled_prompt_embeds)
+        self.model.backbone.check_conditioning(conditioning, finite=False)
         seeds, levels = fresh_seeds if request.seeds is None else request.seeds, request.u.tolist()
         return [
-            LatentRow(latents[row], embeds[row], pooled[row], levels[row], seeds[row])
+            Row(
+                request.latents[row].float(),
+                Conditioning(
+                    request.prompt_embeds[row : row + 1].float(),
+                    request.pooled_prompt_embeds[row : row + 1].float(),
+                ),
+                (levels[row],),
+                seeds[row],
+            )
             for row in range(len(request))
         ]
 
-    def picture_row(
-        self,
-        picture: Tensor,
-        prompt: str,
-        noise_levels: tuple[float, ...],
-        seed: int,
-        num_draws: int,
-        name: str,
-    ) -> PictureRow:
-        """A row of a request with pictures.
+    def score_unit(self, row: Row, noise: Draws, draw: int) -> Score:
+        """One noise draw of a row."""
+        conditioning = row.conditioning
+        text = conditioning.prompt_embeds.shape[1]
+        return Score(
+            row.latent,
+            conditioning,
+            row.noise_levels,
+            noise,
+            draw,
+            # Where the backbone masks padding, texts of any length stand in one batch.
+            (
+                None if self.model.backbone.masks_text else text,
+                conditioning.pooled_prompt_embeds is None,
+            ),
+            self.image_tokens(row.latent.shape) + text,
+        )
 
-        Raises:
-            InvalidInputError: the picture is too small for the VAE; it says `name`.
-            MissingComponentError: the model's pipeline has no VAE.
-        """
-        height, width = picture.shape[-2:]
-        size = self.model.picture_size(height, width, name)
-        return PictureRow(picture, prompt, noise_levels, seed, num_draws, size)
+    # ------------------------------------------------------------------------------------- passes
 
     @torch.no_grad()
-    def score(self, rows: list[Row]) -> list[RowScore | Exception]:
-        """Scores of rows of one kind; InvalidInputError in place of one that is not finite."""
-        started = time.perf_counter()
-        latents, conditioning, levels, num_draws = self._inputs(rows)
-        encoded = time.perf_counter()
-        noise = seeded_noise(latents.shape[1:], [row.seed for row in rows], num_draws=num_draws)
-        draws = torch.stack(
-            [self.model.score_latents(latents, conditioning, levels, noise=one) for one in noise]
+    def run(self, units: list[Unit]) -> list[Result | Exception]:
+        """Results of units of one kind."""
+        pictures = [unit for unit in units if isinstance(unit, Encode)]
+        if pictures:
+            return list(self._encode(pictures))
+        return list(self._score([unit for unit in units if isinstance(unit, Score)]))
+
+    def _encode(self, units: list[Encode]) -> list[Encoded]:
+        prompts = list(dict.fromkeys(unit.prompt for unit in units))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptWarning)  # the notes go to the client
+            self.model.encode_prompts(prompts)  # together; then one by one from the cache, without padding
+            rows = {prompt: self.model.encode_prompts([prompt]) for prompt in prompts}
+        notes = {prompt: tuple(self.model.prompt_notes(prompt)) for prompt in prompts}
+        latents = self.model.encode_images([unit.picture for unit in units])
+        return [
+            Encoded(latent, rows[unit.prompt], notes[unit.prompt])
+            for unit, latent in zip(units, latents, strict=True)
+        ]
+
+    def _score(self, units: list[Score]) -> list[float | Exception]:
+        device = self.model.device
+        scores = self.model.score_latents(
+            torch.stack([unit.latent.to(device) for unit in units]),
+            joined_rows([unit.conditioning.to(device) for unit in units]).to(device),
+            torch.tensor([unit.noise_levels for unit in units]).T,
+            noise=torch.stack([unit.noise(unit.draw) for unit in units]),
         )
-        scores, errors = mean_and_standard_error(draws.float())
-        values = scores.tolist()
-        spreads = [None] * len(rows) if errors is None else errors.tolist()
-        times = encoded - started, time.perf_counter() - encoded
-        prompts = [row.prompt if isinstance(row, PictureRow) else "" for row in rows]
-        notes = {prompt: tuple(self.model.prompt_notes(prompt)) for prompt in set(prompts) if prompt}
         finite = torch.isfinite(scores).tolist()
         return [
-            RowScore(values[index], spreads[index], *times, notes=notes.get(prompts[index], ()))
+            score
             if finite[index]
             else InvalidInputError(
                 "latents: their score is not finite, so they are far outside the usual range"
             )
-            for index in range(len(rows))
+            for index, score in enumerate(scores.tolist())
         ]
-
-    def _inputs(self, rows: list[Row]) -> tuple[Tensor, Conditioning, Tensor, int]:
-        """Latents, one row of conditioning each, noise levels (level, batch), and noise draws."""
-        pictures = [row for row in rows if isinstance(row, PictureRow)]
-        if pictures:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PromptWarning)  # the notes go to the client
-                conditioning = self.model.encode_prompts([row.prompt for row in pictures])
-            latents = self.model.encode_images([row.picture for row in pictures])
-            levels = torch.tensor([row.noise_levels for row in pictures]).T
-            return latents, conditioning, levels, pictures[0].num_draws
-        own = [row for row in rows if isinstance(row, LatentRow)]
-        conditioning = Conditioning(
-            torch.stack([row.prompt_embeds for row in own]).to(self.model.device),
-            torch.stack([row.pooled_prompt_embeds for row in own]).to(self.model.device),
-        )
-        latents = torch.stack([row.latent for row in own])
-        return latents, conditioning, torch.tensor([[row.noise_level for row in own]]), 1
 
     def warm_up(self) -> None:
         """Score one small latent, and load the text encoders where there are any."""
         a = self.model.backbone.architecture
         side = a.latent_multiple * -(-8 // a.latent_multiple)
-        row = LatentRow(
-            torch.zeros(a.latent_channels, side, side),
-            torch.zeros(8, a.prompt_dim),
-            torch.zeros(a.pooled_dim or 1),
-            0.4,
+        shape = (a.latent_channels, *([1] if a.max_latent_frames is not None else []), side, side)
+        row = Row(
+            torch.zeros(shape),
+            Conditioning(torch.zeros(1, 8, a.prompt_dim), torch.zeros(1, a.pooled_dim or 1)),
+            (0.4,),
             0,
         )
-        (result,) = self.score([row])
+        (result,) = self.run([self.score_unit(row, Draws(row), 0)])
         if isinstance(result, Exception):
             raise result
         encoders = self.model.encoders
         if encoders is not None and all(map(encoders.source.has, encoders.text.encoders)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PromptWarning)
-                encoders.encode_prompts(["a picture"], self.model.device)
-
-
-def open_picture(data: bytes, max_megapixels: float, name: str) -> Tensor:
-    """A picture (3, height, width) in [0, 1] from bytes that may be anything.
-
-    Raises:
-        InvalidInputError: not a picture in one of `FORMATS`, or of more pixels than allowed; its size is
-            read before any pixel is.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_megapixels * 1e6:
-                raise InvalidInputError(
-                    f"{name}: {width} x {height} pixels, at most {max_megapixels:g} million are taken"
-                )
-            image.load()
-            return as_picture(image, name)
-    except InvalidInputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InvalidInputError(
-            f"{name}: far more than the {max_megapixels:g} million pixels that are taken"
-        ) from error
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, struct.error, ...
-        raise InvalidInputError(
-            f"{name}: not a readable picture ({', '.join(FORMATS)}); {len(data)} bytes"
-        ) from error
+                conditioning = encoders.encode_prompts(["a picture"], self.model.device)
+            self.prompt_tokens = conditioning.prompt_embeds.shape[1]

@@ -11,6 +11,8 @@ from starlette.datastructures import Headers
 from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from dina_lrm.serving.callers import Caller, Callers, read_callers
+
 __all__ = ["Entrance"]
 
 MAX_FORM = 4096
@@ -23,53 +25,64 @@ class Entrance:
     made from it. Compared in constant time.
 
     Args:
-        token: None lets everybody in.
+        token: None lets everybody in, unless there are callers.
         cookie: its name.
         title: the heading of the form.
+        callers: several, each with a token of its own, in place of `token`.
     """
 
-    def __init__(self, token: str | None, *, cookie: str, title: str) -> None:
-        self._token = None if token is None else token.encode()
-        self._shown = b"" if token is None else hmac.digest(token.encode(), cookie.encode(), hashlib.sha256)
+    def __init__(self, token: str | None, *, cookie: str, title: str, callers: Callers | None = None) -> None:
+        self._callers = read_callers(token, None) if callers is None else callers
         self._cookie, self._title = cookie, title
 
     def knows(self, headers: Headers) -> bool:
-        """Whether a request shows the token, or the cookie made from it."""
-        if self._token is None:
-            return True
+        """Whether a request shows a token, or the cookie made from it; always where none is asked for."""
+        return not self._callers.all or self.caller(headers) is not None
+
+    def caller(self, headers: Headers) -> Caller | None:
+        """Whose token, or cookie made from it, a request shows."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Header values arrive as Latin-1 text of the bytes that were sent.
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token):
-            return True
-        cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
-        return hmac.compare_digest(cookie.encode("latin-1", "replace"), self._shown.hex().encode())
+        if scheme.lower() == "bearer" and (found := self._callers.find(given.strip().encode("latin-1"))):
+            return found
+        cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "").encode("latin-1", "replace")
+        shown = [one for one in self._callers.all if hmac.compare_digest(cookie, self._shown(one))]
+        return shown[0] if shown else None
 
-    def form(self, message: str = "") -> Response:
-        """The page that asks for the token."""
+    def _shown(self, caller: Caller) -> bytes:
+        """The cookie of a caller: it does not tell the token."""
+        return hmac.digest(caller.digest, self._cookie.encode(), hashlib.sha256).hex().encode()
+
+    def form(self, message: str = "", *, prefix: str = "") -> Response:
+        """The page that asks for the token; `prefix` is the path under which a proxy offers the server."""
         page = (files("dina_lrm.serving") / "login.html").read_text(encoding="utf-8")
         style = page.partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        page = page.replace("{title}", escape(self._title)).replace("{message}", escape(message))
+        for name, text in (("title", self._title), ("message", message), ("prefix", prefix)):
+            page = page.replace(f"{{{name}}}", escape(text))
         policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'"
         return HTMLResponse(
             page, status_code=401, headers={"content-security-policy": f"{policy}; frame-ancestors 'none'"}
         )
 
     async def login(self, request: Request) -> Response:
-        """The answer to the form: to "/" with the cookie, or the form again."""
+        """The answer to the form: to the page with the cookie, or the form again."""
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_FORM:
                 break
         given = parse_qs(body[:MAX_FORM].decode(errors="replace")).get("token", [""])[0]
-        if self._token is None or not hmac.compare_digest(given.encode(), self._token):
-            return self.form("This is not the token.")
-        answer = RedirectResponse("/", status_code=303)
+        prefix = request.scope.get("root_path", "").rstrip("/")
+        caller = self._callers.find(given.encode())
+        if caller is None:
+            return self.form("This is not the token.", prefix=prefix)
+        answer = RedirectResponse(f"{prefix}/", status_code=303)
         answer.set_cookie(
             self._cookie,
-            self._shown.hex(),
+            self._shown(caller).decode(),
             max_age=COOKIE_SECONDS,
+            path=f"{prefix}/",
             httponly=True,
             samesite="strict",
             secure=request.url.scheme == "https",

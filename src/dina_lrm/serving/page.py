@@ -4,8 +4,7 @@
     mount_page(app, page)                                   # last: it answers for "/" and all below
 
 All work on the model goes through `run`, one short piece after another, so that others get in between.
-Nothing is loaded from another host, and Gradio's own routes are cut down to those that the page uses:
-no file but uploads can be read, and the server fetches nothing.
+Nothing is loaded from another host; what may be asked of Gradio stands in `page_routes`.
 """
 
 import functools
@@ -20,18 +19,14 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder, is_in_or_equal
-from gradio_client.utils import is_http_url_like, traverse
 from PIL import Image
-from starlette.datastructures import MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
-from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture
+from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
+from dina_lrm.serving.page_routes import PageBlocks, PageRoutes
 from dina_lrm.serving.sampling import MAX_GUIDANCE, MAX_STEPS, Run, sample_stepwise
 from dina_lrm.serving.views import (
     LevelScores,
@@ -41,6 +36,7 @@ from dina_lrm.serving.views import (
     headline,
     levels_text,
     number,
+    place_names,
     ranking_view,
     sampling_view,
     score_view,
@@ -70,31 +66,6 @@ CAPTIONS = (
     "a big blue square above a yellow triangle on a white background",
     "a green cross to the left of a purple circle on a black background",
 )
-
-ROUTES = (
-    "/",
-    "/assets/",
-    "/config",
-    "/favicon.ico",
-    "/gradio_api/cancel",
-    "/gradio_api/file=",
-    "/gradio_api/heartbeat/",
-    "/gradio_api/queue/data",
-    "/gradio_api/queue/join",
-    "/gradio_api/reset",
-    "/gradio_api/startup-events",
-    "/gradio_api/upload",
-    "/gradio_api/upload_progress",
-    "/static/",
-    "/theme.css",
-)
-"""What the page asks of Gradio. A path that ends in "/" or "=" stands for all that begin with it, but "/"."""
-
-POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "script-src 'self' 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
-)
-"""The browser refuses whatever is not from this server. Gradio's templates are compiled in the browser."""
 
 T = TypeVar("T")
 Handler = Callable[..., Iterator[Any]]
@@ -137,18 +108,18 @@ def build_page(
         max_megapixels=max_megapixels,
         max_prompt_length=max_prompt_length,
     )
-    with _Page(title=title, analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
+    with PageBlocks(title=title, analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gr.HTML(
             f'<header class="reward-head"><h1>{escape(title)}</h1><p>How well would people like a picture '
             f"for a prompt? Read from noisy latents at {levels_text(measurer.model_levels)}. A score "
             "has no unit and no zero: compare pictures for the same prompt.</p></header>"
         )
-        with gr.Tab("Score"):
-            _score_tab(measurer)
-        with gr.Tab("Compare"):
+        with gr.Tab("Compare"):  # the first: a probability says something by itself, a score does not
             _compare_tab(measurer)
         with gr.Tab("Rank"):
             _rank_tab(measurer)
+        with gr.Tab("Score"):
+            _score_tab(measurer)
         with gr.Tab("Generate"):
             if pipeline is None:
                 gr.HTML("<p>This server has no generator: it scores pictures that you bring.</p>")
@@ -179,13 +150,22 @@ def mount_page(app: FastAPI, page: gr.Blocks) -> None:
         ).set(
             body_text_color_subdued="*neutral_600",
             body_text_color_subdued_dark="*neutral_300",
+            input_placeholder_color="*neutral_600",
+            input_placeholder_color_dark="*neutral_300",
+            link_text_color_dark="*primary_300",
+            link_text_color_hover_dark="*primary_200",
             button_primary_background_fill="*primary_600",
             button_primary_background_fill_hover="*primary_700",
         ),
-        head=f"<style>{Path(__file__).with_name('page.css').read_text()}</style>",  # css= would be rewritten
+        # css= would be rewritten
+        head=f"<style>{_beside('page.css')}</style><script>{_beside('page.js')}</script>",
     )
     mounted: Any = app.routes[-1]
-    mounted.app.add_middleware(_PageRoutes)
+    mounted.app.add_middleware(PageRoutes, blocks=page)
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 # --- the four tabs -----------------------------------------------------------------------------------------
@@ -205,13 +185,14 @@ def _score_tab(measurer: Measurer) -> None:
     )
 
     def score(upload: Any, text: Any) -> Iterator[str]:
-        pixels = measurer.open(_path(upload), "Picture")
+        pixels, notes = measurer.open(_path(upload), "Picture")
         encoded = measurer.prompt(text)
+        notes += encoded.notes
         latents = measurer.latents(pixels, "Picture")
         total = measured(measurer.draws(latents, encoded, measurer.model_levels))
-        yield score_view(total, measurer.model_levels, None, encoded.notes)
+        yield score_view(total, measurer.model_levels, None, notes)
         scores = [measured(measurer.draws(latents, encoded, (level,))) for level in LEVELS]
-        yield score_view(total, measurer.model_levels, LevelScores(LEVELS, scores), encoded.notes)
+        yield score_view(total, measurer.model_levels, LevelScores(LEVELS, scores), notes)
 
     _answer(score, button, prompt, examples, inputs=[picture, prompt], outputs=[result])
 
@@ -249,18 +230,17 @@ def _compare_tab(measurer: Measurer) -> None:
         uploads = (upload_a, upload_b)
         pictures = [measurer.open(_path(one), name) for one, name in zip(uploads, names, strict=True)]
         encoded = measurer.prompt(text)
-        latents = [measurer.latents(picture, name) for picture, name in zip(pictures, names, strict=True)]
+        notes = [note for _, of_picture in pictures for note in of_picture] + encoded.notes
+        latents = [measurer.latents(one, name) for (one, _), name in zip(pictures, names, strict=True)]
 
         def draws(at: Sequence[float]) -> list[Tensor]:
             return [measurer.draws(one, encoded, at) for one in latents]
 
         score_a, score_b = (measured(one) for one in draws(levels))
         probability = preference_probability(score_a.value - score_b.value, levels, model.config)
-        yield comparison_view(probability, (score_a, score_b), levels, None, encoded.notes)
+        yield comparison_view(probability, (score_a, score_b), levels, None, notes)
         leads = [measured(a - b) for a, b in (draws((level,)) for level in LEVELS)]
-        yield comparison_view(
-            probability, (score_a, score_b), levels, LevelScores(LEVELS, leads), encoded.notes
-        )
+        yield comparison_view(probability, (score_a, score_b), levels, LevelScores(LEVELS, leads), notes)
 
     _answer(compare, button, prompt, examples, inputs=[picture_a, picture_b, prompt], outputs=[result])
 
@@ -273,6 +253,7 @@ def _rank_tab(measurer: Measurer) -> None:
                 file_count="multiple",
                 file_types=FILE_TYPES,
                 height=220,
+                elem_classes="reward-files",
             )
             prompt = _prompt_box(measurer)
             button = gr.Button("Rank", variant="primary")
@@ -298,23 +279,29 @@ def _rank_tab(measurer: Measurer) -> None:
         if not 2 <= len(paths) <= MAX_PICTURES:
             raise InvalidInputError(f"Pictures: {len(paths)} given, 2 to {MAX_PICTURES} can be ranked")
         encoded = measurer.prompt(text)
-        found: list[tuple[Ranked, Image.Image]] = []
+        notes = list(encoded.notes)
+        found: list[tuple[Tensor, str, Image.Image]] = []
         for path in paths:
             name = Path(path).name
-            picture = measurer.open(path, name)
+            picture, of_picture = measurer.open(path, name)
+            notes += of_picture
             latents = measurer.latents(picture, name)
-            score = measured(measurer.draws(latents, encoded, measurer.model_levels))
-            found.append((Ranked(name, score), pil_picture(picture, max_side=512)))
+            draws = measurer.draws(latents, encoded, measurer.model_levels)
+            found.append((draws, name, pil_picture(picture, max_side=512)))
             yield _waiting(f"{len(found)} of {len(paths)} scored."), gr.skip(), gr.skip()
-        found.sort(key=lambda one: -one[0].score.value)
+        found.sort(key=lambda one: -one[0].mean().item())
+        ranking = [
+            Ranked(name, measured(draws), place)
+            for (draws, name, _), place in zip(found, places([one[0] for one in found]), strict=True)
+        ]
         shown = [
             (picture, f"{place}: {number(one.score.value)}")
-            for place, (one, picture) in enumerate(found, start=1)
+            for (*_, picture), place, one in zip(found, place_names(ranking), ranking, strict=True)
         ]
         yield (
             _waiting(f"{len(found)} pictures, best first:"),
             gr.update(value=shown, visible=True),
-            ranking_view([one for one, _ in found], measurer.model_levels, encoded.notes),
+            ranking_view(ranking, measurer.model_levels, notes),
         )
 
     _answer(
@@ -350,6 +337,7 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
                 interactive=False,
                 buttons=["download"],
                 elem_classes="reward-picture",
+                alt_text="Generated picture",
                 visible=False,
             )
         with gr.Column():
@@ -550,59 +538,3 @@ def _example_files(files: gr.File) -> list[str]:
         save_pil_to_cache(picture, cache_dir=files.GRADIO_CACHE, name=name, format="png")
         for name, picture in pictures.items()
     ]
-
-
-# --- what may be asked of Gradio ---------------------------------------------------------------------------
-
-
-class _Page(gr.Blocks):
-    """Blocks whose inputs are uploads. Gradio checks that only for apps that it launches itself: a mounted
-    one would open any file of the server, or fetch one from an address, that a request names."""
-
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> Any:
-        traverse(inputs, _refuse, _is_elsewhere)
-        return await super().preprocess_data(block_fn, inputs, *args, **options)
-
-
-def _is_elsewhere(value: Any) -> bool:
-    """Does a part of a request name a file that is not an upload, or no longer there?"""
-    if not isinstance(value, dict) or value.get("path") is None:
-        return False
-    path = str(value["path"])
-    return not (is_in_or_equal(path, get_upload_folder()) and Path(path).is_file())
-
-
-def _refuse(value: Any) -> None:
-    raise gr.Error("This picture is not on the server: upload it, or upload it again.", print_exception=False)
-
-
-class _PageRoutes:
-    """ASGI middleware of the page: only what it uses, only from this server."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        if not _is_of_the_page(path):
-            answer = JSONResponse({"error": f"{path[:80]}: there is nothing here"}, status_code=404)
-            return await answer(scope, receive, send)
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["content-security-policy"] = POLICY
-                headers["referrer-policy"] = "same-origin"
-            await send(message)
-
-        await self.app(scope, receive, guarded)
-
-
-def _is_of_the_page(path: str) -> bool:
-    if path.startswith("/gradio_api/file=") and is_http_url_like(path.removeprefix("/gradio_api/file=")):
-        return False
-    return any(
-        path.startswith(route) if route != "/" and route[-1] in "/=" else path == route for route in ROUTES
-    )

@@ -12,6 +12,9 @@ from dina_lrm.errors import InvalidInputError
 
 __all__ = ["Server", "bound"]
 
+WAITING_CONNECTIONS = 2048
+"""That the system keeps until they are accepted."""
+
 
 class Server(uvicorn.Server):
     """A signal lets requests that were accepted finish, and `run` returns. One that comes before the server
@@ -50,6 +53,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self.started:  # asyncio has taken the number that it takes at once for this one, too
+            self._listener.listen(WAITING_CONNECTIONS)
         if self._early is None:
             self.answered = True
             host, port = self._listener.getsockname()[:2]

@@ -2,10 +2,12 @@
 
 import base64
 import binascii
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import FormData, UploadFile
 
 from dina_lrm.errors import InvalidInputError
@@ -17,11 +19,14 @@ __all__ = [
     "ImageScores",
     "ImagesRequest",
     "LatentScores",
+    "ModelInfo",
+    "ModelList",
     "RequestError",
     "Status",
     "check_prompt",
     "decoded",
     "form_fields",
+    "json_of",
     "levels_of",
     "paired",
     "parsed",
@@ -29,6 +34,8 @@ __all__ = [
 
 MAX_LEVELS = 16
 MAX_DRAWS = 64
+MAX_SHOWN = 80
+"""Characters of a client's own words that are repeated in an answer."""
 
 
 class RequestError(InvalidInputError):
@@ -45,9 +52,24 @@ class RequestError(InvalidInputError):
         self.status = status
 
 
-Level = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Levels = Level | Annotated[list[Level], Field(min_length=1, max_length=MAX_LEVELS)] | None
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+def _said_as(allowed: str) -> WrapValidator:
+    """One message for a field of several types, in place of one for each of them."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("type", "expected " + allowed) from error  # type: ignore[arg-type]
+
+    return WrapValidator(check)
+
+
+Level = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
+Levels = Annotated[
+    Level | Annotated[list[Level], Field(min_length=1, max_length=MAX_LEVELS)] | None,
+    _said_as(f"a number in [0, 1], a list of 1 to {MAX_LEVELS} of them, or null"),
+]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 
 
 class _Request(BaseModel):
@@ -57,17 +79,24 @@ class _Request(BaseModel):
         None,
         description="One level, or several as one ensemble: 0 is clean, 1 pure noise. Null: the model's.",
     )
+    model: str | None = Field(None, description="Which of the server's models; null: its first.")
 
 
 class ImagesRequest(_Request):
     """Pictures to be scored for prompts, pair by pair; one prompt serves all pictures."""
 
-    prompts: str | list[str] = Field(examples=["a red circle on a gray background"])
+    prompts: Annotated[str | list[str], _said_as("a text, or a list of texts")] = Field(
+        examples=["a red circle on a gray background"]
+    )
     images: Annotated[list[str], Field(min_length=1)] = Field(
         description="Base64, or data URLs, of PNG, JPEG, WebP, GIF or BMP files."
     )
-    seed: Seed | list[Seed] = Field(0, description="Of the noise; one for all, or one for each picture.")
-    num_draws: int = Field(1, ge=1, le=MAX_DRAWS, description="Noise draws; more than one give an error.")
+    seed: Annotated[
+        Seed | list[Seed], _said_as("a whole number of 64 bits, or a list of them, one for each picture")
+    ] = Field(0, description="Of the noise; one for all, or one for each picture.")
+    num_draws: int = Field(
+        1, ge=1, le=MAX_DRAWS, strict=True, description="Noise draws; more than one give an error."
+    )
 
 
 class CompareRequest(_Request):
@@ -119,7 +148,32 @@ class Status(BaseModel):
 
     status: str
     model: str
-    queued: int = Field(description="Rows that wait.")
+    queued: int = Field(description="Rows that were taken and are not answered yet.")
+
+
+class ModelInfo(BaseModel):
+    """A reward that the server has."""
+
+    name: str
+    base: str | None = Field(description="The generator whose backbone is read.")
+    digest: str = Field(
+        description="SHA-256 of the checkpoint's weights, shortened; none for two different ones."
+    )
+    training_step: int | None
+    noise_levels: list[float] = Field(description="Where a request names none.")
+    family: str
+    latent_channels: int
+    max_latent_side: int | None
+    takes_pictures: bool
+    takes_prompts: bool
+
+
+class ModelList(BaseModel):
+    """What there is, and what a request may cost."""
+
+    version: str = Field(description="Of dina-lrm.")
+    models: list[ModelInfo]
+    limits: dict[str, float | int] = Field(description="Settings of the server, by name.")
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -135,9 +189,35 @@ def parsed(kind: type[RequestT], content: Any) -> RequestT:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)).split(".")[0]
-        where = ".".join(map(str, first["loc"])) or "body"
+        parts = [str(part)[:MAX_SHOWN] for part in first["loc"]]
+        field = next((part for part in parts if not part.isdigit()), "")
+        where = ".".join(parts) or "body"
         raise RequestError(f"{where}: {first['msg']}", field=field or None, status=422) from error
+
+
+def json_of(text: bytes, field: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        RequestError: 400; it is none, says NaN, or says something twice.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{field}: not JSON ({error})", field=field) from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:MAX_SHOWN]!r} is said twice")
+        found[name] = value
+    return found
 
 
 def form_fields(form: FormData, single: Sequence[str], several: Sequence[str]) -> dict[str, list[UploadFile]]:

@@ -10,6 +10,7 @@ import csv
 import io
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ __all__ = [
     "headline",
     "levels_text",
     "number",
+    "place_names",
     "ranking_view",
     "sampling_view",
     "score_view",
@@ -66,6 +68,13 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and searched
 }
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a cell begins that a spreadsheet would compute."""
+SHARED = (
+    '<p class="reward-muted">= marks a place that is shared: under other noise these scores could stand in '
+    "another order (95 % interval of the difference).</p>"
+)
+
 _drawing = threading.Lock()
 """matplotlib's settings are one for the process, and handlers draw in threads."""
 
@@ -99,6 +108,8 @@ class Ranked:
 
     name: str
     score: Measured
+    place: int
+    """From 1; the same for pictures whose scores cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +219,13 @@ def comparison_view(
 
 def ranking_view(ranking: Sequence[Ranked], model_levels: Sequence[float], notes: Sequence[str]) -> str:
     """The ranking as a table, and as a CSV file that the link itself holds."""
+    places = place_names(ranking)
     stream = io.StringIO()
     writer = csv.writer(stream)
     writer.writerow(["rank", "picture", "score", "standard_error"])
-    for place, one in enumerate(ranking, start=1):
-        writer.writerow([place, one.name, f"{one.score.value:.6f}", f"{one.score.standard_error:.6f}"])
+    for one in ranking:
+        name = f"'{one.name}" if one.name.startswith(FORMULA) else one.name
+        writer.writerow([one.place, name, f"{one.score.value:.6f}", f"{one.score.standard_error:.6f}"])
     data = base64.b64encode(stream.getvalue().encode()).decode()
     return (
         _notes(notes)
@@ -220,14 +233,21 @@ def ranking_view(ranking: Sequence[Ranked], model_levels: Sequence[float], notes
             f"Best first, scores at {levels_text(model_levels)}, {ranking[0].score.num_draws} noise draws",
             ["Rank", "Picture", "Score", "Standard error"],
             [
-                [str(place), escape(one.name), number(one.score.value), number(one.score.standard_error, 3)]
-                for place, one in enumerate(ranking, start=1)
+                [place, escape(one.name), number(one.score.value), number(one.score.standard_error, 3)]
+                for place, one in zip(places, ranking, strict=True)
             ],
             texts=2,
         )
+        + (SHARED if any(place.startswith("=") for place in places) else "")
         + f'<p><a class="reward-download" download="ranking.csv" href="data:text/csv;base64,{data}">'
         "Download as CSV</a></p>"
     )
+
+
+def place_names(ranking: Sequence[Ranked]) -> list[str]:
+    """The places as they are written: "=2" for each of several pictures that share the second."""
+    counts = Counter(one.place for one in ranking)
+    return [f"={one.place}" if counts[one.place] > 1 else str(one.place) for one in ranking]
 
 
 def sampling_view(

@@ -245,3 +245,8 @@ def test_the_noise_level_is_in_the_name_and_fresh_noise_is_fresh(
 def test_a_transformer_on_another_device_is_said(pipeline: Any) -> None:
     with pytest.raises(InvalidInputError, match="device = 'cuda', but the pipeline's transformer is on cpu"):
         diffusion_rm_score(pipeline, "cuda", torch.float32, reward="bundled")
+
+
+def test_a_setting_that_is_misspelt_is_refused_when_it_is_registered(rewards: Any) -> None:
+    with pytest.raises(InvalidInputError, match="did you mean noise_levels"):
+        register("dina", reward="bundled", noise_level=0.4)

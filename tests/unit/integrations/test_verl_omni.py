@@ -1,5 +1,6 @@
 """verl-omni's call: by keyword, one sample at a time, many at once."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,3 +197,25 @@ def test_failures_of_a_server_are_raised(
     with pytest.raises(ScoringError, match="no score in 2 attempts"):
         call(latents[0], "", info, server_url=server.url, max_retries=1)
     assert len(waits) == 1
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_levels": 0.9}, "'noise_levels' is no setting of compute_score: did you mean noise_level?"),
+        ({"timeout": 5}, "did you mean timeout_seconds?"),
+        ({"retry_backoff": 0.5}, "'retry_backoff' is no setting"),
+        ({"scale": 0.1}, "did you mean score_scale?"),
+        ({"max_retries": 3}, "max_retries = 3 has no effect without server_url"),
+        ({"timeout_seconds": 3.0}, "timeout_seconds = 3.0 has no effect without server_url"),
+        ({"server_url": "http://127.0.0.1:9/v1/score"}, "reward = 'bundled' has no effect with server_url"),
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(
+    settings: dict[str, Any], message: str, latents: Tensor, info: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        call(latents[0], "", info, **LOCAL, **settings)

@@ -36,11 +36,22 @@ def write_lines(path, rows):
     return str(path)
 
 
-def score(source, output, model=None, rows_per_part=3, overwrite=False, on_progress=None, **settings):
+def score(
+    source,
+    output,
+    model=None,
+    rows_per_part=3,
+    overwrite=False,
+    retry_rejects=False,
+    on_progress=None,
+    **settings,
+):
     scoring = Scoring(**settings)
     job = BulkJob(input=str(source), output=str(output), scoring=scoring, rows_per_part=rows_per_part)
     listen = {} if on_progress is None else {"on_progress": on_progress}
-    return score_dataset(job, model=model or BrightnessModel(), overwrite=overwrite, **listen)
+    return score_dataset(
+        job, model=model or BrightnessModel(), overwrite=overwrite, retry_rejects=retry_rejects, **listen
+    )
 
 
 def read_parts(folder):

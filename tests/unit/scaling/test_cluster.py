@@ -51,7 +51,7 @@ def test_replicas_of_what_cannot_be_served():
     with pytest.raises(InvalidInputError, match="device = 'cuda:1'"):
         serve_replicas(ServerSettings(device="cuda:1"), replicas=2)
     with pytest.raises(CheckpointError, match="absent"):
-        serve_replicas(ServerSettings(model="/absent"), replicas=2)
+        serve_replicas(ServerSettings(model=("/absent",)), replicas=2)
 
 
 @pytest.mark.parametrize(

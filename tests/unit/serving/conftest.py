@@ -19,6 +19,7 @@ from torch import Tensor
 from dina_lrm import Conditioning, RewardModel
 from dina_lrm.protocol import CONTENT_TYPE, VERSION_HEADER
 from dina_lrm.serving.app import create_app
+from dina_lrm.serving.connections import uvicorn_config
 from dina_lrm.serving.settings import ServerSettings
 
 HEADERS = {VERSION_HEADER: "1", "content-type": CONTENT_TYPE}
@@ -37,14 +38,29 @@ def server_settings() -> ServerSettings:
 
 @pytest.fixture(scope="session")
 def client(reward: RewardModel, server_settings: ServerSettings) -> Iterator[TestClient]:
-    with TestClient(create_app(server_settings, reward), raise_server_exceptions=False) as client:
+    with calling(create_app(server_settings, reward)) as client:
         yield client
 
 
+def calling(app: Any) -> TestClient:
+    """A client in this process, under the name that a server on this machine goes by."""
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
 @contextmanager
-def listening(settings: ServerSettings, reward: RewardModel) -> Iterator[int]:
+def listening(
+    settings: ServerSettings, reward: RewardModel, several: dict[str, RewardModel] | None = None
+) -> Iterator[int]:
     """A server on a real socket, in a thread; its port."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, reward), port=0, log_config=None))
+    config = uvicorn_config(
+        create_app(settings, several or reward),
+        drain_seconds=5,
+        header_seconds=settings.header_seconds,
+        max_connections=settings.max_connections,
+        proxies=settings.proxies,
+    )
+    config.port = 0
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

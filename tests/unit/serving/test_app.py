@@ -18,7 +18,7 @@ from torch import Tensor
 from dina_lrm import Conditioning, RewardModel, protocol
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.settings import ServerSettings
-from tests.unit.serving.conftest import HEADERS, PROMPTS, form, listening, png
+from tests.unit.serving.conftest import HEADERS, PROMPTS, calling, form, listening, png
 
 Tensors = dict[str, Tensor]
 
@@ -211,6 +211,7 @@ def test_comparisons_are_the_librarys(client: TestClient, reward: RewardModel, p
 
 
 IMAGES, COMPARE = "/v1/score/images", "/v1/compare"
+API = ("/v1/score", IMAGES, COMPARE)
 B64 = base64.b64encode(png(np.zeros((64, 64, 3), dtype=np.uint8))).decode()
 
 
@@ -255,7 +256,7 @@ def test_pictures_that_would_not_fit_are_refused_before_they_are_decoded(client:
     bomb = png(np.zeros((400, 400, 3), dtype=np.uint8))  # 0.16 million pixels in 600 bytes; 0.1 are allowed
     reply = client.post(IMAGES, **form({"prompts": "a"}, images=[bomb]))
     assert reply.status_code == 422
-    assert "400 x 400 pixels, at most 0.1 million" in reply.json()["error"]
+    assert "400x400 pixels, at most 0.1 million" in reply.json()["error"]
     tiny = client.post(IMAGES, **form({"prompts": "a"}, images=[png(np.zeros((2, 900, 3), dtype=np.uint8))]))
     assert (tiny.status_code, tiny.json()["field"]) == (422, "images.0")
 
@@ -300,11 +301,11 @@ def test_health_and_metrics(client: TestClient, tensors: Tensors) -> None:
     assert _metric(client, "dina_lrm_scores_total") == before + 2
     text = client.get("/metrics").text
     for name in (
-        "dina_lrm_queued_rows 0.0",
-        "dina_lrm_batch_rows_count",
-        'dina_lrm_stage_seconds_count{stage="wait"}',
-        'dina_lrm_stage_seconds_count{stage="encode"}',
-        'dina_lrm_stage_seconds_count{stage="forward"}',
+        'dina_lrm_queued_rows{model="bundled"} 0.0',
+        'dina_lrm_batch_rows_count{model="bundled",stage="forward"}',
+        'dina_lrm_stage_seconds_count{model="bundled",stage="wait"}',
+        'dina_lrm_stage_seconds_count{model="bundled",stage="encode"}',
+        'dina_lrm_stage_seconds_count{model="bundled",stage="forward"}',
         'dina_lrm_requests_total{route="/v1/score",status="200"}',
     ):
         assert name in text
@@ -325,7 +326,7 @@ def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
     assert "swagger-ui" in page
     assert "https://" not in page
     paths = client.get("/openapi.json").json()["paths"]
-    assert {"/v1/score", "/v1/score/images", "/v1/compare", "/healthz", "/readyz", "/metrics"} == set(paths)
+    assert {*API, "/v1/models", "/healthz", "/readyz", "/metrics"} == set(paths)
 
 
 def test_request_ids_come_back(client: TestClient) -> None:
@@ -336,7 +337,7 @@ def test_request_ids_come_back(client: TestClient) -> None:
 
 def test_a_token_is_asked_for(reward: RewardModel, tensors: Tensors) -> None:
     settings = ServerSettings(page=False, token="open sesame é", max_wait_ms=0.0)
-    with TestClient(create_app(settings, reward)) as client:
+    with calling(create_app(settings, reward)) as client:
         assert client.get("/healthz").status_code == 200
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic open sesame"}):
             reply = client.post("/v1/score", content=save(tensors), headers=HEADERS | given)
@@ -348,7 +349,7 @@ def test_a_token_is_asked_for(reward: RewardModel, tensors: Tensors) -> None:
 
 
 def test_a_browser_logs_in_once(reward: RewardModel) -> None:
-    with TestClient(create_app(ServerSettings(page=False, token="secret"), reward)) as client:
+    with calling(create_app(ServerSettings(page=False, token="secret"), reward)) as client:
         page = client.get("/docs", headers={"accept": "text/html"})
         assert page.status_code == 401
         assert 'name="token"' in page.text
@@ -368,7 +369,7 @@ def test_other_origins_are_let_in_only_by_name(reward: RewardModel, client: Test
     asks = {"origin": "https://friend.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in client.options("/v1/compare", headers=asks).headers
     settings = ServerSettings(page=False, cors_origins=("https://friend.example",), token="secret")
-    with TestClient(create_app(settings, reward)) as open_client:
+    with calling(create_app(settings, reward)) as open_client:
         allowed = open_client.options("/v1/compare", headers=asks)
         assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
         other = open_client.options("/v1/compare", headers=asks | {"origin": "https://other.example"})
@@ -376,7 +377,7 @@ def test_other_origins_are_let_in_only_by_name(reward: RewardModel, client: Test
 
 
 def test_past_capacity_it_sheds(reward: RewardModel, tensors: Tensors) -> None:
-    with TestClient(create_app(ServerSettings(page=False, max_queue=1), reward)) as client:
+    with calling(create_app(ServerSettings(page=False, max_queue=1), reward)) as client:
         reply = post(client, tensors)  # two rows
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1
@@ -401,13 +402,13 @@ def test_what_a_client_that_leaves_was_waiting_for_is_dropped(reward: RewardMode
 
         body = save(tensors)
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            head = f"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+            head = f"POST /v1/score HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
             head += "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
             connection.sendall(head.encode() + b"\r\n" + body)
-            until("dina_lrm_queued_rows 2.0")
+            until('dina_lrm_queued_rows{model="bundled"} 2.0')
         until('dina_lrm_rejected_total{reason="gone"} 1.0')
-        until("dina_lrm_queued_rows 0.0")
-        assert "dina_lrm_scores_total 0.0" in metrics()
+        until('dina_lrm_queued_rows{model="bundled"} 0.0')
+        assert "dina_lrm_scores_total{" not in metrics()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Every route: what a page gets, what is refused, and that two raters do not disturb each other."""
 
 import io
+import logging
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.serving.labelling.app import Labelling, create_app
+from dina_lrm.serving.labelling.app import RESULTS_HEADER, Labelling, create_app
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
 from tests.unit.serving_labelling.conftest import make_items, write_picture, write_rows
@@ -70,7 +72,7 @@ def labelling(items: Items, store: VoteStore) -> Labelling:
 
 @pytest.fixture
 def client(labelling: Labelling) -> Iterator[TestClient]:
-    with TestClient(create_app(labelling, hosts=["127.0.0.1"]), base_url=HERE) as client:
+    with TestClient(create_app(labelling, local_hosts=["127.0.0.1"]), base_url=HERE) as client:
         yield client
 
 
@@ -293,7 +295,9 @@ def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_pair_that_cannot_be_shown_is_left_out_and_told(client: TestClient, items: Items) -> None:
+def test_a_pair_that_cannot_be_shown_is_left_out_and_told(
+    client: TestClient, items: Items, store: VoteStore
+) -> None:
     bad = items.pictures[items.pairs[2].a]
     assert isinstance(bad, Path)
     bad.write_bytes(b"no picture")
@@ -303,7 +307,10 @@ def test_a_pair_that_cannot_be_shown_is_left_out_and_told(client: TestClient, it
         page.choose("left")
     assert sorted(seen) == [0, 1, 3, 4, 5]
     assert page.task["wanted"] == 10
-    (told,) = client.get("/api/results").json()["unreadable"]
+    assert client.get(f"/pictures/{items.pairs[2].a}").json() == {
+        "error": f"picture {items.pairs[2].a} cannot be shown"  # no name: it may be the answer
+    }
+    (told,) = figures(client, store)["unreadable"]
     assert told["pair"] == 2
     assert bad.name in told["reason"]
 
@@ -311,17 +318,117 @@ def test_a_pair_that_cannot_be_shown_is_left_out_and_told(client: TestClient, it
 # --- results -----------------------------------------------------------------------------------------------
 
 
-def test_results(client: TestClient) -> None:
+def figures(client: TestClient, store: VoteStore) -> dict[str, Any]:
+    reply = client.get("/api/results", headers={RESULTS_HEADER: store.results_key})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_results(client: TestClient, store: VoteStore) -> None:
     ada, bob = Page(client, "ada"), Page(client, "bob")
     for choice in ("left", "tie", "skip"):
         ada.choose(choice)
     bob.choose("right")
-    found = client.get("/api/results").json()
+    found = figures(client, store)
     assert (found["votes"], found["skips"], found["pairs"]) == (3, 1, 6)
     assert found["ties"]["value"] == pytest.approx(1 / 3)
     assert found["left"]["value"] == 0.5
     assert [rater["rater"] for rater in found["raters"]] == ["ada", "bob"]
     assert found["reward"] is None
+
+
+def test_raters_do_not_see_the_results(
+    client: TestClient, store: VoteStore, reopened: Callable[[], VoteStore]
+) -> None:
+    """Neither one another's answers nor names of files, which may tell the answer; the key lasts."""
+    Page(client, "ada").choose("left")
+    for headers in ({}, {RESULTS_HEADER: ""}, {RESULTS_HEADER: "guess"}, {RESULTS_HEADER: "é".encode()}):
+        reply = client.get("/api/results", headers=headers)  # type: ignore[arg-type]
+        assert reply.status_code == 403
+        assert "ada" not in reply.text
+    assert "results" not in client.get("/").text.lower()
+    assert len(store.results_key) >= 20
+    assert reopened().results_key == store.results_key
+
+
+# --- what operators ask for --------------------------------------------------------------------------------
+
+
+def test_health(labelling: Labelling, store: VoteStore) -> None:
+    """By any name and without the token; 503 where no vote could be kept."""
+    app = create_app(labelling, token="secret", local_hosts=["127.0.0.1"])
+    with TestClient(app, base_url=HERE) as client:
+        reply = client.get("/healthz", headers={"host": "10.1.2.3:8080"})
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+        store.close()
+        reply = client.get("/healthz")
+        assert reply.status_code == 503
+        assert "cannot be used" in reply.json()["error"]
+
+
+def test_every_request_is_written_down(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the query: it has the rater's name."""
+    logging.getLogger("dina_lrm.serving").propagate = True
+    caplog.set_level(logging.DEBUG, "dina_lrm.serving.labelling")
+    page = Page(client, "ada")
+    page.choose("left")
+    page.send(page.request("left", pair=99))
+    client.get("/healthz")
+    lines = [vars(one) for one in caplog.records if one.message == "request"]
+    assert [(one["method"], one["path"], one["status"], one["levelname"]) for one in lines] == [
+        ("GET", "/api/next", 200, "INFO"),
+        ("POST", "/api/votes", 200, "INFO"),
+        ("POST", "/api/votes", 422, "INFO"),
+        ("GET", "/healthz", 200, "DEBUG"),
+    ]
+    assert all(one["client"] == "testclient" and one["seconds"] >= 0 for one in lines)
+    assert len({one["request_id"] for one in lines}) == 4
+
+
+# --- behind a proxy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", ["/label", ""], ids=["with the prefix", "prefix stripped"])
+def test_behind_a_prefix(labelling: Labelling, sent: str) -> None:
+    app = create_app(labelling, token="secret", root_path="/label")
+    with TestClient(app, base_url="http://label.example.org", follow_redirects=False) as client:
+        form = client.get(f"{sent}/", headers={"accept": "text/html"})
+        assert 'action="/label/login"' in form.text
+        opened = client.post(f"{sent}/login", data={"token": "secret"})
+        assert opened.status_code == 303
+        assert opened.headers["location"] == "/label/"
+        assert "path=/label/;" in opened.headers["set-cookie"].lower()
+        cookie = {"cookie": opened.headers["set-cookie"].partition(";")[0]}
+        assert client.get(f"{sent}/login", headers=cookie).headers["location"] == "/label/"
+        assert "Which picture is better?" in client.get(f"{sent}/", headers=cookie).text
+        for path in ("/page.css", "/label.js", "/pictures/0", "/api/next?rater=ada", "/healthz"):
+            assert client.get(sent + path, headers=cookie).status_code == 200, path
+
+
+def test_addresses_in_the_pages_are_relative(client: TestClient) -> None:
+    for path in ("/", "/results", "/label.js", "/results.js"):
+        assert not re.findall(r"""(?:href=|src=|fetch\(|insist\()["'`]/""", client.get(path).text), path
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("label.example.org", "https://label.example.org", 200),
+        ("label.example.org", "https://label.example.org:8443", 200),  # nginx's $host has no port
+        ("127.0.0.1:8080", "https://label.example.org", 200),  # a proxy that sends a host of its own
+        ("label.example.org", "https://elsewhere.example", 403),
+        ("127.0.0.1:8080", "https://127.0.0.1:9999", 403),
+        ("elsewhere.example", "https://elsewhere.example", 403),
+    ],
+)
+def test_behind_a_proxy_with_a_name_of_its_own(
+    labelling: Labelling, host: str, origin: str, status: int
+) -> None:
+    app = create_app(labelling, hosts=["label.example.org"], local_hosts=["127.0.0.1"])
+    with TestClient(app, base_url=HERE) as client:
+        page = Page(client, "ada")
+        reply = client.post("/api/votes", json=page.request("left"), headers={"host": host, "origin": origin})
+        assert reply.status_code == status
 
 
 # --- who may come in ---------------------------------------------------------------------------------------

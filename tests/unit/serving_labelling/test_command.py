@@ -1,5 +1,6 @@
 """`dina-lrm label` as a user runs it: mistakes are one line and exit code 2; the server says where it is."""
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,6 +26,8 @@ from tests.unit.serving_labelling.conftest import make_items, write_rows
         (["--input", "absent.jsonl"], "no items to label: nothing at absent.jsonl"),
         (["--choose", "uncertain"], "needs a reward"),
         (["--raters-per-pair", "0"], "--raters-per-pair is at least 1; got 0"),
+        (["--root-path", "label"], "--root-path begins with / and does not end with it"),
+        (["--proxies", "nginx"], "--proxies: 'nginx' is neither an address nor a network"),
         (["--port", "70000"], "--port is in [0, 65535]"),
         (["--output", "absent/votes.sqlite"], "no folder absent"),
         (["--output", "items.jsonl"], "items.jsonl cannot be used as a file of votes"),
@@ -58,8 +62,8 @@ def test_a_taken_port(
 
 
 @contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in its own process, and its address."""
+def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The command in its own process, and its addresses: of the page, and of the results."""
     command = [
         sys.executable,
         "-m",
@@ -79,13 +83,19 @@ def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
             lines = []
             for line in process.stderr:
                 lines.append(line)
-                if line.startswith("http://"):
+                if "/results#" in line:
                     break
             else:
                 pytest.fail(f"no address: {''.join(lines)}")
-            yield process, line.split()[0]
+            yield process, lines[-2].split()[0], line.split()[0]
         finally:
             process.kill()
+
+
+def results(address: str) -> dict[str, Any]:
+    """What the page behind the link for the results shows."""
+    page, _, key = address.partition("/results#")
+    return httpx.get(f"{page}/api/results", headers={"x-results-key": key}).json()
 
 
 @pytest.mark.long
@@ -95,13 +105,18 @@ def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     good = path.read_text()
     write_rows(path, [{"prompt": "p", "images": ["absent.png", "0.png"]}])
     path.write_text(good + path.read_text())
-    with running(tmp_path) as (process, address):
+    with running(tmp_path) as (process, address, link):
         assert httpx.get(f"{address}/api/next", params={"rater": "ada"}).json()["left"] == 2
-        assert httpx.get(f"{address}/api/results").json()["rejected_rows"] == 1
+        assert results(link)["rejected_rows"] == 1
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0, rest
         assert "next: dina-lrm label export votes.sqlite" in rest
+        logged = [json.loads(line) for line in rest.splitlines() if line.startswith("{")]
+        assert [(one["path"], one["status"]) for one in logged if one["message"] == "request"] == [
+            ("/api/next", 200),
+            ("/api/results", 200),
+        ]
     assert '"row": 2' in (tmp_path / "votes.rejects.jsonl").read_text()
     assert "absent.png" in (tmp_path / "votes.rejects.jsonl").read_text()
 
@@ -109,12 +124,12 @@ def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_page_is_there_while_the_reward_is_loading(tmp_path: Path) -> None:
     make_items(tmp_path, 3)
-    with running(tmp_path, "--model", "bundled") as (process, address):
-        first = httpx.get(f"{address}/api/results").json()["reward"]
+    with running(tmp_path, "--model", "bundled") as (process, address, link):
+        first = results(link)["reward"]
         assert first != "has looked at all 3 pairs"
         assert httpx.get(f"{address}/api/next", params={"rater": "ada"}).json()["pair"] is not None
         for _ in range(300):
-            if httpx.get(f"{address}/api/results").json()["reward"] == "has looked at all 3 pairs":
+            if results(link)["reward"] == "has looked at all 3 pairs":
                 break
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
@@ -127,7 +142,7 @@ def test_the_page_is_there_while_the_reward_is_loading(tmp_path: Path) -> None:
 
 def test_a_reward_that_is_none_ends_the_server(tmp_path: Path) -> None:
     make_items(tmp_path, 2)
-    with running(tmp_path, "--model", "absent-folder/") as (process, _):
+    with running(tmp_path, "--model", "absent-folder/") as (process, *_):
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 2, rest
     assert "absent-folder" in rest

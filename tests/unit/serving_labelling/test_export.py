@@ -1,6 +1,7 @@
 """Votes become rows whose numbers add up, and which the other commands take as they are."""
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from dina_lrm.cli.main import main
 from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.serving.labelling.export import Exported, export_votes
+from dina_lrm.serving.labelling.export import Exported, export_single_votes, export_votes
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
 from dina_lrm.shapes.render import render
@@ -184,3 +185,49 @@ def test_labels_to_a_trained_reward(tmp_path: Path, capsys: pytest.CaptureFixtur
     train += ["--model.num-blocks", "2", "--model.image-taps", "2", "--model.text-taps", "1"]
     assert main([*train, "--model.lora-rank", "2", "--cpu", "--json"]) == 0
     assert (run / "reward_head.safetensors").is_file()
+
+
+# --- vote by vote ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["votes.jsonl", "votes.parquet"])
+def test_single_votes(store: VoteStore, items: Items, tmp_path: Path, name: str) -> None:
+    """A row for each, with the pictures where the rater saw them; what was taken back is in none."""
+    store.record(make_vote(0, "ada", 2, "left", "b", seconds=1.5))
+    store.record(make_vote(1, "bob", 0, "skip"))
+    store.record(make_vote(2, "ada", 1, "tie"))
+    store.record(make_vote(3, "bob", 2, "right", "a"))
+    store.undo("ada", f"{2:032x}")
+    output = tmp_path / "out" / name
+    assert export_single_votes(store.path, output) == 3
+    if output.suffix == ".jsonl":
+        rows = rows_of(output)
+    else:
+        rows = [
+            row | {side: row[side]["path"] for side in ("left", "right")}
+            for row in parquet.read_table(output).to_pylist()
+        ]
+    told = [(row["rater"], row["pair"], row["choice"], row["seconds"]) for row in rows]
+    assert told == [("ada", 2, "left", 1.5), ("bob", 0, "skip", 1.0), ("bob", 2, "right", 1.0)]
+    a, b = (str(items.pictures[side]) for side in (items.pairs[2].a, items.pairs[2].b))
+    sides = [[str((output.parent / row[side]).resolve()) for side in ("left", "right")] for row in rows]
+    assert sides[0] == [b, a]
+    assert sides[2] == [a, b]
+    assert [row["vote"] for row in rows] == [f"{number:032x}" for number in (0, 1, 3)]
+    assert [row["prompt"] for row in rows] == [items.pairs[pair].prompt for pair in (2, 0, 2)]
+    times = [datetime.fromisoformat(row["given_at"]) for row in rows]
+    assert times == sorted(times)
+    assert all(time.utcoffset() == timedelta(0) for time in times)
+
+
+def test_single_votes_by_command(
+    store: VoteStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "votes.jsonl"
+    command = ["label", "export", str(store.path), "--votes", "--output", str(output), "--json"]
+    assert main(command) == 2
+    assert "holds no votes" in capsys.readouterr().err
+    give(store, ["a b", "skip"])
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(output), "votes": 3}
+    assert len(rows_of(output)) == 3

@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("other", picture_of(OTHER)),
         ("wide", picture_of(PROMPT).resize((96, 64))),
         ("narrow", Image.new("RGB", (64, 2))),
-        ("large", Image.new("1", (400, 400))),
+        ("huge", Image.new("1", (700, 700))),
     ):
         picture.save(folder / f"{name}.png")
     (folder / "text.png").write_text("not a picture")

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dina_lrm import RewardModel
 from dina_lrm.errors import InvalidInputError, ScoringError
-from dina_lrm.serving.measuring import LEVELS, NUM_DRAWS, Measurer, measured
+from dina_lrm.serving.measuring import LEVELS, NUM_DRAWS, Measurer, measured, places
 from tests.unit.serving_page.conftest import PROMPT, ModelThread
 
 
@@ -18,7 +19,7 @@ def test_scores_are_the_librarys(
     measurer: Measurer, reward: RewardModel, files: dict[str, Path], name: str, levels: tuple[float, ...]
 ) -> None:
     expected = reward.score(PROMPT, files[name], list(levels), seed=0, num_draws=NUM_DRAWS)
-    latents = measurer.latents(measurer.open(str(files[name]), name), name)
+    latents = measurer.latents(measurer.open(str(files[name]), name)[0], name)
     found = measured(measurer.draws(latents, measurer.prompt(PROMPT), levels))
     assert found.value == pytest.approx(expected.scores.item(), rel=1e-5)
     assert expected.standard_errors is not None
@@ -50,7 +51,7 @@ def test_the_model_is_used_in_its_thread_only(
 
     for name in ("encode_prompts", "encode_images", "score_latents", "decode_latents", "prompt_notes"):
         watch(name)
-    latents = measurer.latents(measurer.open(str(files["fits"]), "fits"), "fits")
+    latents = measurer.latents(measurer.open(str(files["fits"]), "fits")[0], "fits")
     measurer.draws(latents, measurer.prompt(PROMPT), (0.4,))
     measurer.decoded(latents)
     assert sorted(used) == [
@@ -64,7 +65,8 @@ def test_the_model_is_used_in_its_thread_only(
 
 def test_a_picture_survives_the_way_there_and_back(measurer: Measurer, files: dict[str, Path]) -> None:
     """The autoencoder's picture is near the one that went in: 5 of 255 steps on average."""
-    picture = measurer.open(str(files["fits"]), "fits")
+    picture, notes = measurer.open(str(files["fits"]), "fits")
+    assert notes == []
     decoded = measurer.decoded(measurer.latents(picture, "fits"))
     assert decoded.size == (64, 64)
     pixels = torch.tensor(list(decoded.convert("RGB").tobytes())).reshape(64, 64, 3)
@@ -81,16 +83,62 @@ def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
     ("name", "told"),
     [
         ("text", "fits.png: not a readable picture"),
-        ("large", r"fits.png: 400 x 400 pixels, at most 0.1 million are taken"),
+        ("huge", r"fits.png: 700 ?x ?700 pixels, at most 0.1 million are taken"),
         ("bomb", r"fits.png: far more than the 0.1 million pixels that are taken"),
         ("narrow", "fits.png of 64x2 pixels is too small"),
     ],
 )
 def test_wrong_pictures_are_named(measurer: Measurer, files: dict[str, Path], name: str, told: str) -> None:
     with pytest.raises(InvalidInputError, match=told):
-        measurer.latents(measurer.open(str(files[name]), "fits.png"), "fits.png")
+        measurer.latents(measurer.open(str(files[name]), "fits.png")[0], "fits.png")
     assert isinstance(measurer.run, ModelThread)
     assert measurer.run.jobs == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "orientation", "was", "now"),
+    [
+        ("PNG", (500, 250), 1, "500x250", (446, 223)),
+        ("WEBP", (250, 500), 1, "250x500", (223, 446)),
+        ("JPEG", (500, 250), 1, "500x250", (446, 223)),
+        ("JPEG", (500, 250), 6, "250x500", (223, 446)),  # as a telephone that is held upright has it
+        ("JPEG", (3000, 2000), 1, "3000x2000", (387, 258)),  # 60 times the limit, decoded at an eighth
+    ],
+)
+def test_a_picture_over_the_limit_is_shrunk(
+    measurer: Measurer,
+    tmp_path: Path,
+    form: str,
+    size: tuple[int, int],
+    orientation: int,
+    was: str,
+    now: tuple[int, int],
+) -> None:
+    """To what the limit takes, turned as its viewer sees it, and the visitor is told."""
+    picture, exif = Image.new("RGB", size, "red"), Image.Exif()
+    picture.paste("blue", (0, 0, size[0], size[1] // 4))  # a quarter at the top, which rotation moves
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "a", form, exif=exif)
+    pixels, notes = measurer.open(str(tmp_path / "a"), "Picture")
+    width, height = now
+    assert pixels.shape == (3, height, width)
+    assert width * height <= 100_000
+    assert notes == [
+        f"Picture was shrunk from {was} to {width}x{height} pixels: at most 0.1 million are scored."
+    ]
+    corner = (height // 2, width - 20) if orientation == 6 else (20, width // 2)
+    assert pixels[2][corner] > 0.9
+    assert pixels[2].mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_places_are_shared_where_scores_cannot_be_told_apart() -> None:
+    """By hand, from differences draw by draw: 1 and 2 differ by 0.1 under every draw, though both scatter by
+    far more; 2 and 3 by 0.01 with a standard error of 0.1; 3 and 4 again clearly, 4 and 5 not at all."""
+    noise = torch.tensor([3.0, -3.0, 2.0, -2.0, 1.0, -1.0, 0.5, -0.5])
+    jitter = torch.tensor([0.3, -0.3, 0.3, -0.3, 0.3, -0.3, 0.3, -0.3])
+    draws = [noise + 1.1, noise + 1.0, noise + 0.99 + jitter, noise - 5.0, noise - 5.0]
+    assert places([one.double() for one in draws]) == [1, 2, 2, 4, 4]
+    assert places([noise]) == [1]
 
 
 def test_no_picture_is_told(measurer: Measurer) -> None:

@@ -14,10 +14,12 @@ import gradio as gr
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from dina_lrm import RewardModel
 from dina_lrm.errors import ScoringError
 from dina_lrm.serving import page as page_module
+from dina_lrm.serving import page_routes
 from dina_lrm.serving.page import MAX_PICTURES, build_page, mount_page
 from dina_lrm.shapes.pipeline import GUIDANCE_SCALE
 from tests.unit.serving_page.conftest import OTHER, PROMPT
@@ -96,10 +98,30 @@ def test_a_ranking_is_the_librarys(page: gr.Blocks, reward: RewardModel, files: 
     expected = reward.rank(PROMPT, paths, num_draws=8)
     names = [Path(one.image).name for one in expected]
     assert [row[0] for row in re.findall(r'reward-text">(\w+\.png)()', last[2])] == names
+    assert "marks a place" not in last[2]  # these three are told apart
     captions = [caption for _, caption in last[1]["value"]]
     assert captions == [
         f"{place}: {one.score:.2f}".replace("-", "−") for place, one in enumerate(expected, start=1)
     ]
+
+
+def test_equal_pictures_share_a_place(page: gr.Blocks, files: dict[str, Path]) -> None:
+    *_, last = handler(page, "rank")([upload(files[name]) for name in ("fits", "other", "fits")], PROMPT)
+    captions = [caption for _, caption in last[1]["value"]]
+    assert [caption.partition(":")[0] for caption in captions] == ["=1", "=1", "3"]
+    assert "marks a place" in last[2]
+
+
+@pytest.mark.long
+def test_a_shrunk_picture_is_told(page: gr.Blocks, tmp_path: Path) -> None:
+    """Twice the pixels that are taken, as a telephone makes them, on every tab that takes pictures."""
+    Image.new("1", (8000, 4000)).save(tmp_path / "large.png")
+    large = upload(tmp_path / "large.png")
+    told = "was shrunk from 8000x4000 to"
+    assert told in next(iter(handler(page, "score")(large, PROMPT)))
+    assert told in next(iter(handler(page, "compare")(large, large, PROMPT)))
+    *_, last = handler(page, "rank")([large, large], PROMPT)
+    assert last[2].count(told) == 2
 
 
 def test_a_sampling(page: gr.Blocks) -> None:
@@ -344,6 +366,99 @@ def test_large_uploads_are_refused(
     monkeypatch.setattr(page, "max_file_size", 1000)
     sent = {"files": ("large.png", b"0" * 2000, "image/png")}
     assert client.post("/gradio_api/upload", files=sent).status_code == 413
+
+
+# --- what is refused, in the server's own words ------------------------------------------------------------
+
+
+def refused(answer: Any, status: int, text: str) -> None:
+    assert answer.status_code == status, answer.text
+    content = answer.json()
+    assert set(content) == {"error", "field", "request_id"}
+    assert text in content["error"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"fn_index": -1}, "fn_index = -1: the page has no such function"),
+        ({"fn_index": 10**6}, "fn_index = 1000000"),
+        ({"fn_index": None}, "fn_index = None"),
+        ({"fn_index": True}, "fn_index = True"),
+        ({"data": []}, "data: a list of 2 values"),
+        ({"data": "text"}, "data: a list of 2 values"),
+        ({"session_hash": 7}, "session_hash"),
+        ({"data": ["x" * 300_000, ""]}, "body: more than the 262144 bytes"),
+    ],
+)
+def test_a_call_that_the_page_does_not_make(
+    client: TestClient, page: gr.Blocks, capfd: pytest.CaptureFixture[str], changed: dict[str, Any], text: str
+) -> None:
+    number = next(key for key, one in page.fns.items() if getattr(one.fn, "__name__", "") == "score")
+    body = {"data": [None, PROMPT], "fn_index": number, "session_hash": uuid.uuid4().hex} | changed
+    refused(client.post("/gradio_api/queue/join", json=body), 413 if "bytes" in text else 422, text)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_body_that_is_no_call(client: TestClient) -> None:
+    for body, text in ((b"", "body: not JSON"), (b"[1]", "body: it must be a JSON object")):
+        refused(client.post("/gradio_api/queue/join", content=body), 422, text)
+
+
+def test_bad_values_print_no_traceback(
+    client: TestClient, page: gr.Blocks, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are told in the answer, and are one record of the log."""
+    page_module.log.propagate = True
+    for data in ([PROMPT, "no number", 4, 4.0], [{"a": 1}, {}, [], None], [PROMPT, 0, 10**9, 4.0]):
+        messages = join(client, page, "generate", data)
+        done = next(one for one in messages if one["msg"] == "process_completed")
+        assert done["success"] is False or "must be a whole number" in json.dumps(messages)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert len([one for one in caplog.records if "was refused" in one.message]) >= 1
+
+
+def test_errors_of_the_page_look_like_the_others(client: TestClient) -> None:
+    refused(client.get("/nothing"), 404, "/nothing: there is nothing here")
+    refused(client.get("/gradio_api/file=/etc/passwd"), 403, "")
+    refused(client.post("/gradio_api/queue/data"), 405, "Method Not Allowed")
+    refused(client.get("/gradio_api/queue/data"), 422, "session_hash: Field required")
+
+
+def test_uploads_have_a_quota(
+    reward: RewardModel, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all of them together, what is under way among them; 503 says that it passes."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    data = files["fits"].read_bytes()
+    monkeypatch.setattr(page_routes, "MAX_UPLOADED_BYTES", 3 * len(data))
+    with TestClient(mounted(built(reward))) as client:
+
+        def send(part: bytes) -> Any:
+            return client.post("/gradio_api/upload", files={"files": ("a.png", part, "image/png")})
+
+        assert send(data + b"1").status_code == 200
+        assert send(data + b"2").status_code == 200
+        refused(send(data + b"3"), 503, "uploads: no room for more")
+        chunks = client.post("/gradio_api/upload", content=iter([data]))
+        refused(chunks, 411, "content-length")
+        for path in tmp_path.rglob("*.png"):
+            path.unlink()
+        assert send(data + b"3").status_code == 200
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.png")) <= 3 * len(data)
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-forwarded-host": "elsewhere.example"}])
+def test_the_page_knows_no_address_of_its_own(client: TestClient, headers: dict[str, str]) -> None:
+    """So it works behind any name, scheme and prefix; and no header makes it call another server."""
+    assert '"root":"."' in client.get("/", headers=headers).text.replace(" ", "")
+    assert client.get("/config", headers=headers).json()["root"] == "."
+    assert "elsewhere.example" not in client.get("/", headers=headers).text
+
+
+def test_a_probability_comes_first(page: gr.Blocks) -> None:
+    tabs = [one.label for one in page.blocks.values() if isinstance(one, gr.Tab)]
+    assert tabs == ["Compare", "Rank", "Score", "Generate"]
 
 
 def test_nothing_is_offered_to_programs_and_the_queue_is_bounded(page: gr.Blocks) -> None:

@@ -100,7 +100,8 @@ def test_a_comparison(probability: float, verdict: str, width: str) -> None:
 
 def test_a_ranking_and_its_file() -> None:
     names = ["<b>x</b>.png", 'comma, "quote".png']
-    markup = ranking_view([Ranked(name, TOTAL) for name in names], MODEL_LEVELS, [])
+    ranking = [Ranked(name, TOTAL, place) for place, name in enumerate(names, start=1)]
+    markup = ranking_view(ranking, MODEL_LEVELS, [])
     assert Outline(markup).rows[1:] == [
         ["1", names[0], "−1.50", "0.250"],
         ["2", names[1], "−1.50", "0.250"],
@@ -113,6 +114,27 @@ def test_a_ranking_and_its_file() -> None:
         ["1", names[0], "-1.500000", "0.250000"],
         ["2", names[1], "-1.500000", "0.250000"],
     ]
+
+
+def test_shared_places() -> None:
+    ranking = [Ranked(f"{name}.png", TOTAL, place) for name, place in zip("abcd", (1, 2, 2, 4), strict=True)]
+    markup = ranking_view(ranking, MODEL_LEVELS, [])
+    assert [row[0] for row in Outline(markup).rows[1:]] == ["1", "=2", "=2", "4"]
+    assert "marks a place that is shared" in markup
+    assert "marks a place that is shared" not in ranking_view(ranking[:2], MODEL_LEVELS, [])
+    assert [row[0] for row in csv_of(markup)[1:]] == ["1", "2", "2", "4"]
+
+
+@pytest.mark.parametrize("name", ["=1+2.png", "+1.png", "-1.png", "@sum.png", "\t=1.png"])
+def test_a_spreadsheet_computes_nothing(name: str) -> None:
+    markup = ranking_view([Ranked(name, TOTAL, 1)], MODEL_LEVELS, [])
+    assert csv_of(markup)[1][1] == f"'{name}"
+    assert Outline(markup).rows[1][1] == name
+
+
+def csv_of(markup: str) -> list[list[str]]:
+    (data,) = re.findall(r'href="data:text/csv;base64,([^"]+)"', markup)
+    return list(csv.reader(io.StringIO(base64.b64decode(data).decode())))
 
 
 def test_sampling() -> None:
@@ -131,7 +153,7 @@ def test_notes_are_escaped_and_shown(view: str) -> None:
     markup = {
         "score": lambda: score_view(TOTAL, MODEL_LEVELS, None, notes),
         "comparison": lambda: comparison_view(0.5, (TOTAL, TOTAL), MODEL_LEVELS, None, notes),
-        "ranking": lambda: ranking_view([Ranked("a", TOTAL)], MODEL_LEVELS, notes),
+        "ranking": lambda: ranking_view([Ranked("a", TOTAL, 1)], MODEL_LEVELS, notes),
         "sampling": lambda: sampling_view((1.0,), (1.0,), (1.0,), MODEL_LEVELS, [], notes, num_steps=1),
     }[view]()
     assert 'role="note">Note: unknown: &lt;script&gt;' in markup

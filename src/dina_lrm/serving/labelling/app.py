@@ -7,6 +7,7 @@ A vote is answered with 200 only after the store has committed it. Nothing that 
 path; pictures are decoded and written anew, so what a browser gets is a PNG whatever lay in the file.
 """
 
+import hmac
 import io
 import logging
 import sqlite3
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,7 +31,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.agreement import results
 from dina_lrm.serving.labelling.choice import next_pairs, rater_order
 from dina_lrm.serving.labelling.estimates import Estimates
-from dina_lrm.serving.labelling.guard import Guard, page_file
+from dina_lrm.serving.labelling.guard import HEALTH_PATH, Guard, error_answer, page_file
 from dina_lrm.serving.labelling.items import Items
 from dina_lrm.serving.labelling.store import Choice, Vote, VoteConflict, VoteStore, rater_name
 
@@ -42,6 +43,8 @@ MAX_SIDE = 2048
 """Pixels; larger pictures are shrunk for the page."""
 KEPT_PICTURES = 64
 """Encoded ones, in memory."""
+RESULTS_HEADER = "x-results-key"
+"""With which the page of results shows its key."""
 
 _PAGES = {
     "/": ("label.html", "text/html"),
@@ -241,11 +244,16 @@ class Labelling:
 
 
 def create_app(
-    labelling: Labelling, *, token: str | None = None, hosts: Sequence[str] | None = None
+    labelling: Labelling,
+    *,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+    local_hosts: Sequence[str] = (),
+    root_path: str = "",
 ) -> FastAPI:
-    """The application; `token` and `hosts` as in `Guard`."""
+    """The application; everything but the labelling as in `Guard`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, token=token, hosts=hosts)
+    app.add_middleware(Guard, token=token, hosts=hosts, local_hosts=local_hosts, root_path=root_path)
     for path, (name, kind) in _PAGES.items():
         app.add_api_route(path, _page(name, kind), include_in_schema=False)
 
@@ -258,7 +266,11 @@ def create_app(
         headers = {"etag": etag, "cache-control": "private, no-cache"}
         if request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers=headers)
-        return Response(labelling.picture(number), media_type="image/png", headers=headers)
+        try:
+            content = labelling.picture(number)
+        except InvalidInputError as error:  # whose message names the file, and so perhaps the answer
+            raise HTTPException(422, f"picture {number} cannot be shown") from error
+        return Response(content, media_type="image/png", headers=headers)
 
     @app.get("/api/next")
     def task(rater: Annotated[str, Query()]) -> dict[str, Any]:
@@ -276,28 +288,38 @@ def create_app(
         return labelling.undo(request)
 
     @app.get("/api/results")
-    def found() -> dict[str, Any]:
-        """What came of it so far."""
+    def found(request: Request) -> dict[str, Any]:
+        """What came of it so far, for whoever holds the key: raters are not to see one another's answers,
+        nor the names of files."""
+        given = request.headers.get(RESULTS_HEADER, "").encode("latin-1")
+        if not hmac.compare_digest(given, labelling.store.results_key.encode()):
+            raise HTTPException(403, f"{RESULTS_HEADER}: the key is missing or wrong")
         return labelling.results()
+
+    @app.get(HEALTH_PATH)
+    def health() -> dict[str, str]:
+        """200 when votes can be read and written."""
+        labelling.store.check()
+        return {"status": "ok"}
 
     @app.exception_handler(InvalidInputError)
     async def refuse(request: Request, error: InvalidInputError) -> Response:
-        return JSONResponse({"error": str(error)}, 409 if isinstance(error, VoteConflict) else 422)
+        return error_answer(409 if isinstance(error, VoteConflict) else 422, str(error))
 
     @app.exception_handler(sqlite3.Error)
     async def not_kept(request: Request, error: sqlite3.Error) -> Response:
         log.error("%s: %s", labelling.store.path, error)
-        return JSONResponse({"error": f"the file of votes cannot be used: {error}"}, 503)
+        return error_answer(503, f"the file of votes cannot be used: {error}")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return JSONResponse({"error": f"{field}: {first['msg']}"}, 422)
+        return error_answer(422, f"{field}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
+        return error_answer(error.status_code, str(error.detail))
 
     return app
 

@@ -1,4 +1,4 @@
-"""Votes as preference rows: what `dina-lrm inspect`, `prepare jsonl` and `train` read."""
+"""Votes as preference rows, what `dina-lrm inspect`, `prepare jsonl` and `train` read; or one by one."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from dina_lrm.data.pairs import ImageSource
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
 from dina_lrm.serving.labelling.items import Items, read_items
-from dina_lrm.serving.labelling.store import VoteStore
+from dina_lrm.serving.labelling.store import Vote, VoteStore
 
-__all__ = ["Exported", "export_votes"]
+__all__ = ["Exported", "export_single_votes", "export_votes"]
 
 SOURCE = "label"
 """Stated for items that name no source."""
@@ -51,7 +51,63 @@ def export_votes(votes: str | Path, output: str | Path, items: str | Path | None
     Raises:
         InvalidInputError: no votes, other items, or pictures that the output cannot hold.
     """
-    votes, output = Path(votes), Path(output)
+    found, dated = _read(Path(votes), Path(output), items)
+    given = [vote for vote, _ in dated]
+    counts: dict[int, Counter[str]] = defaultdict(Counter)
+    for vote in given:
+        counts[vote.pair][vote.preferred or "skip"] += 1
+    total = sum(counts.values(), Counter())
+    rows = list(_rows(found, counts))
+    if not rows:
+        raise InvalidInputError(f"{votes} holds no votes; pairs that were skipped: {total['skip']}")
+    _write(rows, Path(output), pictures=("chosen", "rejected"))
+    return Exported(
+        rows=len(rows),
+        pairs=len(found.pairs),
+        raters=len({vote.rater for vote in given if vote.preferred is not None}),
+        preferences=total["a"] + total["b"],
+        ties=total["tie"],
+        skips=total["skip"],
+        even=sum(row["votes_chosen"] == row["votes_rejected"] for row in rows),
+    )
+
+
+def export_single_votes(votes: str | Path, output: str | Path, items: str | Path | None = None) -> int:
+    """Write a row for each vote, skips among them, in the order they were given, and say how many.
+
+    A row has `prompt`, the pictures `left` and `right` as the rater saw them, `choice` (left, right, tie or
+    skip), `rater`, `given_at` (UTC, ISO 8601), `seconds` to the choice, `pair` (its number among the items,
+    from 0), `vote` (an id) and `source`. Votes that were taken back are in no row.
+
+    Args, Raises: as in `export_votes`.
+    """
+    found, dated = _read(Path(votes), Path(output), items)
+    rows = []
+    for vote, given_at in dated:
+        pair = found.pairs[vote.pair]
+        left, right = (pair.a, pair.b) if vote.left_side == "a" else (pair.b, pair.a)
+        rows.append(
+            {
+                "prompt": pair.prompt,
+                "left": found.pictures[left],
+                "right": found.pictures[right],
+                "choice": vote.choice,
+                "rater": vote.rater,
+                "given_at": given_at,
+                "seconds": vote.seconds,
+                "pair": vote.pair,
+                "vote": vote.id,
+                "source": pair.source or SOURCE,
+            }
+        )
+    if not rows:
+        raise InvalidInputError(f"{votes} holds no votes")
+    _write(rows, Path(output), pictures=("left", "right"))
+    return len(rows)
+
+
+def _read(votes: Path, output: Path, items: str | Path | None) -> tuple[Items, list[tuple[Vote, str]]]:
+    """The items, and the votes on them with their times."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise InvalidInputError(f"rows are written as .jsonl or .parquet; got {output}")
     if not votes.is_file():
@@ -65,30 +121,9 @@ def export_votes(votes: str | Path, output: str | Path, items: str | Path | None
             raise InvalidInputError(f"{votes} holds no votes")
         found = read_items(path)
         store.bind(found)
-        counts: dict[int, Counter[str]] = defaultdict(Counter)
-        given = store.votes()
+        return found, store.dated_votes()
     finally:
         store.close()
-    for vote in given:
-        counts[vote.pair][vote.preferred or "skip"] += 1
-    total = sum(counts.values(), Counter())
-    rows = list(_rows(found, counts))
-    if not rows:
-        raise InvalidInputError(f"{votes} holds no votes; pairs that were skipped: {total['skip']}")
-    with written_aside(output) as partial:
-        if output.suffix == ".jsonl":
-            _write_jsonl(rows, partial, output)
-        else:
-            _write_parquet(rows, partial, output)
-    return Exported(
-        rows=len(rows),
-        pairs=len(found.pairs),
-        raters=len({vote.rater for vote in given if vote.preferred is not None}),
-        preferences=total["a"] + total["b"],
-        ties=total["tie"],
-        skips=total["skip"],
-        even=sum(row["votes_chosen"] == row["votes_rejected"] for row in rows),
-    )
 
 
 def _rows(items: Items, counts: dict[int, Counter[str]]) -> Iterator[dict[str, Any]]:
@@ -109,23 +144,29 @@ def _rows(items: Items, counts: dict[int, Counter[str]]) -> Iterator[dict[str, A
         }
 
 
-def _write_jsonl(rows: list[dict[str, Any]], partial: Path, output: Path) -> None:
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            cells = {name: _path(row[name], output) for name in ("chosen", "rejected")}
-            file.write(json.dumps(row | cells, ensure_ascii=False) + "\n")
+def _write(rows: list[dict[str, Any]], output: Path, pictures: tuple[str, str]) -> None:
+    """Rows as .jsonl or .parquet; `pictures` are the columns that hold some."""
+    with written_aside(output) as partial:
+        if output.suffix == ".jsonl":
+            with partial.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    cells = {name: _path(row[name], output) for name in pictures}
+                    file.write(json.dumps(row | cells, ensure_ascii=False) + "\n")
+        else:
+            _write_parquet(rows, partial, output, pictures)
 
 
-def _write_parquet(rows: list[dict[str, Any]], partial: Path, output: Path) -> None:
+def _write_parquet(
+    rows: list[dict[str, Any]], partial: Path, output: Path, pictures: tuple[str, str]
+) -> None:
     """Pictures are image cells as in Hugging Face datasets: bytes, or a path."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    text, number = pyarrow.string(), pyarrow.float64()
-    columns = {"prompt": text, "chosen": picture, "rejected": picture}
-    columns |= {"votes_chosen": number, "votes_rejected": number, "source": text}
-    filled = [row | {name: _cell(row[name], output) for name in ("chosen", "rejected")} for row in rows]
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    columns = {name: picture if name in pictures else kinds[type(value)] for name, value in rows[0].items()}
+    filled = [row | {name: _cell(row[name], output) for name in pictures} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(filled, schema=pyarrow.schema(columns)), partial)
 
 

@@ -8,14 +8,15 @@ is not counted.
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import Items
@@ -162,7 +163,7 @@ class VoteStore:
         about = {"items": items.fingerprint, "pairs": str(len(items.pairs)), "path": Path(place).as_posix()}
         with self._transaction() as database:
             known = dict(database.execute("SELECT name, value FROM about"))
-            if not known:
+            if "items" not in known:
                 database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             elif known["items"] != items.fingerprint:
                 raise InvalidInputError(
@@ -170,6 +171,24 @@ class VoteStore:
                     f"and {items.path} has {len(items.pairs)} that differ in prompts, pictures or order; "
                     "name another file"
                 )
+
+    @property
+    def results_key(self) -> str:
+        """Opens the page of results; made with the file of votes, so that a link to it lasts."""
+        with self._transaction() as database:
+            new = secrets.token_urlsafe(16)
+            database.execute("INSERT OR IGNORE INTO about VALUES ('results_key', ?)", (new,))
+            row = database.execute("SELECT value FROM about WHERE name = 'results_key'").fetchone()
+        return row[0]
+
+    def check(self) -> None:
+        """See that votes can be read and written.
+
+        Raises:
+            sqlite3.Error: they cannot.
+        """
+        with self._transaction() as database:
+            database.execute("SELECT count(*) FROM about").fetchone()
 
     @property
     def items_path(self) -> Path | None:
@@ -224,11 +243,15 @@ class VoteStore:
 
     def votes(self) -> list[Vote]:
         """All that count, in the order they were given."""
+        return [vote for vote, _ in self.dated_votes()]
+
+    def dated_votes(self) -> list[tuple[Vote, str]]:
+        """All that count, in the order they were given, each with its time (UTC, ISO 8601)."""
         with self._reading() as database:
             rows = database.execute(
-                f"SELECT {_COLUMNS} FROM votes WHERE undone_at IS NULL ORDER BY number"
+                f"SELECT {_COLUMNS}, given_at FROM votes WHERE undone_at IS NULL ORDER BY number"
             ).fetchall()
-        return [_vote(row) for row in rows]
+        return [(_vote(row), given_at) for *row, given_at in rows]
 
     def spelling(self, rater: str) -> str:
         """A name as it was first written: upper and lower case make no second rater."""
@@ -293,7 +316,7 @@ class VoteStore:
                 raise
 
 
-def _vote(row: tuple) -> Vote:
+def _vote(row: Sequence[Any]) -> Vote:
     names = ("id", "rater", "pair", "left_side", "choice", "seconds")
     return Vote(**dict(zip(names, row, strict=True)))
 

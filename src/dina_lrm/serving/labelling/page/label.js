@@ -5,11 +5,11 @@
 const UNSENT = "dina-lrm-label-unsent-";
 const NAME = "dina-lrm-label-rater";
 const TIMEOUT = 10_000;
-const WORDS = { left: "left", right: "right", tie: "tie", skip: "skip" };
+const NAMES = { left: "First picture", right: "Second picture", tie: "Tie", skip: "Skip" }; // side by side, or one above the other
 
 const $ = (id) => document.getElementById(id);
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-const pictureAddress = (number) => `/pictures/${number}`;
+const pictureAddress = (number) => `pictures/${number}`; // all addresses are relative: a proxy may add a prefix
 
 let task = null; // what the server last told to show
 let busy = true; // a request is on its way, or there is nothing to choose yet
@@ -51,7 +51,7 @@ async function insist(path, body) {
     try {
       const reply = await fetch(path, { ...options, signal: AbortSignal.timeout(TIMEOUT) });
       if (reply.status === 401) {
-        location.assign("/"); // asks for the token; what is unsent stays on the device
+        location.assign("./"); // asks for the token; what is unsent stays on the device
         await new Promise(() => {});
       }
       if (reply.status < 500) {
@@ -61,7 +61,7 @@ async function insist(path, body) {
       }
       trouble = `The server has trouble: ${(await reply.json()).error}.`;
     } catch { /* no answer, or half of one */ }
-    const kept = body?.choice ? `Your choice (${WORDS[body.choice]}) is kept on this device and is sent ` : "It is asked again ";
+    const kept = body?.choice ? `Your choice (${NAMES[body.choice].toLowerCase()}) is kept on this device and is sent ` : "It is asked again ";
     tell("offline", `${trouble} ${kept}as soon as it is back.`);
     await pause(wait);
   }
@@ -75,18 +75,21 @@ function tell(id, text) {
 // --- what is shown ------------------------------------------------------------------------------------------------
 
 function view(name) {
+  const changed = $(name).hidden;
   for (const id of ["enter", "work", "finished"]) $(id).hidden = id !== name;
   $("foot").hidden = name === "enter";
   $("leave").hidden = name === "enter";
   $("who").textContent = name === "enter" ? "" : `Rater: ${task.rater}`;
   $("skip").hidden = name === "finished";
   if (name === "enter") $("name").focus();
+  else if (changed) $(name).querySelector("h1").focus(); // what had the focus may be gone
 }
 
-function enable() {
-  for (const id of ["left", "tie", "right"]) $(id).disabled = busy || broken;
-  $("skip").disabled = busy || !task?.pair;
-  $("undo").disabled = busy || !task?.last_vote;
+function enable() { // aria-disabled, and not disabled: a button that is pressed keeps the focus
+  const disable = (id, off) => $(id).setAttribute("aria-disabled", String(Boolean(off)));
+  for (const id of ["left", "tie", "right"]) disable(id, busy || broken);
+  disable("skip", busy || !task?.pair);
+  disable("undo", busy || !task?.last_vote);
 }
 
 async function show(next) {
@@ -105,9 +108,10 @@ async function show(next) {
     busy = false;
     return enable();
   }
+  $("prompt").textContent = task.pair.prompt;
   view("work");
   enable();
-  $("prompt").textContent = task.pair.prompt;
+  if ($("large").open) $("large").close();
   $("work").classList.add("waiting");
   for (let attempt = 0; ; attempt++) {
     const repeated = attempt ? `?attempt=${attempt}` : "";
@@ -120,7 +124,7 @@ async function show(next) {
     if (mark !== showing) return;
     broken = outcome.some((one) => one.status === "rejected");
     if (!broken || attempt === 2) break;
-    await insist(`/api/next?rater=${encodeURIComponent(rater)}`); // waits until the server is back
+    await insist(`api/next?rater=${encodeURIComponent(rater)}`); // waits until the server is back
     if (mark !== showing) return;
   }
   $("work").classList.remove("waiting");
@@ -132,7 +136,7 @@ async function show(next) {
 }
 
 async function load() {
-  const answer = await insist(`/api/next?rater=${encodeURIComponent(rater)}`);
+  const answer = await insist(`api/next?rater=${encodeURIComponent(rater)}`);
   if (answer.good) return show(answer);
   remember(NAME, null);
   rater = null;
@@ -158,12 +162,13 @@ async function choose(choice) {
   };
   remember(UNSENT + vote.id, JSON.stringify(vote));
   const answer = await send(vote);
-  $("spoken").textContent = answer.good ? `${WORDS[choice]} recorded` : "not recorded";
+  const next = answer.pair ? ` Next: ${answer.pair.prompt}` : "";
+  $("spoken").textContent = answer.good ? `${NAMES[choice]} recorded.${next}` : "not recorded";
   return answer.good ? show(answer) : load();
 }
 
 async function send(vote) {
-  const answer = await insist("/api/votes", vote);
+  const answer = await insist("api/votes", vote);
   remember(UNSENT + vote.id, null);
   if (!answer.good) tell("notice", `A choice was not recorded: ${answer.error}`);
   return answer;
@@ -174,7 +179,7 @@ async function undo() {
   busy = true;
   enable();
   tell("notice", "");
-  const answer = await insist("/api/undo", { items: task.items, rater, vote: task.last_vote });
+  const answer = await insist("api/undo", { items: task.items, rater, vote: task.last_vote });
   if (!answer.good) {
     tell("notice", answer.error);
     return load();
@@ -182,6 +187,17 @@ async function undo() {
   $("spoken").textContent = "Your last choice was taken back";
   return show(answer);
 }
+
+function enlarge(side) {
+  if (!task?.pair || broken) return;
+  $("large-picture").src = $(`${side}-picture`).src;
+  $("large-picture").alt = NAMES[side];
+  $("large").dataset.side = side;
+  $("other-text").textContent = NAMES[opposite(side)];
+  if (!$("large").open) $("large").showModal();
+}
+const opposite = (side) => (side === "left" ? "right" : "left");
+const turn = () => enlarge(opposite($("large").dataset.side));
 
 async function start() {
   for (const vote of unsentVotes()) await send(vote);
@@ -197,16 +213,26 @@ const KEYS = {
   s: () => choose("skip"),
   z: undo,
   Backspace: undo,
+  1: () => enlarge("left"),
+  2: () => enlarge("right"),
+};
+const LARGE_KEYS = { // no choice is made while a picture is enlarged; Escape closes it by itself
+  ArrowLeft: turn,
+  ArrowRight: turn,
+  1: () => enlarge("left"),
+  2: () => enlarge("right"),
 };
 
 addEventListener("keydown", (event) => {
-  const act = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  const act = ($("large").open ? LARGE_KEYS : KEYS)[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!act || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
   if (!$("enter").hidden) return;
   event.preventDefault();
   if (!event.repeat) act(); // a key that is held down is one choice
 });
-for (const side of ["left", "right"]) $(`${side}-figure`).addEventListener("click", () => choose(side));
+for (const side of ["left", "right"]) $(`${side}-enlarge`).addEventListener("click", () => enlarge(side));
+$("other").addEventListener("click", turn);
+for (const id of ["close", "large-picture"]) $(id).addEventListener("click", () => $("large").close());
 for (const id of ["left", "tie", "right", "skip"]) $(id).addEventListener("click", () => choose(id));
 $("undo").addEventListener("click", undo);
 $("leave").addEventListener("click", () => {

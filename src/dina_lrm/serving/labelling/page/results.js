@@ -1,6 +1,7 @@
 "use strict";
 
 const EVERY = 5000;
+const key = location.hash.slice(1); // behind the #, so it goes into no log
 const $ = (id) => document.getElementById(id);
 const percent = (value) => `${(100 * value).toFixed(1)}\u00a0%`;
 const share = (found) => (found ? `${percent(found.value)} (${percent(found.low)} to ${percent(found.high)})` : "no votes yet");
@@ -41,8 +42,11 @@ function show(found) {
 
 async function refresh() {
   try {
-    const reply = await fetch("/api/results", { signal: AbortSignal.timeout(2 * EVERY) });
-    if (reply.status === 401) return location.assign("/");
+    const reply = await fetch("api/results", { headers: { "x-results-key": key }, signal: AbortSignal.timeout(2 * EVERY) });
+    if (reply.status === 401) return location.assign("./");
+    $("closed").hidden = reply.status !== 403;
+    $("open").hidden = reply.status === 403;
+    if (reply.status === 403) return;
     if (!reply.ok) throw new Error(`${reply.status}`);
     show(await reply.json());
     $("offline").hidden = true;

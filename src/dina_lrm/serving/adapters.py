@@ -1,0 +1,316 @@
+"""Routes that other trainers' clients know, over the same models, queue and limits.
+
+    cosmos-rl   POST /api/reward/ping, /enqueue, /pull      latents or pictures in, a ticket out, scores later
+    unirl       POST /score, GET /health, GET /rewards      pictures in JSON, scores by reward and part
+
+Their texts and shapes are their clients'; errors are this server's. cosmos-rl's client takes any answer of
+/pull but 200 as "not ready", and asks again: what has failed is therefore kept, too, and told with 422.
+"""
+
+import asyncio
+import io
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from anyio import to_thread
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from dina_lrm.errors import DinaError
+from dina_lrm.serving.batching import Draining, QueueFull
+from dina_lrm.serving.bodies import read_body
+from dina_lrm.serving.callers import CallerFull
+from dina_lrm.serving.engine import Row
+from dina_lrm.serving.pictures import EncodedPicture, picture_header
+from dina_lrm.serving.schemas import RequestError, check_prompt, decoded, json_of, parsed
+from dina_lrm.serving.service import PictureRow, Served, Service
+
+__all__ = ["add_adapters"]
+
+SEED = 0
+"""Of the noise; these clients name none."""
+KEPT_RESULTS = 1024
+"""Of cosmos-rl's tickets."""
+KEPT_SECONDS = 600.0
+"""How long a result waits to be fetched."""
+
+
+def add_adapters(app: FastAPI, service: Service) -> None:
+    """The routes that `ServerSettings.adapters` names."""
+    if "cosmos-rl" in service.settings.adapters:
+        _add_cosmos(app, service)
+    if "unirl" in service.settings.adapters:
+        _add_unirl(app, service)
+
+
+# --- cosmos-rl ---------------------------------------------------------------------------------------------
+
+
+class _CosmosMeta(BaseModel):
+    """The line of JSON before the array. What a client adds for other rewards is not read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompts: Annotated[list[str], Field(min_length=1)]
+    reward_fn: Annotated[dict[str, float], Field(min_length=1)]
+    media_type: str = "video"
+
+
+@dataclass
+class _Result:
+    """Of a ticket."""
+
+    working: "asyncio.Task[list[float]]"
+    rewards: tuple[str, ...]
+    since: float
+
+
+class _Results:
+    """Tickets, for a bounded time and in a bounded number: the oldest that are done go first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, _Result] = OrderedDict()
+
+    def check_room(self) -> None:
+        self._forget()
+        if len(self._kept) >= KEPT_RESULTS:
+            raise QueueFull(1)
+
+    def add(self, working: "asyncio.Task[list[float]]", rewards: Sequence[str]) -> str:
+        ticket = secrets.token_hex(16)
+        self._kept[ticket] = _Result(working, tuple(rewards), time.monotonic())
+        return ticket
+
+    def find(self, ticket: str) -> _Result | None:
+        self._forget()
+        return self._kept.get(ticket)
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        for ticket, kept in list(self._kept.items()):
+            old = now - kept.since > KEPT_SECONDS
+            if kept.working.done() and (old or len(self._kept) >= KEPT_RESULTS):
+                del self._kept[ticket]
+
+
+def _add_cosmos(app: FastAPI, service: Service) -> None:
+    results = _Results()
+
+    @app.post("/api/reward/ping", include_in_schema=False)
+    async def ping() -> dict[str, Any]:
+        return {"status": "ok", "rewards": list(service.models)}
+
+    @app.post("/api/reward/enqueue", include_in_schema=False)
+    async def enqueue(request: Request) -> dict[str, str]:
+        results.check_room()
+        body = await read_body(request)
+        line, newline, array = body.partition(b"\n")
+        if not newline:
+            raise RequestError("body: a line of JSON, and np.save bytes after it", field="body", status=422)
+        wanted = parsed(_CosmosMeta, json_of(line, "body"))
+        served = _one_model(service, list(wanted.reward_fn))
+        for index, prompt in enumerate(wanted.prompts):
+            check_prompt(prompt, f"prompts.{index}", service.settings.max_prompt_length)
+        values = await to_thread.run_sync(_array, array)
+        del body, array
+        rows: Sequence[Row | PictureRow]
+        if wanted.media_type == "image":
+            rows = await to_thread.run_sync(_cosmos_pictures, values, wanted.prompts, served, service)
+        elif wanted.media_type in ("latent", "video"):  # a video is sent as its latents
+            rows = await _cosmos_latents(values, wanted.prompts, served)
+        else:
+            raise RequestError(
+                f"media_type: {wanted.media_type[:80]!r}, expected image, latent or video",
+                field="media_type",
+                status=422,
+            )
+        work = served.check_cost(rows, "body")
+        served.batcher.check_room(len(rows), work)
+
+        async def score() -> list[float]:
+            return [one.score for one in await service.score_rows(served, rows, request.state.caller, work)]
+
+        working = asyncio.create_task(score())
+        working.add_done_callback(lambda task: task.cancelled() or task.exception())  # told when it is pulled
+        return {"uuid": results.add(working, list(wanted.reward_fn))}
+
+    @app.post("/api/reward/pull", include_in_schema=False)
+    async def pull(request: Request) -> Any:
+        async with request.form(max_files=0, max_fields=8) as form:
+            ticket, reward = str(form.get("uuid", "")), str(form.get("type", ""))
+        found = results.find(ticket)
+        if found is None:
+            raise RequestError(f"uuid: there is no result {ticket[:80]!r}", field="uuid", status=404)
+        if reward not in found.rewards:
+            raise RequestError(
+                f"type: {reward[:80]!r} was not asked for, only {', '.join(found.rewards)}",
+                field="type",
+                status=422,
+            )
+        if not found.working.done():
+            return JSONResponse({"error": "not ready", "field": None}, status_code=400)
+        try:
+            scores = found.working.result()
+        except (QueueFull, Draining, CallerFull) as error:
+            raise RequestError(
+                f"it was not scored: {error or 'overloaded'}; send it again", status=503
+            ) from error
+        return {"scores": {reward: scores}}
+
+
+def _one_model(service: Service, rewards: Sequence[str]) -> Served:
+    """The model of the rewards that are asked for: a name of a model, or any one name for the first."""
+    if len(rewards) != 1:
+        raise RequestError(
+            f"reward_fn: {len(rewards)} rewards, this server gives one at a time",
+            field="reward_fn",
+            status=422,
+        )
+    return service.models.get(rewards[0], service.first)
+
+
+def _array(data: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+        raise RequestError(f"body: not np.save bytes ({error})", field="body", status=422) from error
+
+
+def _cosmos_pictures(
+    values: np.ndarray, prompts: Sequence[str], served: Served, service: Service
+) -> list[PictureRow]:
+    if values.ndim != 4 or values.shape[-1] != 3 or values.dtype != np.uint8 or len(values) != len(prompts):
+        raise RequestError(
+            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts, expected uint8 "
+            f"(batch, height, width, 3)",
+            field="body",
+            status=422,
+        )
+    rows = []
+    for index, (pixels, prompt) in enumerate(zip(values, prompts, strict=True)):
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "BMP")
+        picture = picture_header(stream.getvalue(), service.settings.max_megapixels, f"body.{index}")
+        rows.append(PictureRow(picture, prompt, tuple(served.model.config.noise_levels), SEED, 1))
+    return rows
+
+
+async def _cosmos_latents(values: np.ndarray, prompts: Sequence[str], served: Served) -> list[Row]:
+    """Latents come without embeddings: the server encodes the prompts."""
+    import torch
+
+    takes_video = served.model.backbone.architecture.max_latent_frames is not None
+    if (
+        values.dtype not in (np.float16, np.float32)
+        or values.ndim not in (4, 5)
+        or len(values) != len(prompts)
+    ):
+        raise RequestError(
+            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts, expected float16 or "
+            f"float32 (batch, channel, frame, height, width), or without frames",
+            field="body",
+            status=422,
+        )
+    latents = torch.from_numpy(values.astype(np.float32))
+    if latents.ndim == 5 and latents.shape[2] == 1 and not takes_video:
+        latents = latents[:, :, 0]
+    served.model.backbone.check_latents(latents)
+    conditioning = await served.batcher.run(
+        lambda: [served.model.encode_prompts([prompt]) for prompt in prompts]
+    )
+    levels = tuple(served.model.config.noise_levels)
+    return [Row(latent, one, levels, SEED) for latent, one in zip(latents, conditioning, strict=True)]
+
+
+# --- UniRL -------------------------------------------------------------------------------------------------
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    text: str
+    image_b64: str
+
+
+class _UniRequest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    history: Annotated[list[_Turn], Field(min_length=1)]
+    """The picture to be scored is the last one."""
+    required_rewards: Annotated[list[str], Field(min_length=1)]
+
+
+class _UniRequests(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    requests: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+def _add_unirl(app: FastAPI, service: Service) -> None:
+    @app.get("/health", include_in_schema=False)
+    async def health() -> JSONResponse:
+        return JSONResponse(
+            {"status": "ok" if service.healthy else "not ready"}, status_code=200 if service.healthy else 503
+        )
+
+    @app.get("/rewards", include_in_schema=False)
+    async def rewards() -> dict[str, list[str]]:
+        return {"rewards": list(service.models)}
+
+    @app.post("/score", include_in_schema=False)
+    async def score(request: Request) -> dict[str, Any]:
+        wanted = parsed(_UniRequests, json_of(await read_body(request), "body"))
+        if len(wanted.requests) > service.settings.max_rows:
+            raise RequestError(
+                f"requests: {len(wanted.requests)} at once, at most {service.settings.max_rows} are taken",
+                field="requests",
+                status=413,
+            )
+        results: list[dict[str, dict[str, float]]] = [{} for _ in wanted.requests]
+        errors: list[dict[str, str]] = [{} for _ in wanted.requests]
+        rows: dict[str, list[tuple[int, PictureRow]]] = {}
+        for index, one in enumerate(wanted.requests):
+            names = one.get("required_rewards")
+            for name in dict.fromkeys(map(str, names if isinstance(names, list) else [])):
+                try:
+                    served = service.find(name)
+                    rows.setdefault(name, []).append((index, _uni_row(one, index, served, service)))
+                except DinaError as error:  # of this picture alone
+                    results[index][name], errors[index][name] = {"score": math.nan}, str(error)
+            if not results[index] and not any(index == at for own in rows.values() for at, _ in own):
+                errors[index]["request"] = "required_rewards: a list of names, see /rewards"
+        for name, own in rows.items():
+            scores = await service.score(request, service.models[name], [row for _, row in own], "requests")
+            for (index, _), found in zip(own, scores, strict=True):
+                results[index][name] = {"score": found.score}
+        return {
+            "results": [
+                {name: {part: _finite(value) for part, value in parts.items()} for name, parts in one.items()}
+                for one in results
+            ],
+            "errors": errors,
+        }
+
+
+def _uni_row(content: dict[str, Any], index: int, served: Served, service: Service) -> PictureRow:
+    turn = parsed(_UniRequest, content).history[-1]
+    name = f"requests.{index}"
+    check_prompt(turn.text, name, service.settings.max_prompt_length)
+    picture: EncodedPicture = picture_header(
+        decoded(turn.image_b64, name), service.settings.max_megapixels, name
+    )
+    served.size(picture)
+    return PictureRow(picture, turn.text, tuple(served.model.config.noise_levels), SEED, 1)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,423 @@
+"""What the routes of one server share: its models, its limits, and how a request is scored."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from anyio import to_thread
+from fastapi import Request
+
+from dina_lrm import __version__
+from dina_lrm.core.ensemble import mean_and_standard_error
+from dina_lrm.errors import ScoringError
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.serving.batching import Done, Draining, MicroBatcher, QueueFull, Ticket
+from dina_lrm.serving.callers import Caller, read_callers
+from dina_lrm.serving.engine import Draws, Encode, Encoded, Engine, Result, Row, Unit
+from dina_lrm.serving.entrance import Entrance
+from dina_lrm.serving.metrics import Metrics
+from dina_lrm.serving.pictures import EncodedPicture, open_picture
+from dina_lrm.serving.schemas import ModelInfo, RequestError
+from dina_lrm.serving.settings import ServerSettings
+from dina_lrm.serving.windows import Budget, in_window
+
+__all__ = ["ClientGone", "PictureRow", "RowScore", "Served", "Service", "load_models"]
+
+STALLED_SECONDS = 60.0
+"""A model that is at one pass for so much longer than ten times what it should take is given up as dead."""
+ENCODED_BYTES = 256 * 2**20
+"""Of pictures that are decoded and wait to be encoded, of all requests together."""
+DECODED_PIXELS = 16e6
+"""Of pictures that are being decoded at once: many small ones, or one large one."""
+PARTS_AT_ONCE = 2
+"""Parts of a request that are under way at once: while one is scored, the next can be decoded."""
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """What is to be scored of a picture."""
+
+    picture: EncodedPicture
+    prompt: str
+    noise_levels: tuple[float, ...]
+    seed: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What came of a row."""
+
+    score: float
+    standard_error: float | None
+    encode_seconds: float
+    """Of the pass that encoded it: text encoders and VAE."""
+    forward_seconds: float
+    """Of the passes that scored it: backbone and head."""
+    notes: tuple[str, ...] = ()
+
+
+def load_models(settings: ServerSettings) -> dict[str, RewardModel]:
+    """The rewards that a server is to serve, by name."""
+    options: dict[str, Any] = {} if settings.pipeline is None else {"pipeline": settings.pipeline}
+    return {
+        name: RewardModel.from_pretrained(
+            location, device=settings.device, dtype=getattr(torch, settings.dtype), **options
+        ).requires_grad_(False)
+        for name, location in settings.models
+    }
+
+
+class Served:
+    """A model with the thread that holds it."""
+
+    def __init__(self, name: str, model: RewardModel, settings: ServerSettings, metrics: Metrics) -> None:
+        self.name, self.settings = name, settings
+        self.engine = Engine(model)
+        self.digest = _digest(model)
+        self.batcher = MicroBatcher[Unit, Result](
+            self.engine.run,
+            max_batch_size=settings.max_batch_size,
+            max_wait_ms=settings.max_wait_ms,
+            max_queue=settings.max_queue,
+            max_work=settings.max_queue_tokens,
+            max_pass_seconds=settings.max_pass_seconds,
+            observe=lambda stats: metrics.batch(name, stats),
+        )
+        metrics.describe(
+            name,
+            base=str(model.config.backbone_id),
+            digest=self.digest,
+            version=__version__,
+            queued=lambda: self.batcher.queued,
+            work=lambda: self.batcher.work,
+        )
+
+    @property
+    def model(self) -> RewardModel:
+        return self.engine.model
+
+    def info(self) -> ModelInfo:
+        config, architecture = self.model.config, self.model.backbone.architecture
+        encoders = self.model.encoders
+        return ModelInfo(
+            name=self.name,
+            base=config.backbone_id,
+            digest=self.digest,
+            training_step=self.model.training_step,
+            noise_levels=list(config.noise_levels),
+            family=self.model.backbone.family,
+            latent_channels=architecture.latent_channels,
+            max_latent_side=architecture.max_latent_side,
+            takes_pictures=encoders is not None and encoders.source.has("vae"),
+            takes_prompts=encoders is not None and all(map(encoders.source.has, encoders.text.encoders)),
+        )
+
+    # ------------------------------------------------------------------------------------- costs
+
+    def check_count(self, rows: int, name: str) -> None:
+        """As `check_cost`, as soon as it is known how many rows there are."""
+        if rows > self.settings.max_rows:
+            raise _too_large(name, f"{rows} in one request", self.settings.max_rows, "max_rows")
+
+    def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> int:
+        """Tokens of work of a request.
+
+        Args:
+            name: of the field that holds the rows.
+
+        Raises:
+            RequestError: 413; it says which limit, and by how much it is passed.
+        """
+        limits, total, pixels = self.settings, 0, 0
+        self.check_count(len(rows), name)
+        for row in rows:
+            if isinstance(row, Row):
+                text = row.conditioning.prompt_embeds.shape[1]
+                if text > limits.max_text_tokens:
+                    raise _too_large(
+                        "prompt_embeds", f"{text} tokens", limits.max_text_tokens, "max_text_tokens"
+                    )
+                tokens = self.engine.image_tokens(row.latent.shape) + text
+            else:
+                pixels += row.picture.pixels
+                tokens = self.engine.picture_tokens(*self.size(row.picture))
+            if tokens > limits.max_row_tokens:
+                raise _too_large(name, f"a row of {tokens} tokens", limits.max_row_tokens, "max_row_tokens")
+            total += tokens * len(row.noise_levels) * row.num_draws
+        if pixels > limits.max_request_megapixels * 1e6:
+            raise _too_large(
+                name,
+                f"{pixels / 1e6:.1f} million pixels",
+                limits.max_request_megapixels,
+                "max_request_megapixels",
+            )
+        if total > limits.max_request_tokens:
+            raise _too_large(
+                name,
+                f"{total} tokens of work (rows x draws x noise levels x tokens)",
+                limits.max_request_tokens,
+                "max_request_tokens",
+            )
+        return total
+
+    def size(self, picture: EncodedPicture) -> tuple[int, int]:
+        """Height and width that a picture is encoded at; InvalidInputError where it is too small."""
+        return self.model.picture_size(picture.height, picture.width, picture.name)
+
+    def encoded_bytes(self, picture: EncodedPicture) -> int:
+        """Of a picture that waits to be encoded: three colours in float32."""
+        height, width = self.size(picture)
+        return 3 * 4 * height * width
+
+
+def _too_large(field: str, what: str, limit: float, setting: str) -> RequestError:
+    return RequestError(f"{field}: {what}, at most {limit:g} are taken ({setting})", field=field, status=413)
+
+
+class Service:
+    """Models, callers, counters."""
+
+    def __init__(self, settings: ServerSettings, models: dict[str, RewardModel]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.entrance = Entrance(
+            None,
+            cookie="dina_lrm_page",
+            title="Reward server",
+            callers=read_callers(settings.token, settings.tokens),
+        )
+        self.models = {name: Served(name, model, settings, self.metrics) for name, model in models.items()}
+        self.first = next(iter(self.models.values()))
+        self.closing = asyncio.Event()
+        self.warm = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._encoded, self._decoding = Budget(ENCODED_BYTES), Budget(DECODED_PIXELS)
+
+    @property
+    def queued(self) -> int:
+        return sum(one.batcher.queued for one in self.models.values())
+
+    @property
+    def healthy(self) -> bool:
+        return self.warm and all(
+            one.batcher.overdue_seconds < STALLED_SECONDS for one in self.models.values()
+        )
+
+    @property
+    def ready(self) -> bool:
+        return self.healthy and not any(one.batcher.full for one in self.models.values())
+
+    async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        for one in self.models.values():
+            one.batcher.start()
+            await one.batcher.run(one.engine.warm_up)
+        self.warm = True
+
+    async def stop(self) -> None:
+        """Finish what was taken."""
+        self.warm = False
+        self.closing.set()
+        await asyncio.gather(*(one.batcher.stop() for one in self.models.values()))
+
+    def run(self, job: Callable[[], T]) -> T:
+        """`job()` on the first model's thread, for callers in other threads.
+
+        Raises:
+            ScoringError: the server is too busy, or shutting down.
+        """
+        if self.loop is None:
+            raise ScoringError("the server has not started")
+        try:
+            return asyncio.run_coroutine_threadsafe(self.first.batcher.run(job), self.loop).result()
+        except (QueueFull, Draining) as error:
+            raise ScoringError("the server is busy: try again in a moment") from error
+
+    def find(self, name: str | None) -> Served:
+        """The model of a name.
+
+        Raises:
+            RequestError: 422; there is none of that name.
+        """
+        if name is None:
+            return self.first
+        if name not in self.models:
+            raise RequestError(
+                f"model: there is no {name[:80]!r}, only {', '.join(self.models)}", field="model", status=422
+            )
+        return self.models[name]
+
+    async def score(
+        self, request: Request, served: Served, rows: Sequence[Row | PictureRow], name: str
+    ) -> list[RowScore]:
+        """Scores of the rows of a request; what they cost goes into its log line.
+
+        Raises:
+            RequestError: 413, the request is too large.
+            QueueFull, Draining, CallerFull: it was not taken.
+            ClientGone: whoever sent it has left; what was under way was dropped.
+        """
+        work = served.check_cost(rows, name)
+        request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
+        scores = await _unless_gone(request, self.score_rows(served, rows, request.state.caller, work))
+        for stage in ("encode", "forward"):
+            seconds = sum(getattr(one, f"{stage}_seconds") for one in scores) / len(scores)
+            request.state.facts[f"{stage}_seconds"] = round(seconds, 6)
+        return scores
+
+    async def score_rows(
+        self, served: Served, rows: Sequence[Row | PictureRow], caller: Caller | None, work: int
+    ) -> list[RowScore]:
+        """Scores of rows whose cost was checked.
+
+        Raises:
+            QueueFull, Draining, CallerFull: they were not taken.
+        """
+        with _counted(caller, len(rows)), served.batcher.admit(len(rows), work) as ticket:
+            scores = await self._score(served, ticket, rows)
+        self.metrics.scores.labels(served.name).inc(len(scores))
+        if caller is not None:
+            self.metrics.callers.labels(caller.name).inc(len(scores))
+        return scores
+
+    async def _score(
+        self, served: Served, ticket: Ticket, rows: Sequence[Row | PictureRow]
+    ) -> list[RowScore]:
+        """Part after part, so that what a request holds in memory does not grow with it. The rows of a part
+        are encoded and scored together."""
+        parts = await in_window(
+            (partial(self._part, served, ticket, part) for part in self._parts(served, rows)), PARTS_AT_ONCE
+        )
+        return [one for part in parts for one in part]
+
+    def _parts(self, served: Served, rows: Sequence[Row | PictureRow]) -> Iterator[list[Row | PictureRow]]:
+        """At most a pass's worth of rows, and so many pictures as may wait to be encoded."""
+        part: list[Row | PictureRow] = []
+        size = 0
+        for row in rows:
+            own = 0 if isinstance(row, Row) else served.encoded_bytes(row.picture)
+            if part and (len(part) == self.settings.max_batch_size or size + own > ENCODED_BYTES / 2):
+                yield part
+                part, size = [], 0
+            part.append(row)
+            size += own
+        yield part
+
+    async def _part(self, served: Served, ticket: Ticket, part: Sequence[Row | PictureRow]) -> list[RowScore]:
+        pictures = [row for row in part if isinstance(row, PictureRow)]
+        encoded = await self._encode(served, ticket, pictures) if pictures else []
+        rows = [row for row in part if isinstance(row, Row)] + [
+            Row(done.value.latent, done.value.conditioning, row.noise_levels, row.seed, row.num_draws)
+            for done, row in zip(encoded, pictures, strict=True)
+        ]
+        noise = [Draws(row) for row in rows]
+
+        async def draw(index: int) -> list[Done[float]]:
+            units = [served.engine.score_unit(row, own, index) for row, own in zip(rows, noise, strict=True)]
+            done = await self._together(served, ticket, units)
+            for own in noise:
+                own.drop(index)
+            return done
+
+        num_draws = rows[0].num_draws
+        at_once = max(1, self.settings.max_batch_size // len(rows))
+        draws = await in_window((partial(draw, index) for index in range(num_draws)), min(at_once, num_draws))
+        scores = torch.tensor([[done.value for done in one] for one in draws])
+        means, errors = mean_and_standard_error(scores)
+        return [
+            RowScore(
+                score=means[index].item(),
+                standard_error=None if errors is None else errors[index].item(),
+                encode_seconds=encoded[index].seconds if encoded else 0.0,
+                forward_seconds=sum(one[index].seconds for one in draws),
+                notes=encoded[index].value.notes if encoded else (),
+            )
+            for index in range(len(rows))
+        ]
+
+    async def _encode(
+        self, served: Served, ticket: Ticket, rows: Sequence[PictureRow]
+    ) -> list[Done[Encoded]]:
+        """Decode, shrink and encode pictures; of all requests only so many pixels are in memory at once."""
+
+        async def decode(row: PictureRow) -> Encode:
+            picture = row.picture
+            async with self._decoding.take(picture.pixels):
+                tensor = await to_thread.run_sync(
+                    lambda: open_picture(
+                        picture.data,
+                        self.settings.max_megapixels,
+                        picture.name,
+                        lambda height, width: served.model.picture_size(height, width, picture.name),
+                    )
+                )
+            return Encode(tensor, row.prompt)
+
+        async with self._encoded.take(sum(served.encoded_bytes(row.picture) for row in rows)):
+            units = await in_window((partial(decode, row) for row in rows), len(rows))
+            return await self._together(served, ticket, units)
+
+    async def _together(self, served: Served, ticket: Ticket, units: Sequence[Unit]) -> list[Done[Any]]:
+        """Results of units that are to share a pass, where they can."""
+        return await in_window((partial(served.batcher.submit, unit, ticket) for unit in units), len(units))
+
+
+@contextmanager
+def _counted(caller: Caller | None, rows: int) -> Iterator[None]:
+    """Rows of a caller, as long as they are under way."""
+    if caller is None:
+        yield
+        return
+    caller.check_room(rows)
+    caller.rows += rows
+    try:
+        yield
+    finally:
+        caller.rows -= rows
+
+
+async def _unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """The answer, unless the client leaves before it is there."""
+    working = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _digest(model: RewardModel) -> str:
+    """Of the weights that belong to the reward: head and adapter, or head and backbone."""
+    own = dict(model.head.state_dict())
+    if model.adapter is not None:
+        own |= {f"adapter.{index}": one for index, one in enumerate(model.adapter.parameters())}
+    elif model.config.tuning == "full":
+        own |= {f"backbone.{name}": one for name, one in model.backbone.state_dict().items()}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(own.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,423 @@
+"""What strangers try, on a real socket: endless headers, slow bodies, idle connections, floods, leaving."""
+
+import base64
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dina_lrm import RewardModel
+from dina_lrm.serving import service as service_module
+from dina_lrm.serving.app import create_app
+from dina_lrm.serving.pictures import open_picture
+from dina_lrm.serving.settings import ServerSettings
+from tests.unit.serving.conftest import HEADERS, PROMPTS, calling, form, listening, png
+
+Tensors = dict[str, Tensor]
+
+SETTINGS = ServerSettings(
+    page=False, max_wait_ms=0.0, header_seconds=0.5, body_seconds=0.5, max_body_mib=2.0, max_inflight_mib=4.0
+)
+
+
+@pytest.fixture(scope="module")
+def port(reward: RewardModel) -> Iterator[int]:
+    with listening(SETTINGS, reward) as port:
+        yield port
+
+
+def opened(port: int, *parts: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    for part in parts:
+        connection.sendall(part)
+    return connection
+
+
+def heard(connection: socket.socket) -> bytes:
+    """All that is answered until the server closes."""
+    found = b""
+    try:
+        while more := connection.recv(65536):
+            found += more
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def sent_until_closed(connection: socket.socket, part: bytes, most: int, *, pause: float = 0.0) -> int:
+    """How often a part could be sent."""
+    for count in range(most):
+        try:
+            connection.sendall(part)
+        except OSError:
+            return count
+        time.sleep(pause)
+    return most
+
+
+def head(length: int, *more: str) -> bytes:
+    lines = ["POST /v1/score HTTP/1.1", "host: 127.0.0.1", f"content-length: {length}", *more]
+    lines += [f"{name}: {value}" for name, value in HEADERS.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+
+def probe(port: int) -> float:
+    """Seconds of a probe, which says that all is well."""
+    started = time.monotonic()
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10).status_code == 200
+    return time.monotonic() - started
+
+
+def metric(port: int, start: str) -> float:
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+
+# --- connections -------------------------------------------------------------------------------------------
+
+
+def test_an_endless_header_is_cut_off(port: int) -> None:
+    with opened(port, b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: ") as connection:
+        assert sent_until_closed(connection, b"a" * 65536, 1000) < 128
+    assert probe(port) < 1.0
+
+
+def test_a_header_that_is_too_large_is_told_so(port: int) -> None:
+    with opened(port, b"GET / HTTP/1.1\r\nx-a: " + b"a" * 40_000) as connection:
+        answer = heard(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"headers are too large" in answer
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a"])
+def test_a_connection_that_does_not_say_what_it_wants_is_closed(port: int, first: bytes) -> None:
+    started = time.monotonic()
+    with opened(port, first) as connection:
+        answer = heard(connection)
+    assert 0.4 < time.monotonic() - started < 5
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_header_that_trickles_is_closed(port: int) -> None:
+    started = time.monotonic()
+    with opened(port, b"GET /healthz HTTP/1.1\r\nx-a: ") as connection:
+        assert sent_until_closed(connection, b"a", 100, pause=0.05) < 100
+    assert time.monotonic() - started < 4
+
+
+def test_a_body_that_trickles_is_refused(port: int) -> None:
+    started = time.monotonic()
+    with opened(port, head(1_000_000)) as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        for _ in range(100):
+            try:
+                connection.sendall(b"a")
+                answer += connection.recv(4096)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            break
+    assert time.monotonic() - started < 4
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"field":"body"' in answer
+    assert b"connection: close" in answer
+
+
+def test_a_body_that_comes_slowly_but_steadily_is_taken(port: int, tensors: Tensors) -> None:
+    large = {
+        name: torch.cat([value] * 40) if name != "u" else torch.full((80,), 0.4)
+        for name, value in tensors.items()
+    }
+    body = save(large)
+    with opened(port, head(len(body))) as connection:
+        for start in range(0, len(body), 2**18):
+            connection.sendall(body[start : start + 2**18])
+            time.sleep(0.3)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_nobody_reads_does_not_keep_its_connection(reward: RewardModel) -> None:
+    settings = replace(SETTINGS, token="secret")
+    with listening(settings, reward) as port, opened(port, head(1_000_000)) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401")
+        started = time.monotonic()
+        assert sent_until_closed(connection, b"a", 100, pause=0.05) < 100
+        assert time.monotonic() - started < 4
+
+
+def test_a_connection_is_kept_between_requests(port: int) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    with opened(port) as connection:
+        for _ in range(3):
+            connection.sendall(request)
+            answer = b""
+            while b"queued" not in answer:
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200")
+            time.sleep(0.7)  # longer than a header may take
+
+
+def test_more_connections_than_allowed_are_refused_and_it_is_logged(
+    reward: RewardModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening(replace(SETTINGS, max_connections=5, header_seconds=30.0), reward) as port:
+        logging.getLogger("uvicorn.error").propagate = True
+        held = [opened(port) for _ in range(5)]
+        time.sleep(0.2)
+        with opened(port, b"GET /healthz HTTP/1.1\r\n\r\n") as one_more:
+            answer = heard(one_more)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after" in answer
+        for one in held:
+            one.close()
+        time.sleep(0.2)
+        assert probe(port) < 1.0
+    assert any("further ones are refused" in record.getMessage() for record in caplog.records)
+
+
+def test_bytes_under_way_are_bounded(port: int, tensors: Tensors) -> None:
+    """Six unfinished bodies of 1.5 MiB where 4 MiB are allowed: some are told to come again."""
+    bodies = [opened(port, head(2_000_000), b"a" * 1_500_000) for _ in range(6)]
+    answers = [heard(one) for one in bodies]
+    for one in bodies:
+        one.close()
+    statuses = sorted(answer.split()[1] for answer in answers if answer)
+    assert statuses[-1] == b"503"
+    assert statuses.count(b"503") >= 3
+    assert probe(port) < 1.0
+    assert metric(port, "dina_lrm_inflight_bytes") == 0
+    reply = httpx.post(f"http://127.0.0.1:{port}/v1/score", content=save(tensors), headers=HEADERS)
+    assert reply.status_code == 200
+
+
+def test_a_client_that_leaves_in_mid_body_is_no_fault_of_the_server(port: int) -> None:
+    for _ in range(5):
+        opened(port, head(100_000), b"abc").close()
+    for _ in range(200):
+        if metric(port, 'dina_lrm_rejected_total{reason="gone"}') >= 5:
+            break
+        time.sleep(0.02)
+    assert metric(port, 'dina_lrm_rejected_total{reason="gone"}') >= 5
+    assert metric(port, 'dina_lrm_rejected_total{reason="fault"}') == 0
+    assert metric(port, 'dina_lrm_requests_total{route="/v1/score",status="500"}') == 0
+
+
+# --- work --------------------------------------------------------------------------------------------------
+
+
+def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
+    reward: RewardModel, tensors: Tensors, pictures: list[bytes]
+) -> None:
+    heavy = {
+        "prompts": PROMPTS[0],
+        "images": [base64.b64encode(pictures[i % 3]).decode() for i in range(4)],
+        "num_draws": 4,
+        "noise_levels": [0.1 * (i + 1) for i in range(8)],
+    }
+    with listening(replace(SETTINGS, max_pass_seconds=0.2), reward) as port:
+        url, waits, probes = f"http://127.0.0.1:{port}", list[float](), list[float]()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, f"{url}/v1/score/images", json=heavy, timeout=120)
+            time.sleep(0.5)
+            while not answer.done():
+                started = time.monotonic()
+                reply = httpx.post(f"{url}/v1/score", content=save(tensors), headers=HEADERS, timeout=60)
+                assert reply.status_code == 200
+                waits.append(time.monotonic() - started)
+                probes.append(probe(port))
+    assert answer.result().status_code == 200
+    expected = reward.score(
+        PROMPTS[0],
+        [pictures[i % 3] for i in range(4)],
+        noise_levels=heavy["noise_levels"],
+        seed=0,
+        num_draws=4,
+    )
+    torch.testing.assert_close(
+        torch.tensor(answer.result().json()["scores"]), expected.scores, rtol=1e-6, atol=1e-5
+    )
+    assert len(waits) > 2
+    assert float(np.median(waits)) < 2.0
+    assert float(np.median(probes)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("limits", "change", "field", "said"),
+    [
+        ({"max_text_tokens": 10}, {}, "prompt_embeds", "max_text_tokens"),
+        ({"max_row_tokens": 20}, {}, "latents", "max_row_tokens"),
+        ({"max_request_tokens": 50}, {}, "latents", "max_request_tokens"),
+    ],
+)
+def test_tokens_are_limited(
+    reward: RewardModel, tensors: Tensors, limits: Any, change: Any, field: str, said: str
+) -> None:
+    with calling(create_app(replace(SETTINGS, **limits), reward)) as client:
+        reply = client.post("/v1/score", content=save(tensors), headers=HEADERS)
+        assert (reply.status_code, reply.json()["field"]) == (413, field)
+        assert said in reply.json()["error"]
+        assert client.get("/v1/models").json()["limits"][said] == next(iter(limits.values()))
+
+
+def test_work_and_pixels_of_a_request_with_pictures_are_limited(
+    reward: RewardModel, pictures: list[bytes]
+) -> None:
+    with calling(create_app(replace(SETTINGS, max_request_tokens=2000), reward)) as client:
+        wanted = {"prompts": "a red circle", "num_draws": 64}
+        reply = client.post("/v1/score/images", **form(wanted, images=pictures))
+        assert (reply.status_code, reply.json()["field"]) == (413, "images")
+        assert "rows x draws x noise levels x tokens" in reply.json()["error"]
+    with calling(create_app(replace(SETTINGS, max_request_megapixels=0.01), reward)) as client:
+        reply = client.post("/v1/score/images", **form({"prompts": "a red circle"}, images=pictures))
+        assert reply.status_code == 413
+        assert "max_request_megapixels" in reply.json()["error"]
+
+
+def test_few_pixels_are_decoded_at_once_whatever_a_request_holds(
+    reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def counted(data: bytes, *arguments: Any) -> Tensor:
+        with lock:
+            now[0] += 1_000_000
+            most[0] = max(most[0], now[0])
+        try:
+            return open_picture(data, *arguments)
+        finally:
+            with lock:
+                now[0] -= 1_000_000
+
+    monkeypatch.setattr(service_module, "open_picture", counted)
+    monkeypatch.setattr(service_module, "DECODED_PIXELS", 2.5e6)
+    large = [png(np.full((1000, 1000, 3), shade, dtype=np.uint8)) for shade in range(0, 240, 20)]
+    with calling(create_app(SETTINGS, reward)) as client:
+        reply = client.post("/v1/score/images", **form({"prompts": PROMPTS[0]}, images=large))
+    assert most[0] == 2_000_000
+    expected = reward.score(PROMPTS[0], large, seed=0).scores
+    torch.testing.assert_close(torch.tensor(reply.json()["scores"]), expected, rtol=1e-6, atol=1e-5)
+
+
+# --- other sites -------------------------------------------------------------------------------------------
+
+
+ROUTES = [("POST", "/v1/score"), ("POST", "/v1/score/images"), ("POST", "/v1/compare"), ("GET", "/docs")]
+
+
+@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("GET", "/metrics"), ("GET", "/nothing")])
+def test_without_a_token_it_answers_to_its_own_names_only(
+    client: Any, method: str, path: str, pictures: list[bytes]
+) -> None:
+    reply = client.request(method, path, headers={"host": "rebound.example"})
+    assert (reply.status_code, reply.json()["field"]) == (403, "host")
+    for own in ("localhost:8000", "127.0.0.1", "[::1]:80"):
+        assert client.request(method, path, headers={"host": own}).status_code != 403
+
+
+def test_other_sites_are_refused_on_every_route_that_does_something(
+    client: Any, pictures: list[bytes]
+) -> None:
+    wanted = form({"prompts": "a red circle"}, images=pictures[:1])
+    for strange in (
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"sec-fetch-site": "cross-site"},
+    ):
+        reply = client.post("/v1/score/images", headers=strange, **wanted)
+        assert (reply.status_code, reply.json()["field"]) == (403, "origin")
+        assert client.post("/upload", headers=strange, **wanted).status_code == 403
+    for own in ({"origin": "http://127.0.0.1"}, {"sec-fetch-site": "same-origin"}, {}):
+        assert client.post("/v1/score/images", headers=own, **wanted).status_code == 200
+    assert client.get("/healthz", headers={"host": "10.0.0.7:8000"}).status_code == 200  # an orchestrator
+
+
+def test_named_hosts_and_origins_are_let_in(reward: RewardModel, pictures: list[bytes]) -> None:
+    settings = replace(
+        SETTINGS, hosts=("reward.example",), cors_origins=("https://friend.example",), token="secret"
+    )
+    bearer = {"authorization": "Bearer secret", "host": "reward.example"}
+    with calling(create_app(settings, reward)) as client:
+        wanted = form({"prompts": "a red circle"}, images=pictures[:1])
+        for origin in ("https://reward.example", "https://friend.example"):
+            headers = bearer | {"origin": origin}
+            assert client.post("/v1/score/images", headers=headers, **wanted).status_code == 200
+        strange = bearer | {"host": "other.example"}
+        assert client.post("/v1/score/images", headers=strange, **wanted).status_code == 403
+
+
+# --- what is said ------------------------------------------------------------------------------------------
+
+
+def test_wrong_kinds_of_values_are_refused_in_plain_words(client: Any, pictures: list[bytes]) -> None:
+    picture = base64.b64encode(pictures[0]).decode()
+    for name, value, said in (
+        ("noise_levels", True, "a number in [0, 1]"),
+        ("noise_levels", "0.4", "a number in [0, 1]"),
+        ("noise_levels", [0.1, False], "a number in [0, 1]"),
+        ("seed", True, "a whole number"),
+        ("seed", "5", "a whole number"),
+        ("seed", 1.0, "a whole number"),
+        ("num_draws", True, "integer"),
+        ("prompts", [1], "a text"),
+    ):
+        reply = client.post("/v1/score/images", json={"prompts": "a", "images": [picture]} | {name: value})
+        assert (reply.status_code, reply.json()["field"]) == (422, name)
+        assert said in reply.json()["error"]
+        assert "constrained" not in reply.json()["error"]
+    level = client.post("/v1/score/images", json={"prompts": "a", "images": [picture], "noise_levels": 1})
+    assert level.json()["noise_levels"] == [1.0]
+
+
+def test_what_is_said_twice_is_refused(client: Any) -> None:
+    body = b'{"prompts": "a", "images": ["x"], "prompts": "b"}'
+    reply = client.post("/v1/score/images", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert "'prompts' is said twice" in reply.json()["error"]
+
+
+def test_a_long_key_is_not_repeated(client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for body in ({"x" * 500_000: 1}, {"prompts": "a", "images": ["x"], "model": "y" * 300_000}):
+        reply = client.post("/v1/score/images", json=body)
+        assert reply.status_code == 422
+        assert len(reply.content) < 1000
+    with caplog.at_level(logging.INFO, "dina_lrm.serving"):
+        client.post("/v1/score/images", json={"x" * 500_000: 1})
+    assert all(len(str(vars(record))) < 5000 for record in caplog.records)
+
+
+def test_a_compressed_body_is_called_that(client: Any) -> None:
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    reply = client.post("/v1/score/images", content=b"\x1f\x8b", headers=headers)
+    assert (reply.status_code, reply.json()["field"]) == (415, "content-encoding")
+
+
+def test_a_page_below_does_not_hide_what_a_route_takes(reward: RewardModel) -> None:
+    app = create_app(SETTINGS, reward)
+
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    app.mount("/", page)
+    with calling(app) as client:
+        reply = client.get("/v1/score")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+        assert json.loads(reply.content)["request_id"] == reply.headers["x-request-id"]
+        assert client.head("/healthz").status_code == 200
+        assert client.delete("/healthz").status_code == 405
+        assert client.get("/elsewhere").status_code == 404
