@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._early is None:
+        if not self.should_exit:  # set by a signal, and by some versions where the app did not start
             self.answered = True
             host, port = self._listener.getsockname()[:2]
             self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
