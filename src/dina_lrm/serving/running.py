@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:  # asyncio has taken the number that it takes at once for this one, too
             self._listener.listen(WAITING_CONNECTIONS)
-        if self._early is None:
+        if not self.should_exit:  # set by a signal, and by some versions where the app did not start
             self.answered = True
             host, port = self._listener.getsockname()[:2]
             self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")

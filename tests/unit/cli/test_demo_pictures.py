@@ -67,7 +67,8 @@ def test_every_picture_can_be_read_in_many_sizes_and_forms(made: tuple[Path, Pic
     for file in usable:
         with Image.open(file) as stored:
             modes.add(stored.mode)
-    assert {"RGB", "RGBA", "L", "I;16"} <= modes
+    assert {"RGB", "RGBA", "L"} <= modes
+    assert modes & {"I;16", "I"}, "16 bits: which of the two depends on the version of Pillow"
     turned = next(file for file in usable if "rotated" in file.name)
     with Image.open(turned) as stored:
         assert load_image(turned).size == stored.size[::-1]

@@ -344,11 +344,11 @@ def test_every_bit_of_the_seed_of_initialization_counts(tiny_backbone: Path) -> 
 
 
 def test_pictures_that_are_compared_are_seen_through_one_noise(complete: RewardModel) -> None:
-    """Also where it is fresh: a picture is never preferred to itself."""
+    """Also where it is fresh: a picture is never preferred to itself, beyond the last digit of a float32."""
     picture = Image.linear_gradient("L").resize((16, 16))
-    assert complete.compare(PROMPT, picture, picture, 0.9, seed=None) == 0.5
+    assert complete.compare(PROMPT, picture, picture, 0.9, seed=None) == pytest.approx(0.5, abs=1e-6)
     first, second = complete.rank(PROMPT, [picture, picture], 0.9, seed=None)
-    assert first.score == second.score
+    assert first.score == pytest.approx(second.score, abs=1e-6)
     with pytest.raises(InvalidInputError, match="2 seeds for 1 samples"):
         complete.compare(PROMPT, picture, picture, seed=[1, 2])
 
