@@ -1,9 +1,10 @@
 """Shared fixtures: the folder of golden tensors, and tiny random pipelines built once a session."""
 
+import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,17 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers wa
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 
 GOLDEN_VARIABLE = "DINA_LRM_GOLDEN"
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command that logs as a server does leaves no handler behind: its stderr belongs to one test."""
+    loggers = [logging.getLogger(name) for name in ("dina_lrm.serving", "uvicorn.error", "asyncio")]
+    before = [(one, one.handlers, one.propagate, one.level) for one in loggers]
+    yield
+    for one, handlers, propagate, level in before:
+        one.handlers, one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The server behind nginx, with TLS and a prefix, by the configuration that is in deploy/."""
 
 import json
+import os
 import shutil
 import ssl
 import subprocess
@@ -49,8 +50,10 @@ def proxied(tmp_path: Path) -> Iterator[tuple[str, ssl.SSLContext, Path]]:
             f"{kind}_temp_path {tmp_path / kind};\n"
             for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        # Started by root its workers are somebody else, who may not write into the test's folder.
+        user = "user root;\n" if os.geteuid() == 0 else ""
         (tmp_path / "nginx.conf").write_text(
-            f"daemon off;\npid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
+            f"{user}daemon off;\npid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\n"
             f"http {{\naccess_log off;\n{places}{text}}}\n"
         )
         nginx = subprocess.Popen([str(NGINX), "-c", str(tmp_path / "nginx.conf"), "-p", str(tmp_path)])
