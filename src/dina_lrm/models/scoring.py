@@ -83,8 +83,8 @@ def resolve_levels(levels: NoiseLevels, default: Sequence[float], batch: int) ->
 
 def check_sigma(sigma: Tensor, name: str) -> None:
     """Every level in [0, 1]."""
-    outside = sigma[~((sigma >= 0) & (sigma <= 1))]
-    if outside.numel():
+    if not torch.equal(sigma, sigma.clamp(0, 1)):  # NaN is equal to nothing
+        outside = sigma[~((sigma >= 0) & (sigma <= 1))]
         raise InvalidInputError(
             f"{name} = {outside[0].item():.6g} is outside [0, 1] (0 is clean, 1 is pure noise)"
         )

@@ -134,6 +134,13 @@ def create_app(
 # --- routes ------------------------------------------------------------------------------------------------
 
 
+class _RawRoute(APIRoute):
+    """A route that reads the request and makes the answer by itself: FastAPI only documents it."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        return self.endpoint
+
+
 def _add_routes(
     app: FastAPI, service: Service, metrics_text: Callable[[bytes], Awaitable[bytes]] | None
 ) -> None:
@@ -141,19 +148,7 @@ def _add_routes(
     version_header = {"name": VERSION_HEADER, "in": "header", "required": True, "schema": {"enum": ["1"]}}
     model_query = {"name": "model", "in": "query", "schema": {"type": "string"}}
 
-    @app.post(
-        "/v1/score",
-        response_model=LatentScores,
-        openapi_extra={
-            "parameters": [version_header, model_query],
-            "requestBody": {
-                "required": True,
-                "description": "safetensors bytes: latents, prompt_embeds, pooled_prompt_embeds, u, seeds",
-                "content": {CONTENT_TYPE: {"schema": {"type": "string", "format": "binary"}}},
-            },
-        },
-    )
-    async def score_latents(request: Request) -> LatentScores:
+    async def score_latents(request: Request) -> Response:
         """Scores of clean latents, each at its own noise level: the latent protocol, version 1."""
         version = request.headers.get(VERSION_HEADER)
         if version != PROTOCOL_VERSION:
@@ -168,10 +163,28 @@ def _add_routes(
         latents = await to_thread.run_sync(unpack, body) if len(body) > LARGE_BYTES else unpack(body)
         del body
         served.check_count(len(latents), "latents")
-        fresh = [secrets.randbits(62) for _ in range(len(latents))]
+        fresh = [secrets.randbits(62) for _ in range(len(latents))] if latents.seeds is None else ()
         rows = served.engine.latent_rows(latents, fresh)
         scores = await service.score(request, served, rows, "latents")
-        return LatentScores(protocol_version=PROTOCOL_VERSION, raw_scores=[one.score for one in scores])
+        return JSONResponse(
+            {"protocol_version": PROTOCOL_VERSION, "raw_scores": [one.score for one in scores]}
+        )
+
+    app.router.add_api_route(
+        "/v1/score",
+        score_latents,
+        methods=["POST"],
+        route_class_override=_RawRoute,
+        response_model=LatentScores,
+        openapi_extra={
+            "parameters": [version_header, model_query],
+            "requestBody": {
+                "required": True,
+                "description": "safetensors bytes: latents, prompt_embeds, pooled_prompt_embeds, u, seeds",
+                "content": {CONTENT_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+            },
+        },
+    )
 
     @app.post(
         "/v1/score/images",

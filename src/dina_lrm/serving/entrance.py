@@ -3,11 +3,11 @@
 import base64
 import hashlib
 import hmac
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers
 from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -35,12 +35,14 @@ class Entrance:
         self._callers = read_callers(token, None) if callers is None else callers
         self._cookie, self._title = cookie, title
 
-    def knows(self, headers: Headers) -> bool:
+    def knows(self, headers: Mapping[str, str]) -> bool:
         """Whether a request shows a token, or the cookie made from it; always where none is asked for."""
         return not self._callers.all or self.caller(headers) is not None
 
-    def caller(self, headers: Headers) -> Caller | None:
-        """Whose token, or cookie made from it, a request shows."""
+    def caller(self, headers: Mapping[str, str]) -> Caller | None:
+        """Whose token, or cookie made from it, a request shows; None where there are no tokens."""
+        if not self._callers.all:
+            return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Header values arrive as Latin-1 text of the bytes that were sent.
         if scheme.lower() == "bearer" and (found := self._callers.find(given.strip().encode("latin-1"))):

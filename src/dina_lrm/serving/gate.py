@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +97,10 @@ class _Passage:
     def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
         self.gate, self.scope = gate, scope
         self._receive, self._send = receive, send
-        self.headers = Headers(scope=scope)
+        # The first of each name, as starlette reads them; it decodes them all at every look.
+        self.headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])
+        }
         given = self.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.trace = trace_of(self.headers.get("traceparent", ""))
@@ -256,6 +259,7 @@ class _Passage:
             if self.status == 408:
                 headers["connection"] = "close"
             self.facts["stream"] = headers.get("content-type", "").startswith("text/event-stream")
+            return await self._send(message)  # a few bytes: only what follows can fill the connection
         async with asyncio.timeout(_ANSWER_SECONDS):
             await self._send(message)
 

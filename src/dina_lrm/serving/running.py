@@ -78,7 +78,9 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         InvalidInputError: no such address on this machine, or the port is taken.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named: for sockets without it asyncio leaves Nagle's delay of 40 ms between two writes.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -334,12 +334,11 @@ class Service:
         num_draws = rows[0].num_draws
         at_once = max(1, self.settings.max_batch_size // len(rows))
         draws = await in_window((partial(draw, index) for index in range(num_draws)), min(at_once, num_draws))
-        scores = torch.tensor([[done.value for done in one] for one in draws])
-        means, errors = mean_and_standard_error(scores)
+        means, errors = _over_draws([[done.value for done in one] for one in draws])
         return [
             RowScore(
-                score=means[index].item(),
-                standard_error=None if errors is None else errors[index].item(),
+                score=means[index],
+                standard_error=None if errors is None else errors[index],
                 encode_seconds=encoded[index].seconds if encoded else 0.0,
                 forward_seconds=sum(one[index].seconds for one in draws),
                 notes=encoded[index].value.notes if encoded else (),
@@ -372,6 +371,14 @@ class Service:
     async def _together(self, served: Served, ticket: Ticket, units: Sequence[Unit]) -> list[Done[Any]]:
         """Results of units that are to share a pass, where they can."""
         return await in_window((partial(served.batcher.submit, unit, ticket) for unit in units), len(units))
+
+
+def _over_draws(scores: list[list[float]]) -> tuple[list[float], list[float] | None]:
+    """Mean of each row over the draws, and its standard error where there are several."""
+    if len(scores) == 1:  # without a tensor: the thread that computes one would be waited for
+        return scores[0], None
+    means, errors = mean_and_standard_error(torch.tensor(scores))
+    return means.tolist(), None if errors is None else errors.tolist()
 
 
 @contextmanager

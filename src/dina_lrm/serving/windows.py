@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 __all__ = ["Budget", "in_window"]
@@ -16,8 +17,12 @@ async def in_window(jobs: Iterable[Callable[[], Awaitable[T]]], limit: int) -> l
 
     The first error ends all, and is raised.
     """
+    waiting = iter(jobs)
+    first = list(islice(waiting, 1 if limit == 1 else 2))
+    if len(first) < 2:  # one after another: no tasks are needed, which most requests are too small for
+        return [await job() for job in chain(first, waiting)]
     found: dict[int, T] = {}
-    numbered = enumerate(jobs)
+    numbered = enumerate(chain(first, waiting))
 
     async def worker() -> None:
         for index, job in numbered:

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM at any moment: the exit code, and how to go on."""
 
+import asyncio
 import json
 import os
 import signal
@@ -124,6 +125,24 @@ def test_a_bound_address_keeps_nobody_waiting():
         listener.listen()
         with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
             bound("127.0.0.1", port)
+
+
+def test_answers_are_not_held_back_by_the_system():
+    """asyncio turns Nagle's delay off for sockets that name their protocol, and for no others."""
+
+    async def accepted():
+        taken = asyncio.get_running_loop().create_future()
+        with bound("127.0.0.1", 0) as listener:
+            server = await asyncio.start_server(lambda reader, writer: taken.set_result(writer), sock=listener)
+            _, client = await asyncio.open_connection(*listener.getsockname())
+            writer = await taken
+            held_back = not writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            client.close()
+            writer.close()
+            server.close()
+        return held_back
+
+    assert not asyncio.run(accepted())
 
 
 def test_a_second_signal_does_not_wait_for_the_app():

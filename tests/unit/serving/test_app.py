@@ -293,12 +293,13 @@ def test_json_that_is_none_is_refused(client: TestClient) -> None:
 # --- around it ---------------------------------------------------------------------------------------------
 
 
-def test_health_and_metrics(client: TestClient, tensors: Tensors) -> None:
+def test_health_and_metrics(client: TestClient, tensors: Tensors, pictures: list[bytes]) -> None:
     assert client.get("/healthz").json() == {"status": "ok", "model": "bundled", "queued": 0}
     assert client.get("/readyz").json()["status"] == "ready"
     before = _metric(client, "dina_lrm_scores_total")
     post(client, tensors)
     assert _metric(client, "dina_lrm_scores_total") == before + 2
+    client.post("/v1/score/images", **form({"prompts": PROMPTS[0]}, images=pictures[:1]))
     text = client.get("/metrics").text
     for name in (
         'dina_lrm_queued_rows{model="bundled"} 0.0',
