@@ -133,7 +133,7 @@ def test_answers_are_not_held_back_by_the_system():
     async def accepted():
         taken = asyncio.get_running_loop().create_future()
         with bound("127.0.0.1", 0) as listener:
-            server = await asyncio.start_server(lambda reader, writer: taken.set_result(writer), sock=listener)
+            server = await asyncio.start_server(lambda _, writer: taken.set_result(writer), sock=listener)
             _, client = await asyncio.open_connection(*listener.getsockname())
             writer = await taken
             held_back = not writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
