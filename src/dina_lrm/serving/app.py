@@ -137,7 +137,7 @@ def create_app(
 class _RawRoute(APIRoute):
     """A route that reads the request and makes the answer by itself: FastAPI only documents it."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint
 
 
