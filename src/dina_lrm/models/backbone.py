@@ -403,7 +403,7 @@ def check_tensor(value: object, name: str, num_axes: int, layout: str, *, finite
 
 def _is_finite(value: Tensor) -> bool:
     """One pass where all is well: a sum of finite numbers is looked at again only if it overflows."""
-    return math.isfinite(value.sum(dtype=torch.float32)) or bool(torch.isfinite(value).all())
+    return math.isfinite(value.detach().sum(dtype=torch.float32)) or bool(torch.isfinite(value).all())
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -53,9 +53,11 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:  # asyncio has taken the number that it takes at once for this one, too
-            self._listener.listen(WAITING_CONNECTIONS)
-        if not self.should_exit:  # set by a signal, and by some versions where the app did not start
+        if not self.started:  # the app did not start, which older versions of uvicorn do not raise for
+            return
+        # asyncio has taken the number that it takes at once for this one, too
+        self._listener.listen(WAITING_CONNECTIONS)
+        if self._early is None:
             self.answered = True
             host, port = self._listener.getsockname()[:2]
             self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}")
