@@ -19,6 +19,7 @@ from dina_lrm.serving.labelling.store import VoteStore
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
 
+COMMAND = [sys.executable, *"-m dina_lrm label --input items.jsonl --output votes.sqlite".split()]
 PHONE = {"is_mobile": True, "has_touch": True}
 
 
@@ -34,18 +35,8 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "dina_lrm",
-            "label",
-            "--input",
-            "items.jsonl",
-            "--output",
-            "votes.sqlite",
-        ]
         self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), *self.options],
+            [*COMMAND, "--port", str(self.port), *self.options],
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )

@@ -6,7 +6,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 from dina_lrm.serving.labelling.store import VoteStore
-from tests.browser.labelling import write_items
+from tests.browser.labelling import COMMAND, write_items
 
 pytestmark = [
     pytest.mark.browser,
@@ -70,20 +69,10 @@ def proxied(address, tmp_path_factory):
     subprocess.run([*request, *subject, *certificate], check=True, capture_output=True)
     label, port = free_port(), free_port()
     (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, port=port, label=label, address=address))
-    command = [
-        sys.executable,
-        "-m",
-        "dina_lrm",
-        "label",
-        "--input",
-        "items.jsonl",
-        "--output",
-        "votes.sqlite",
-    ]
     options = ["--port", str(label), "--root-path", "/label", "--hosts", NAME, "--proxies", "127.0.0.1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DINA_LRM_TOKEN": "open sesame"}
     servers = [
-        subprocess.Popen([*command, *options], cwd=folder, env=environment),
+        subprocess.Popen([*COMMAND, *options], cwd=folder, env=environment),
         subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-g", "daemon off; master_process off;"]),
     ]
     try:

@@ -1,6 +1,5 @@
 """`dina-lrm label`: a page on which people choose between pictures; `label export`: their votes as rows."""
 
-import ipaddress
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ from dina_lrm.cli.options import (
     parse,
     refuse,
 )
-from dina_lrm.serving.settings import LOOPBACK_NAMES, is_loopback
+from dina_lrm.serving.settings import LOOPBACK_NAMES, is_loopback, is_network, is_prefix
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -105,17 +104,13 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    if options.root_path and (not options.root_path.startswith("/") or options.root_path.endswith("/")):
+    if not is_prefix(options.root_path):
         raise UsageError(
             f"--root-path begins with / and does not end with it, such as /label; got {options.root_path!r}"
         )
     for proxy in options.proxies:
-        try:
-            ipaddress.ip_network(proxy, strict=False)
-        except ValueError as error:
-            raise UsageError(
-                f"--proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
-            ) from error
+        if not is_network(proxy):
+            raise UsageError(f"--proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8")
     need_packages("label", "fastapi", "uvicorn", "nltk", "pythonjsonlogger")
     from dina_lrm.serving.labelling.items import read_items
 

@@ -35,13 +35,18 @@ class Entrance:
         self._callers = read_callers(token, None) if callers is None else callers
         self._cookie, self._title = cookie, title
 
+    @property
+    def is_open(self) -> bool:
+        """Whether no token is asked for."""
+        return not self._callers.all
+
     def knows(self, headers: Mapping[str, str]) -> bool:
         """Whether a request shows a token, or the cookie made from it; always where none is asked for."""
-        return not self._callers.all or self.caller(headers) is not None
+        return self.is_open or self.caller(headers) is not None
 
     def caller(self, headers: Mapping[str, str]) -> Caller | None:
         """Whose token, or cookie made from it, a request shows; None where there are no tokens."""
-        if not self._callers.all:
+        if self.is_open:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Header values arrive as Latin-1 text of the bytes that were sent.

@@ -18,7 +18,15 @@ import tyro
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["LOOPBACK_NAMES", "Adapter", "ServerSettings", "is_loopback", "settings_from"]
+__all__ = [
+    "LOOPBACK_NAMES",
+    "Adapter",
+    "ServerSettings",
+    "is_loopback",
+    "is_network",
+    "is_prefix",
+    "settings_from",
+]
 
 ENVIRONMENT = "DINA_LRM_"
 """Prefix of the environment variables: DINA_LRM_MAX_ROWS=64."""
@@ -125,17 +133,15 @@ class ServerSettings:
             raise InvalidInputError(f"port = {self.port}: must be in [0, 65535]")
         if self.token is not None and not self.token.strip():
             raise InvalidInputError("token is empty: give one, or none to let everybody in")
-        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+        if not is_prefix(self.root_path):
             raise InvalidInputError(
                 f"root_path = {self.root_path!r}: it must begin with / and not end with it, such as /reward"
             )
         for proxy in self.proxies:
-            try:
-                ipaddress.ip_network(proxy, strict=False)
-            except ValueError as error:
+            if not is_network(proxy):
                 raise InvalidInputError(
                     f"proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
-                ) from error
+                )
 
     @property
     def models(self) -> tuple[tuple[str, str], ...]:
@@ -158,6 +164,28 @@ class ServerSettings:
         if is_loopback(self.host) and not self.asks_for_token:
             return (*LOOPBACK_NAMES, self.host)
         return None
+
+
+def is_prefix(root_path: str) -> bool:
+    """Whether a proxy can offer a server under this path: none, or one such as /reward.
+
+    >>> is_prefix(""), is_prefix("/reward"), is_prefix("reward"), is_prefix("/reward/")
+    (True, True, False, False)
+    """
+    return not root_path or (root_path.startswith("/") and not root_path.endswith("/"))
+
+
+def is_network(name: str) -> bool:
+    """Whether a name is an address or a network of them.
+
+    >>> is_network("10.0.0.0/8"), is_network("127.0.0.1"), is_network("nginx")
+    (True, True, False)
+    """
+    try:
+        ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
