@@ -12,14 +12,13 @@ import tyro
 
 from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import (
-    TOKEN_VARIABLE,
     JsonFlag,
     ModelOptions,
     need_packages,
     parse,
     refuse,
 )
-from dina_lrm.serving.settings import LOOPBACK_NAMES, is_loopback, is_network, is_prefix
+from dina_lrm.serving.settings import LOOPBACK_NAMES, TOKEN_VARIABLE, check_address, is_loopback, token_in
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported
@@ -102,19 +101,15 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.raters_per_pair < 1:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
-    if not 0 <= options.port <= 65535:
-        raise UsageError(f"--port is in [0, 65535]; got {options.port}")
-    if not is_prefix(options.root_path):
-        raise UsageError(
-            f"--root-path begins with / and does not end with it, such as /label; got {options.root_path!r}"
-        )
-    for proxy in options.proxies:
-        if not is_network(proxy):
-            raise UsageError(f"--proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8")
+    check_address(
+        port=options.port, hosts=options.hosts, root_path=options.root_path, proxies=options.proxies
+    )
+    token = options.token if options.token is not None else token_in(os.environ)
+    if token is not None and not token.strip():
+        raise UsageError("--token is empty: give one, or none to let everybody in")
     need_packages("label", "fastapi", "uvicorn", "nltk", "pythonjsonlogger")
     from dina_lrm.serving.labelling.items import read_items
 
-    token = options.token or os.environ.get(TOKEN_VARIABLE) or None
     items = read_items(options.items)
     report_rejects(items, options.output)
     log(f"pairs: {len(items.pairs)}, pictures: {len(items.pictures)}; votes go to {options.output}")

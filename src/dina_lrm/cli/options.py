@@ -17,7 +17,6 @@ from dina_lrm.models.options import ModelOptions, find_device
 from dina_lrm.scaling.rows import is_text
 
 __all__ = [
-    "TOKEN_VARIABLE",
     "JsonFlag",
     "ModelOptions",
     "NoiseLevels",
@@ -147,9 +146,6 @@ def _is_file(name: str) -> bool:
 
 
 # --- servers -----------------------------------------------------------------------------------------------
-
-TOKEN_VARIABLE = "DINA_LRM_TOKEN"
-"""Environment variable with the token of a server, where none is typed."""
 
 
 def need_packages(extra: str, *names: str) -> None:

@@ -1,5 +1,7 @@
 """`dina-lrm serve`: the reward over HTTP, for trainers, programs and people."""
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,12 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, log
-from dina_lrm.cli.options import TOKEN_VARIABLE, find_device, need_packages, parse, refuse
-from dina_lrm.serving.settings import ServerSettings, is_loopback, settings_from
+from dina_lrm.cli.console import UsageError
+from dina_lrm.cli.options import find_device, need_packages, parse, refuse
+from dina_lrm.serving.settings import (
+    CONFIG_VARIABLE,
+    TOKEN_VARIABLE,
+    ServerSettings,
+    is_loopback,
+    settings_from,
+)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+log = logging.getLogger("dina_lrm.serving")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,7 @@ class Serve:
     settings: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(default_factory=ServerSettings)
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A TOML file of settings, by the names of these options with _ for -. The environment goes before the
-    file, and what is typed before both."""
+    file, and what is typed before both. Without it $DINA_LRM_CONFIG may name one."""
     replicas: int = 1
     """Processes behind one port, through Ray Serve (extra `scale`)."""
     ray_address: str | None = None
@@ -38,9 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.replicas < 1:
         raise UsageError(f"--replicas is at least 1; got {options.replicas}")
     need_packages("serve", "fastapi_offline", "prometheus_client", "pythonjsonlogger", "uvicorn")
+    from dina_lrm.serving.server import log_as_json
+
+    log_as_json()
     settings = options.settings
     if not settings.asks_for_token and not is_loopback(settings.host):
-        log(f"warning: everybody who reaches {settings.host} can use this server; set {TOKEN_VARIABLE}")
+        log.warning("everybody who reaches %s can use this server; set %s", settings.host, TOKEN_VARIABLE)
     if options.replicas > 1 or options.ray_address is not None:
         refuse(arguments, ["--page"], "needs a single server without --replicas and --ray-address")
         from dina_lrm.scaling.replicas import serve_replicas
@@ -49,29 +62,32 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     from dina_lrm.serving.app import create_app
     from dina_lrm.serving.running import bound
-    from dina_lrm.serving.server import log_as_json, serve
+    from dina_lrm.serving.server import serve
 
     def make() -> "FastAPI":
         """The app, from settings as they are now: once at the start, and again at every SIGHUP."""
         now = read(arguments).settings
-        log(f"loading {', '.join(location for _, location in now.models)} on {now.device}")
+        log.info("loading %s on %s", ", ".join(location for _, location in now.models), now.device)
         return create_app(now)
 
     with bound(settings.host, settings.port) as listener:  # a taken port is told before a model is loaded
-        log_as_json()
         return 0 if serve(make, settings, listener) else 1
 
 
 def read(arguments: Sequence[str]) -> Serve:
     """The options that are typed, and the settings of file and environment where nothing is."""
-    typed = parse(Serve, "serve", arguments)
-    found = settings_from(typed.config)
+    config = parse(Serve, "serve", arguments).config
+    if config is None and os.environ.get(CONFIG_VARIABLE):
+        config = Path(os.environ[CONFIG_VARIABLE])
+    found = settings_from(config)
     # The token is no default of an option: --help would print it.
     options = parse(Serve, "serve", arguments, Serve(settings=replace(found, token=None)))
     settings = options.settings
     return replace(
         options,
         settings=replace(
-            settings, token=settings.token or found.token, device=str(find_device(settings.device))
+            settings,
+            token=found.token if settings.token is None else settings.token,
+            device=str(find_device(settings.device)),
         ),
     )

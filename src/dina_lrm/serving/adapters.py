@@ -26,11 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dina_lrm.errors import DinaError
 from dina_lrm.serving.batching import Draining, QueueFull
-from dina_lrm.serving.bodies import read_body
+from dina_lrm.serving.bodies import check_content_type, read_body
 from dina_lrm.serving.callers import CallerFull
 from dina_lrm.serving.engine import Row
 from dina_lrm.serving.pictures import EncodedPicture, picture_header
-from dina_lrm.serving.schemas import RequestError, check_prompt, decoded, json_of, parsed
+from dina_lrm.serving.schemas import ErrorReply, RequestError, check_prompt, decoded, json_of, parsed
 from dina_lrm.serving.service import PictureRow, Served, Service
 
 __all__ = ["add_adapters"]
@@ -41,6 +41,18 @@ KEPT_RESULTS = 1024
 """Of cosmos-rl's tickets."""
 KEPT_SECONDS = 600.0
 """How long a result waits to be fetched."""
+COSMOS_BODY = (
+    'A line of JSON, {"prompts": [...], "reward_fn": {"main": 1.0}, "media_type": "image"}, and bytes of '
+    "np.save after it: for image uint8 (batch, height, width, 3); for latent, and for video, which is the "
+    "default, float16 or float32 (batch, channel, frame, height, width), or without frames."
+)
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+def _raw_schema(description: str) -> dict[str, Any]:
+    """What OpenAPI says about a body of bytes."""
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
 
 
 def add_adapters(app: FastAPI, service: Service) -> None:
@@ -101,15 +113,27 @@ class _Results:
                 del self._kept[ticket]
 
 
+_TICKET = {
+    "type": "object",
+    "required": ["uuid", "type"],
+    "properties": {"uuid": {"type": "string"}, "type": {"type": "string", "description": "The reward."}},
+}
+_PULL_SCHEMA: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {form: {"schema": _TICKET} for form in _FORMS}}
+}
+
+
 def _add_cosmos(app: FastAPI, service: Service) -> None:
     results = _Results()
 
-    @app.post("/api/reward/ping", include_in_schema=False)
+    @app.post("/api/reward/ping")
     async def ping() -> dict[str, Any]:
+        """cosmos-rl: which rewards there are."""
         return {"status": "ok", "rewards": list(service.models)}
 
-    @app.post("/api/reward/enqueue", include_in_schema=False)
+    @app.post("/api/reward/enqueue", openapi_extra=_raw_schema(COSMOS_BODY))
     async def enqueue(request: Request) -> dict[str, str]:
+        """cosmos-rl: take latents or pictures, and give a ticket, `uuid`."""
         results.check_room()
         body = await read_body(request)
         line, newline, array = body.partition(b"\n")
@@ -142,8 +166,10 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
         working.add_done_callback(lambda task: task.cancelled() or task.exception())  # told when it is pulled
         return {"uuid": results.add(working, list(wanted.reward_fn))}
 
-    @app.post("/api/reward/pull", include_in_schema=False)
+    @app.post("/api/reward/pull", openapi_extra=_PULL_SCHEMA, responses={404: {"model": ErrorReply}})
     async def pull(request: Request) -> Any:
+        """cosmos-rl: the scores of a ticket, or 400 as long as they are not there."""
+        check_content_type(request, _FORMS)
         async with request.form(max_files=0, max_fields=8) as form:
             ticket, reward = str(form.get("uuid", "")), str(form.get("type", ""))
         found = results.find(ticket)
@@ -178,9 +204,21 @@ def _one_model(service: Service, rewards: Sequence[str]) -> Served:
 
 
 def _array(data: bytes) -> np.ndarray:
+    """An array from bytes of np.save: what the header says is compared with what was sent before anything
+    of that size is made."""
+    stream = io.BytesIO(data)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+        version = np.lib.format.read_magic(stream)
+        if version not in read_header:
+            raise ValueError(f"format version {version}")
+        shape, in_columns, dtype = read_header[version](stream)
+        expected, got = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+        if dtype.hasobject or expected != got:
+            raise ValueError(f"{dtype} of shape {shape} has {expected} bytes, {got} were sent")
+        values = np.frombuffer(data, dtype, offset=stream.tell())
+        return values.reshape(shape, order="F" if in_columns else "C")
+    except (ValueError, TypeError, EOFError, SyntaxError) as error:
         raise RequestError(f"body: not np.save bytes ({error})", field="body", status=422) from error
 
 
@@ -189,8 +227,8 @@ def _cosmos_pictures(
 ) -> list[PictureRow]:
     if values.ndim != 4 or values.shape[-1] != 3 or values.dtype != np.uint8 or len(values) != len(prompts):
         raise RequestError(
-            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts, expected uint8 "
-            f"(batch, height, width, 3)",
+            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts; media_type image is "
+            f"uint8 (batch, height, width, 3)",
             field="body",
             status=422,
         )
@@ -214,8 +252,9 @@ async def _cosmos_latents(values: np.ndarray, prompts: Sequence[str], served: Se
         or len(values) != len(prompts)
     ):
         raise RequestError(
-            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts, expected float16 or "
-            f"float32 (batch, channel, frame, height, width), or without frames",
+            f"body: {values.dtype} of shape {values.shape} for {len(prompts)} prompts; media_type latent or "
+            f"video, which it is where none is named, is float16 or float32 (batch, channel, frame, height, "
+            f"width), or without frames; pictures are media_type image",
             field="body",
             status=422,
         )
@@ -251,22 +290,36 @@ class _UniRequest(BaseModel):
 class _UniRequests(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    requests: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    requests: Annotated[list[dict[str, Any]], Field(min_length=1)] = Field(
+        description="Each with history, a list of turns with text and image_b64 of which the last is scored, "
+        "and required_rewards, a list of names."
+    )
+
+
+_UNIRL_SCHEMA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _UniRequests.model_json_schema()}},
+    }
+}
 
 
 def _add_unirl(app: FastAPI, service: Service) -> None:
-    @app.get("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> JSONResponse:
+        """UniRL: 200 when a score can be served."""
         return JSONResponse(
             {"status": "ok" if service.healthy else "not ready"}, status_code=200 if service.healthy else 503
         )
 
-    @app.get("/rewards", include_in_schema=False)
+    @app.get("/rewards")
     async def rewards() -> dict[str, list[str]]:
+        """UniRL: the names of the models."""
         return {"rewards": list(service.models)}
 
-    @app.post("/score", include_in_schema=False)
+    @app.post("/score", openapi_extra=_UNIRL_SCHEMA)
     async def score(request: Request) -> dict[str, Any]:
+        """UniRL: scores of pictures by reward; where one cannot be scored null, and why in `errors`."""
         wanted = parsed(_UniRequests, json_of(await read_body(request), "body"))
         if len(wanted.requests) > service.settings.max_rows:
             raise RequestError(

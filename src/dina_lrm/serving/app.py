@@ -158,7 +158,7 @@ def _add_routes(
                 field=VERSION_HEADER,
             )
         check_content_type(request, (CONTENT_TYPE,))
-        served = service.find(request.query_params.get("model"))
+        served = service.find_for(request)
         served.batcher.check_room(1, 0.0)
         body = await read_body(request)
         latents = await to_thread.run_sync(unpack, body) if len(body) > LARGE_BYTES else unpack(body)
@@ -196,7 +196,7 @@ def _add_routes(
         """Scores of pictures, sent as base64 in JSON, or as files `images` of a form beside `request`, which
         holds the same JSON without them."""
         wanted, files = await read_pictures(request, ImagesRequest, several=("images",))
-        served = service.find(wanted.model or request.query_params.get("model"))
+        served = service.find_for(request, wanted.model)
         served.check_count(len(files["images"]), "images")
         prompts, seeds = paired(wanted.prompts, wanted.seed, len(files["images"]), settings.max_prompt_length)
         levels = levels_of(wanted.noise_levels, served.model.config.noise_levels)
@@ -223,7 +223,7 @@ def _add_routes(
     async def compare(request: Request) -> CompareReply:
         """Probability that one picture is preferred to another, both seen through the same noise."""
         wanted, files = await read_pictures(request, CompareRequest, single=("image_a", "image_b"))
-        served = service.find(wanted.model or request.query_params.get("model"))
+        served = service.find_for(request, wanted.model)
         check_prompt(wanted.prompt, "prompt", settings.max_prompt_length)
         levels = levels_of(wanted.noise_levels, served.model.config.noise_levels)
         rows = [
@@ -379,6 +379,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
 def _field_in(message: str) -> str | None:
     """The field that an error of the library is about: its messages begin with it."""
+    if message.startswith("'"):  # one that there is not
+        return message[1:].partition("'")[0]
     first = message.replace(":", " ").split(maxsplit=1)[0]
     return next(
         (name for name in ("body", *FIELDS) if first.startswith(name)),

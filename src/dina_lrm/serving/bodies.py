@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from dina_lrm.serving.schemas import RequestError, decoded, form_fields, json_of, parsed
 
-__all__ = ["check_content_type", "form_schema", "read_body", "read_pictures"]
+__all__ = ["check_content_type", "form_schema", "read_body", "read_json", "read_pictures"]
 
 LARGE_BYTES = 2**18
 """Bodies above are taken apart in a thread, so that others are answered meanwhile."""
@@ -37,6 +37,16 @@ async def read_body(request: Request) -> bytes:
     """The body; unlike that of `request.body()` nobody else keeps it."""
     parts = [part async for part in request.stream()]
     return b"".join(parts)
+
+
+async def read_json(request: Request, kind: type[RequestT]) -> RequestT:
+    """A request that is JSON.
+
+    Raises:
+        RequestError: it names the field that is wrong.
+    """
+    check_content_type(request, ("application/json",))
+    return parsed(kind, json_of(await read_body(request), "body"))
 
 
 async def read_pictures(
@@ -65,7 +75,11 @@ def _from_json(
     wanted = parsed(kind, json_of(body, "body"))
     texts = {name: getattr(wanted, name) for name in (*single, *several)}
     return wanted, {
-        name: [decoded(one, name) for one in ([value] if isinstance(value, str) else value)]
+        name: (
+            [decoded(value, name)]
+            if isinstance(value, str)
+            else [decoded(one, f"{name}.{index}") for index, one in enumerate(value)]
+        )
         for name, value in texts.items()
     }
 
@@ -73,9 +87,9 @@ def _from_json(
 async def _read_form(
     form: FormData, kind: type[RequestT], single: Sequence[str], several: Sequence[str]
 ) -> tuple[RequestT, dict[str, list[bytes]]]:
-    text = form.get("request")
-    if not isinstance(text, str):
-        raise RequestError("request: missing; a form has it as a JSON text", field="request", status=422)
+    texts = form.getlist("request")
+    if len(texts) != 1 or not isinstance(text := texts[0], str):
+        raise RequestError("request: a form has it once, as a JSON text", field="request", status=422)
     content = json_of(text.encode(errors="surrogatepass"), "request")
     uploads = form_fields(form, single, several)
     if not isinstance(content, dict):

@@ -1,8 +1,9 @@
 """Connections that strangers hold open: how long, how many, and how large their headers may be.
 
 uvicorn's protocol over h11, which refuses a header of more than `HEADER_BYTES` at once. (Its protocol over
-httptools has no such limit, and copies an endless header again with every piece of it.) What uvicorn leaves
-out is here: a time for the header, and a number of connections.
+httptools has no such limit, and copies an endless header again with every piece of it.) What the two leave
+out is here: a time for the header, a number of connections, headers that come in one piece and are larger,
+two lengths for one body, and targets that name the host.
 """
 
 import asyncio
@@ -12,16 +13,18 @@ import resource
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dina_lrm.serving.forwarded import ForwardedHeaders
 from dina_lrm.serving.settings import ServerSettings
 
-__all__ = ["bounded_protocol", "descriptors_allow", "uvicorn_config"]
+__all__ = ["PlainRequests", "bounded_protocol", "descriptors_allow", "uvicorn_config"]
 
 log = logging.getLogger("uvicorn.error")
 
@@ -57,7 +60,7 @@ def uvicorn_config(
         header_seconds, max_connections, proxies: as in `ServerSettings`.
     """
     return uvicorn.Config(
-        ForwardedHeaders(app, proxies) if proxies else app,  # type: ignore[arg-type]
+        PlainRequests(ForwardedHeaders(app, proxies) if proxies else app),  # type: ignore[arg-type]
         http=bounded_protocol(
             header_seconds=header_seconds, max_connections=descriptors_allow(max_connections)
         ),
@@ -72,6 +75,42 @@ def uvicorn_config(
         server_header=False,
         proxy_headers=False,
     )
+
+
+class PlainRequests:
+    """ASGI middleware: every request has one length and a header of at most `HEADER_BYTES`, and its target is
+    a path (RFC 9112, 3.2.2 and 6.1)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        target = scope["raw_path"]
+        size = len(target) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in headers)  # with ": " and the line's end
+        names = {name for name, _ in headers}
+        if size > HEADER_BYTES:
+            answer = _closing(431, f"headers: {size} bytes with the target, at most {HEADER_BYTES} are taken")
+            return await answer(scope, receive, send)
+        if {b"content-length", b"transfer-encoding"} <= names:
+            answer = _closing(400, "content-length and transfer-encoding: a body has one of them")
+            return await answer(scope, receive, send)
+        if target[:8].lower().startswith((b"http://", b"https://")):
+            host, slash, path = target.partition(b"://")[2].partition(b"/")
+            headers = [(name, value) for name, value in headers if name != b"host"]
+            scope["raw_path"] = slash + path or b"/"
+            scope["path"] = unquote(slash + path) or "/"
+            scope["headers"] = [(b"host", host), *headers]
+        await self.app(scope, receive, send)
+
+
+def _closing(status: int, message: str) -> JSONResponse:
+    """An answer after which the connection is closed: where the next request would begin is not known."""
+    content = {"error": message, "field": None, "request_id": None}
+    return JSONResponse(content, status_code=status, headers={"connection": "close"})
 
 
 def descriptors_allow(max_connections: int) -> int:

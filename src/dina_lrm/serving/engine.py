@@ -116,6 +116,18 @@ class Draws:
         self._made.pop(index, None)
 
 
+def _not_finite(unit: Score) -> InvalidInputError:
+    """What is wrong with a row whose score is not finite: it names the tensor with the largest value."""
+    conditioning = unit.conditioning
+    tensors = {"latents": unit.latent, "prompt_embeds": conditioning.prompt_embeds}
+    if conditioning.pooled_prompt_embeds is not None:
+        tensors["pooled_prompt_embeds"] = conditioning.pooled_prompt_embeds
+    largest, name = max((one.float().abs().max().item(), name) for name, one in tensors.items())
+    return InvalidInputError(
+        f"{name}: a value of {largest:.3g} is far outside the usual range, the score is not finite"
+    )
+
+
 class Engine:
     """A reward, its costs, and its passes.
 
@@ -222,11 +234,7 @@ class Engine:
         )
         finite = torch.isfinite(scores).tolist()
         return [
-            score
-            if finite[index]
-            else InvalidInputError(
-                "latents: their score is not finite, so they are far outside the usual range"
-            )
+            score if finite[index] else _not_finite(units[index])
             for index, score in enumerate(scores.tolist())
         ]
 

@@ -8,9 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from dina_lrm.serving.settings import PREFIX
+
 __all__ = ["ForwardedHeaders"]
 
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}")
 
 
@@ -35,7 +36,7 @@ class ForwardedHeaders:
         prefix = headers.get("x-forwarded-prefix", "").partition(",")[0].strip().rstrip("/")
         if _HOST.fullmatch(host):
             MutableHeaders(scope=scope)["host"] = host
-        if _PREFIX.fullmatch(prefix) and not scope.get("root_path"):
+        if PREFIX.fullmatch(prefix) and not scope.get("root_path"):
             scope["root_path"] = prefix
         await self._client(scope, receive, send)  # type: ignore[arg-type]
 

@@ -43,7 +43,8 @@ class RequestError(InvalidInputError):
 
     Attributes:
         status: HTTP status.
-        field: of the request, that is wrong; None where no single one is.
+        field: of the request, that is wrong, with its place in a list, such as images.1; None where no
+            single one is.
     """
 
     def __init__(self, message: str, *, field: str | None = None, status: int = 400) -> None:
@@ -94,9 +95,10 @@ class ImagesRequest(_Request):
     seed: Annotated[
         Seed | list[Seed], _said_as("a whole number of 64 bits, or a list of them, one for each picture")
     ] = Field(0, description="Of the noise; one for all, or one for each picture.")
-    num_draws: int = Field(
-        1, ge=1, le=MAX_DRAWS, strict=True, description="Noise draws; more than one give an error."
-    )
+    num_draws: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_DRAWS, strict=True)],
+        _said_as(f"a whole number in [1, {MAX_DRAWS}]"),
+    ] = Field(1, description=f"Noise draws, at most {MAX_DRAWS}; more than one give an error.")
 
 
 class CompareRequest(_Request):
@@ -185,14 +187,14 @@ def parsed(kind: type[RequestT], content: Any) -> RequestT:
     Raises:
         RequestError: 422 with the first field that is wrong.
     """
+    if not isinstance(content, dict):
+        raise RequestError("body: it must be a JSON object", field="body", status=422)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        parts = [str(part)[:MAX_SHOWN] for part in first["loc"]]
-        field = next((part for part in parts if not part.isdigit()), "")
-        where = ".".join(parts) or "body"
-        raise RequestError(f"{where}: {first['msg']}", field=field or None, status=422) from error
+        field = ".".join(str(part)[:MAX_SHOWN] for part in first["loc"]) or "body"
+        raise RequestError(f"{field}: {first['msg']}", field=field, status=422) from error
 
 
 def json_of(text: bytes, field: str) -> Any:
@@ -231,7 +233,11 @@ def form_fields(form: FormData, single: Sequence[str], several: Sequence[str]) -
         if name == "request":
             continue
         if name not in found:
-            raise RequestError(f"{name[:80]!r}: unknown; a form has request, {', '.join(found)}", status=422)
+            raise RequestError(
+                f"{name[:MAX_SHOWN]!r}: unknown; a form has request, {', '.join(found)}",
+                field=name[:MAX_SHOWN],
+                status=422,
+            )
         if not isinstance(value, UploadFile):
             raise RequestError(f"{name}: it must be a file", field=name, status=422)
         found[name].append(value)
@@ -268,7 +274,7 @@ def paired(
     own = [prompts] if isinstance(prompts, str) else list(prompts)
     if len(own) not in (1, count):
         raise RequestError(
-            f"prompts: {len(own)} for {count} images; give one, or pairs", field="prompts", status=422
+            f"prompts: {len(own)} for {count} images; give one, or one each", field="prompts", status=422
         )
     for index, prompt in enumerate(own):
         check_prompt(prompt, f"prompts.{index}" if len(own) > 1 else "prompts", max_prompt_length)
@@ -282,15 +288,14 @@ def paired(
 
 def check_prompt(prompt: str, name: str, max_length: int) -> None:
     """Not empty, not too long, and text."""
-    field = name.partition(".")[0]
     if not prompt.strip():
-        raise RequestError(f"{name}: empty", field=field, status=422)
+        raise RequestError(f"{name}: empty", field=name, status=422)
     if len(prompt) > max_length:
-        raise RequestError(f"{name}: {len(prompt)} characters, at most {max_length}", field=field, status=422)
+        raise RequestError(f"{name}: {len(prompt)} characters, at most {max_length}", field=name, status=422)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name}: not text ({error.reason})", field=field, status=422) from error
+        raise RequestError(f"{name}: not text ({error.reason})", field=name, status=422) from error
 
 
 def levels_of(requested: float | Sequence[float] | None, default: Sequence[float]) -> tuple[float, ...]:

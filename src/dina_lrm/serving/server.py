@@ -27,7 +27,8 @@ DRAIN_SECONDS = 30
 
 
 def log_as_json() -> None:
-    """Log lines of the server, of uvicorn and of the event loop as one JSON object each, on stderr."""
+    """Log lines, and warnings of the libraries, as one JSON object each, on stderr."""
+    logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(
@@ -38,10 +39,11 @@ def log_as_json() -> None:
             reserved_attrs=[*RESERVED_ATTRS, "color_message"],
         )
     )
-    for name in ("dina_lrm.serving", "uvicorn.error", "asyncio"):
+    logging.basicConfig(handlers=[handler])  # for all the others, from level warning on
+    for name in ("dina_lrm.serving", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING if name == "asyncio" else logging.INFO)
+        logger.setLevel(logging.INFO)
 
 
 class Reloadable:

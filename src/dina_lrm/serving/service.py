@@ -259,6 +259,24 @@ class Service:
             )
         return self.models[name]
 
+    def find_for(self, request: Request, name: str | None = None) -> Served:
+        """The model that a request names, in its address or in its body.
+
+        Args:
+            name: in its body.
+
+        Raises:
+            RequestError: 422; there is none of that name, or the two differ.
+        """
+        named = {one for one in (*request.query_params.getlist("model"), name) if one is not None}
+        if len(named) > 1:
+            raise RequestError(
+                f"model: the request names {' and '.join(repr(one[:80]) for one in sorted(named))}",
+                field="model",
+                status=422,
+            )
+        return self.find(next(iter(named), None))
+
     async def score(
         self, request: Request, served: Served, rows: Sequence[Row | PictureRow], name: str
     ) -> list[RowScore]:

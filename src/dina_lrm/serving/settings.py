@@ -5,11 +5,13 @@ token of one row at one noise level in one draw, which is what the backbone's ti
 states them all.
 """
 
+import difflib
 import ipaddress
+import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,20 +21,33 @@ import tyro
 from dina_lrm.errors import InvalidInputError
 
 __all__ = [
+    "CONFIG_VARIABLE",
     "LOOPBACK_NAMES",
+    "PREFIX",
+    "TOKEN_VARIABLE",
     "Adapter",
     "ServerSettings",
+    "check_address",
     "is_loopback",
-    "is_network",
-    "is_prefix",
     "settings_from",
+    "token_in",
 ]
 
 ENVIRONMENT = "DINA_LRM_"
 """Prefix of the environment variables: DINA_LRM_MAX_ROWS=64."""
+TOKEN_VARIABLE = ENVIRONMENT + "TOKEN"
+CONFIG_VARIABLE = ENVIRONMENT + "CONFIG"
+"""Names the file of settings."""
+_OTHER_VARIABLES = (CONFIG_VARIABLE, ENVIRONMENT + "TRACEBACK")
+_OF_KUBERNETES = re.compile(r"DINA_LRM_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
+"""It sets these, and DINA_LRM_PORT=tcp://..., in every container beside a service that is called dina-lrm."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+"""Under which a proxy can offer a server."""
 Adapter = Literal["cosmos-rl", "unirl"]
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.+)")
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_ORIGIN = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,31 +131,26 @@ class ServerSettings:
         if not names or len(set(names)) < len(names):
             raise InvalidInputError(f"model = {self.model}: one model or more, each with a name of its own")
         for name, value in vars(self).items():
-            if name.startswith("max_") and name != "max_wait_ms" and not value > 0:
-                least = "at least 1" if isinstance(value, int) else "above 0"
-                raise InvalidInputError(f"{name} = {value}: must be {least}")
-        for name in ("header_seconds", "body_seconds"):
-            if not getattr(self, name) > 0:
-                raise InvalidInputError(f"{name} = {getattr(self, name)}: must be above 0")
-        if not self.max_wait_ms >= 0:
-            raise InvalidInputError(f"max_wait_ms = {self.max_wait_ms}: must be at least 0")
+            if not name.startswith(("max_", "header_", "body_")):
+                continue
+            whole, zero = isinstance(getattr(type(self), name), int), name == "max_wait_ms"
+            least = "at least 0" if zero else "at least 1" if whole else "above 0"
+            kind = "a whole number" if whole else "a finite number"
+            right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not right or not math.isfinite(value) or not (value >= 0 if zero else value > 0):
+                raise InvalidInputError(f"{name} = {value}: must be {kind}, {least}")
         if self.max_queue_tokens < self.max_request_tokens:
             raise InvalidInputError(
                 f"max_queue_tokens = {self.max_queue_tokens}: must be at least max_request_tokens, "
                 f"{self.max_request_tokens}, or a request that is allowed would never be taken"
             )
-        if not 0 <= self.port <= 65535:
-            raise InvalidInputError(f"port = {self.port}: must be in [0, 65535]")
         if self.token is not None and not self.token.strip():
             raise InvalidInputError("token is empty: give one, or none to let everybody in")
-        if not is_prefix(self.root_path):
-            raise InvalidInputError(
-                f"root_path = {self.root_path!r}: it must begin with / and not end with it, such as /reward"
-            )
-        for proxy in self.proxies:
-            if not is_network(proxy):
+        check_address(port=self.port, hosts=self.hosts, root_path=self.root_path, proxies=self.proxies)
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
                 raise InvalidInputError(
-                    f"proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
+                    f"cors_origins: {origin!r} is no origin, such as https://friend.example:8443"
                 )
 
     @property
@@ -166,21 +176,33 @@ class ServerSettings:
         return None
 
 
-def is_prefix(root_path: str) -> bool:
-    """Whether a proxy can offer a server under this path: none, or one such as /reward.
+def check_address(*, port: int, hosts: Sequence[str], root_path: str, proxies: Sequence[str]) -> None:
+    """Refuse what a server cannot listen at, be called, or believe.
 
-    >>> is_prefix(""), is_prefix("/reward"), is_prefix("reward"), is_prefix("/reward/")
-    (True, True, False, False)
+    Raises:
+        InvalidInputError: it names the setting.
     """
-    return not root_path or (root_path.startswith("/") and not root_path.endswith("/"))
+    if not 0 <= port <= 65535:
+        raise InvalidInputError(f"port = {port}: must be in [0, 65535]")
+    for host in hosts:
+        if not _HOST.fullmatch(host) and (not _is_network(host) or "/" in host):
+            raise InvalidInputError(
+                f"hosts: {host!r} is no name of a host, such as reward.example.org, without a port"
+            )
+    if root_path and not PREFIX.fullmatch(root_path):
+        raise InvalidInputError(
+            f"root_path = {root_path!r}: it begins with / and does not end with it, such as /reward, and has "
+            f"letters, digits, '.', '_', '~' and '-' in between"
+        )
+    for proxy in proxies:
+        if not _is_network(proxy):
+            raise InvalidInputError(
+                f"proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
+            )
 
 
-def is_network(name: str) -> bool:
-    """Whether a name is an address or a network of them.
-
-    >>> is_network("10.0.0.0/8"), is_network("127.0.0.1"), is_network("nginx")
-    (True, True, False)
-    """
+def _is_network(name: str) -> bool:
+    """Whether a name is an address or a network of them."""
     try:
         ipaddress.ip_network(name, strict=False)
     except ValueError:
@@ -198,32 +220,60 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def token_in(environment: Mapping[str, str]) -> str | None:
+    """The token that an environment holds; None where the variable is not set.
+
+    Raises:
+        InvalidInputError: it is empty, which must not be taken for none: everybody would be let in.
+    """
+    token = environment.get(TOKEN_VARIABLE)
+    if token is not None and not token.strip():
+        raise InvalidInputError(f"{TOKEN_VARIABLE} is empty: give a token, or unset it to let everybody in")
+    return token
+
+
 def settings_from(file: Path | None, environment: Mapping[str, str] = os.environ) -> ServerSettings:
     """Settings of a TOML file, and of environment variables `DINA_LRM_...`, which go before it.
 
-    In a variable several values are separated by commas. The file may not hold the token.
+    In a variable several values are separated by commas; one that is empty says nothing. The file may not
+    hold the token.
 
     Raises:
-        InvalidInputError: a key that is no setting, or a value of another type.
+        InvalidInputError: a name that is no setting, a value of another type, or an empty token.
     """
     found: dict[str, Any] = {}
+    names = [field.name for field in fields(ServerSettings)]
     if file is not None:
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidInputError(f"settings file {str(file)!r} cannot be read: {error}") from error
-        names = [field.name for field in fields(ServerSettings)]
         for name, value in content.items():
             if name not in names:
-                raise InvalidInputError(f"{file}: {name!r} is no setting; there are {', '.join(names)}")
+                raise InvalidInputError(f"{file}: {name!r} is no setting{_instead(name, names)}")
             if name == "token":
-                raise InvalidInputError(f"{file}: give the token in the environment, as {ENVIRONMENT}TOKEN")
+                raise InvalidInputError(f"{file}: give the token in the environment, as {TOKEN_VARIABLE}")
             found[name] = _typed(value, name, str(file))
-    for field in fields(ServerSettings):
-        variable = ENVIRONMENT + field.name.upper()
-        if environment.get(variable):
-            found[field.name] = _typed(environment[variable], field.name, variable)
+    token_in(environment)
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT) or variable in _OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix(ENVIRONMENT).lower()
+        of_kubernetes = name == "port" and text.startswith(("tcp://", "udp://"))
+        if of_kubernetes or _OF_KUBERNETES.fullmatch(variable):
+            continue
+        if name not in names or not variable.isupper():
+            known = [ENVIRONMENT + one.upper() for one in names]
+            raise InvalidInputError(f"{variable} is no setting{_instead(variable.upper(), known)}")
+        if text:
+            found[name] = _typed(text, name, variable)
     return replace(ServerSettings(), **found)
+
+
+def _instead(name: str, names: Sequence[str]) -> str:
+    """What may have been meant."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; {near[0]} is one" if near else f"; there are {', '.join(names)}"
 
 
 def _typed(value: Any, name: str, where: str) -> Any:
@@ -234,8 +284,12 @@ def _typed(value: Any, name: str, where: str) -> Any:
     if isinstance(default, tuple) and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
+        if isinstance(value, bool) and not isinstance(default, bool):  # or true would count as 1
+            raise ValueError("true and false are for page alone")
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise InvalidInputError(
             f"{where}: {name} = {str(value)[:200]!r}: {error.errors()[0]['msg'].lower()}"
         ) from error
+    except ValueError as error:
+        raise InvalidInputError(f"{where}: {name} = {str(value).lower()}: {error}") from error

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,15 +73,32 @@ def test_cosmos_rl_scores_pictures(adapted: TestClient, reward: RewardModel) -> 
 LATENTS = np.zeros((2, 16, 8, 8), np.float16)
 
 
+def header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """np.save bytes of an array that is not there."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+META = json.dumps({"prompts": ["a"], "reward_fn": {"d": 1}}).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "field"),
     [
         (b"{}", 422, "body"),
+        (b"[]\n", 422, "body"),
+        (META + header((1, 16, 2**20, 2**16), "<f4"), 422, "body"),  # 4 TiB
+        (META + header((1, 16, 2**10, 2**13), "<f4") + b"0" * 64, 422, "body"),  # 512 MiB
+        (META + header((-1, -16, 4, 4), "<f4") + b"0" * 1024, 422, "body"),
+        (META + header((1, 16, 4, 4), "|V0"), 422, "body"),
+        (META + header((1,), "|O") + b"0" * 8, 422, "body"),
+        (META + header((0, 16, 4, 4), "<f4"), 422, "body"),
         (b"{\n", 400, "body"),
         (payload(LATENTS) + b"", 200, None),
         (payload(LATENTS)[:-400], 422, "body"),
         (payload(LATENTS, prompts=["a"]), 422, "body"),
-        (payload(LATENTS, prompts=["", "a"]), 422, "prompts"),
+        (payload(LATENTS, prompts=["", "a"]), 422, "prompts.0"),
         (payload(LATENTS, media_type="sound"), 422, "media_type"),
         (payload(LATENTS, reward_fn={"a": 1, "b": 1}), 422, "reward_fn"),
         (payload(LATENTS, media_type="image"), 422, "body"),
@@ -95,6 +113,50 @@ def test_wrong_requests_of_cosmos_rl_are_named(
     reply = adapted.post("/api/reward/enqueue", content=body)
     assert reply.status_code == status
     assert reply.json().get("field") == field
+
+
+def test_an_array_is_not_made_before_its_bytes_are_there(adapted: TestClient) -> None:
+    tracemalloc.start()
+    try:
+        adapted.post("/api/reward/enqueue", content=META + header((1, 16, 2**10, 2**13), "<f4") + b"0" * 64)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_columns_first_is_the_same_array(adapted: TestClient) -> None:
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    scores = []
+    for array in (latents, np.asfortranarray(latents)):
+        ticket = adapted.post("/api/reward/enqueue", content=payload(array)).json()["uuid"]
+        scores.append(pulled(adapted, ticket).json()["scores"]["dina"])
+    assert scores[0] == scores[1]
+
+
+def test_a_picture_without_its_media_type_is_told_of_it(adapted: TestClient) -> None:
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    reply = adapted.post("/api/reward/enqueue", content=payload(pixels))
+    assert reply.status_code == 422
+    assert "pictures are media_type image" in reply.json()["error"]
+
+
+def test_a_ticket_comes_in_a_form(adapted: TestClient) -> None:
+    reply = adapted.post("/api/reward/pull", json={"uuid": "x", "type": "dina"})
+    assert (reply.status_code, reply.json()["field"]) == (415, "content-type")
+
+
+def test_the_routes_are_documented(adapted: TestClient) -> None:
+    document = adapted.get("/openapi.json").json()
+    for route in (
+        "/api/reward/ping",
+        "/api/reward/enqueue",
+        "/api/reward/pull",
+        "/score",
+        "/health",
+        "/rewards",
+    ):
+        assert route in document["paths"]
+    assert "media_type" in json.dumps(document["paths"]["/api/reward/enqueue"])
 
 
 def test_tickets_that_do_not_exist_and_old_ones(adapted: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +197,7 @@ def test_unirl_scores_pictures_and_tells_of_single_failures(
     assert "there is no 'hpsv2'" in errors[2]["hpsv2"]
     assert "required_rewards" in errors[3]["request"]
     assert adapted.post("/score", json={"requests": wanted * 2}).status_code == 413
-    assert adapted.post("/score", json={}).status_code == 422
+    for wrong in ({}, [], {"requests": {}}):
+        reply = adapted.post("/score", json=wrong)
+        assert reply.status_code == 422
+        assert "_Uni" not in reply.json()["error"]

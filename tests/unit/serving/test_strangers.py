@@ -99,6 +99,47 @@ def test_a_header_that_is_too_large_is_told_so(port: int) -> None:
     assert b"headers are too large" in answer
 
 
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a: " + b"a" * 60_000,
+        b"GET /healthz?" + b"a" * 60_000 + b" HTTP/1.1\r\nhost: 127.0.0.1",
+        b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1" + b"\r\nx-a: 12345" * 4000,
+    ],
+    ids=["header", "query", "lines"],
+)
+def test_a_header_that_is_complete_and_too_large_is_refused(port: int, request_head: bytes) -> None:
+    with opened(port, request_head + b"\r\n\r\n") as connection:
+        answer = heard(connection)
+    assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))  # by how the system cuts it into pieces
+
+
+def test_a_body_has_one_length(port: int) -> None:
+    """What one of two servers takes for the end of a body is another request for the other."""
+    body = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    with opened(port, head(len(body), "transfer-encoding: chunked"), body) as connection:
+        answer = heard(connection)  # until the server closes
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://127.0.0.1/v1/models", 200),
+        ("HTTP://localhost:80/v1/models?x=1", 200),
+        ("http://evil.example/v1/models", 403),
+        ("http://127.0.0.1", 404),
+    ],
+)
+def test_a_target_may_name_the_host(port: int, target: str, status: int) -> None:
+    """As clients send it that take the server for a proxy; the host in it goes before the header."""
+    with opened(
+        port, f"GET {target} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode()
+    ) as one:
+        assert heard(one).startswith(f"HTTP/1.1 {status}".encode())
+
+
 @pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nx-a"])
 def test_a_connection_that_does_not_say_what_it_wants_is_closed(port: int, first: bytes) -> None:
     started = time.monotonic()
@@ -214,14 +255,15 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
     heavy = {
         "prompts": PROMPTS[0],
         "images": [base64.b64encode(pictures[i % 3]).decode() for i in range(4)],
-        "num_draws": 4,
+        "num_draws": 8,
         "noise_levels": [0.1 * (i + 1) for i in range(8)],
     }
     with listening(replace(SETTINGS, max_pass_seconds=0.2), reward) as port:
         url, served = f"http://127.0.0.1:{port}", 0
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(httpx.post, f"{url}/v1/score/images", json=heavy, timeout=120)
-            time.sleep(0.5)
+            while not httpx.get(f"{url}/healthz").json()["queued"]:
+                assert not answer.done()
             while not answer.done():
                 reply = httpx.post(f"{url}/v1/score", content=save(tensors), headers=HEADERS, timeout=60)
                 assert reply.status_code == 200
@@ -233,7 +275,7 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
         [pictures[i % 3] for i in range(4)],
         noise_levels=heavy["noise_levels"],
         seed=0,
-        num_draws=4,
+        num_draws=8,
     )
     torch.testing.assert_close(
         torch.tensor(answer.result().json()["scores"]), expected.scores, rtol=1e-6, atol=1e-5
@@ -358,7 +400,8 @@ def test_wrong_kinds_of_values_are_refused_in_plain_words(client: Any, pictures:
         ("seed", True, "a whole number"),
         ("seed", "5", "a whole number"),
         ("seed", 1.0, "a whole number"),
-        ("num_draws", True, "integer"),
+        ("num_draws", True, "a whole number in [1, 64]"),
+        ("num_draws", "4", "a whole number in [1, 64]"),
         ("prompts", [1], "a text"),
     ):
         reply = client.post("/v1/score/images", json={"prompts": "a", "images": [picture]} | {name: value})
@@ -367,6 +410,14 @@ def test_wrong_kinds_of_values_are_refused_in_plain_words(client: Any, pictures:
         assert "constrained" not in reply.json()["error"]
     level = client.post("/v1/score/images", json={"prompts": "a", "images": [picture], "noise_levels": 1})
     assert level.json()["noise_levels"] == [1.0]
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "pooled_prompt_embeds"])
+def test_the_tensor_that_makes_a_score_infinite_is_named(client: Any, tensors: Tensors, name: str) -> None:
+    body = save(tensors | {name: torch.full_like(tensors[name], 3e38)})
+    reply = client.post("/v1/score", content=body, headers=HEADERS)
+    assert (reply.status_code, reply.json()["field"]) == (422, name)
+    assert "3e+38" in reply.json()["error"]
 
 
 def test_what_is_said_twice_is_refused(client: Any) -> None:

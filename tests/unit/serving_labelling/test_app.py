@@ -199,6 +199,13 @@ def test_many_raters_at_once(tmp_path: Path) -> None:
         ({"rater": " "}, 422, "1 to 64 printable"),
         ({"id": "7"}, 422, "id"),
         ({"seconds": -1.0}, 422, "seconds"),
+        ({"seconds": 1e308}, 422, "seconds"),
+        ({"seconds": True}, 422, "seconds"),
+        ({"seconds": "2"}, 422, "seconds"),
+        ({"pair": True}, 422, "pair"),
+        ({"pair": "1"}, 422, "pair"),
+        ({"pair": 1.0}, 422, "pair"),
+        ({"left": "0"}, 422, "left"),
         ({"items": "0" * 32}, 409, "other items"),
         ({"more": 1}, 422, "more"),
     ],
@@ -211,6 +218,25 @@ def test_wrong_votes_are_told_what_is_wrong(
     assert reply.status_code == status
     assert message in reply.json()["error"]
     assert store.votes() == []
+
+
+@pytest.mark.parametrize("route", ["/api/votes", "/api/undo"])
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "message"),
+    [
+        (b"{", "application/json", 400, "not JSON"),
+        (b'{"rater": "ada", "rater": "ben"}', "application/json", 400, "'rater' is said twice"),
+        (b'{"seconds": NaN}', "application/json", 400, "NaN is not JSON"),
+        (b"[]", "application/json", 422, "it must be a JSON object"),
+        (b"{}", "text/plain", 415, "expected application/json"),
+    ],
+)
+def test_bodies_that_are_no_votes(
+    client: TestClient, route: str, body: bytes, kind: str, status: int, message: str
+) -> None:
+    reply = client.post(route, content=body, headers={"content-type": kind})
+    assert reply.status_code == status
+    assert message in reply.json()["error"]
 
 
 def test_a_second_window_is_told(client: TestClient, store: VoteStore) -> None:

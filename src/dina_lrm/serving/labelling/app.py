@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
+from anyio import to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
@@ -28,12 +29,14 @@ from starlette.exceptions import HTTPException
 
 from dina_lrm.data.pairs import load_image
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.serving.bodies import read_json
 from dina_lrm.serving.labelling.agreement import results
 from dina_lrm.serving.labelling.choice import next_pairs, rater_order
 from dina_lrm.serving.labelling.estimates import Estimates
 from dina_lrm.serving.labelling.guard import HEALTH_PATH, Guard, error_answer, page_file
 from dina_lrm.serving.labelling.items import Items
 from dina_lrm.serving.labelling.store import Choice, Vote, VoteConflict, VoteStore, rater_name
+from dina_lrm.serving.schemas import RequestError
 
 __all__ = ["Labelling", "create_app"]
 
@@ -55,10 +58,14 @@ _PAGES = {
 }
 
 
+MAX_SECONDS = 366 * 86_400.0
+"""Of a vote: a page may be left open for long."""
+
+
 class VoteRequest(BaseModel):
     """A choice, as the page sends it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     items: str
     """Fingerprint of the items that the page was showing."""
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -68,13 +75,13 @@ class VoteRequest(BaseModel):
     left: int
     """Number of the picture that stood on the left."""
     choice: Choice
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
 class UndoRequest(BaseModel):
     """A vote to take back."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     items: str
     rater: str
     vote: str
@@ -278,14 +285,14 @@ def create_app(
         return labelling.task(rater_name(rater))
 
     @app.post("/api/votes")
-    def vote(request: VoteRequest) -> dict[str, Any]:
+    async def vote(request: Request) -> dict[str, Any]:
         """Keep a vote; 200 means that it is on disk."""
-        return labelling.vote(request)
+        return await to_thread.run_sync(labelling.vote, await read_json(request, VoteRequest))
 
     @app.post("/api/undo")
-    def undo(request: UndoRequest) -> dict[str, Any]:
+    async def undo(request: Request) -> dict[str, Any]:
         """Take a vote back."""
-        return labelling.undo(request)
+        return await to_thread.run_sync(labelling.undo, await read_json(request, UndoRequest))
 
     @app.get("/api/results")
     def found(request: Request) -> dict[str, Any]:
@@ -301,6 +308,10 @@ def create_app(
         """200 when votes can be read and written."""
         labelling.store.check()
         return {"status": "ok"}
+
+    @app.exception_handler(RequestError)
+    async def wrong(request: Request, error: RequestError) -> Response:
+        return error_answer(error.status, str(error))
 
     @app.exception_handler(InvalidInputError)
     async def refuse(request: Request, error: InvalidInputError) -> Response:
