@@ -255,7 +255,7 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
     heavy = {
         "prompts": PROMPTS[0],
         "images": [base64.b64encode(pictures[i % 3]).decode() for i in range(4)],
-        "num_draws": 8,
+        "num_draws": 5,
         "noise_levels": [0.1 * (i + 1) for i in range(8)],
     }
     with listening(replace(SETTINGS, max_pass_seconds=0.2), reward) as port:
@@ -275,7 +275,7 @@ def test_a_heavy_request_that_is_allowed_keeps_nobody_waiting(
         [pictures[i % 3] for i in range(4)],
         noise_levels=heavy["noise_levels"],
         seed=0,
-        num_draws=8,
+        num_draws=5,
     )
     torch.testing.assert_close(
         torch.tensor(answer.result().json()["scores"]), expected.scores, rtol=1e-6, atol=1e-5
