@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import tyro
 
-from dina_lrm import recipes
-from dina_lrm.build import reward_model, shapes_pairs
-from dina_lrm.config import TrainConfig
+from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness
-from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.recipes import training as recipes
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import train
 
 LEVELS = (0.0, 0.2, 0.4, 0.5, 0.7)

@@ -22,9 +22,9 @@ import tyro
 
 from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import paired_gain
-from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build_alignment import run_alignment
-from dina_lrm.evaluation import figures
+from dina_lrm.build.alignment import run_alignment
+from dina_lrm.recipes.alignment import alignment_recipe
+from dina_lrm.reporting import figures
 
 ALGORITHMS = ("refl", "grpo", "dpo", "step-dpo")
 TITLES = {"refl": "ReFL", "grpo": "Flow-GRPO", "dpo": "Diffusion-DPO", "step-dpo": "step-level DPO"}

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import tyro
 
-from dina_lrm import recipes
 from dina_lrm.alignment.config import MonitorConfig, ReflConfig
-from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build import reward_model, shapes_pairs
-from dina_lrm.build_alignment import run_alignment
-from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.build.alignment import run_alignment
+from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.checkpoints.config import LikelihoodConfig
+from dina_lrm.recipes import training as recipes
+from dina_lrm.recipes.alignment import alignment_recipe
 from dina_lrm.training.trainer import train
 
 

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from dina_lrm.alignment.config import AlignConfig, MonitorConfig
 from dina_lrm.alignment.gold import paired_gain
-from dina_lrm.alignment.policy import Policy
-from dina_lrm.alignment.rewards import LatentReward, Reward
 from dina_lrm.alignment.run import Run
-from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build_alignment import algorithm_of, alignment_prompts, gold_scores, latent_reward
+from dina_lrm.build.alignment import algorithm_of, alignment_prompts, gold_scores, latent_reward
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.evaluation.baselines import PixelNetwork
 from dina_lrm.evaluation.cost import counted_flops
+from dina_lrm.recipes.alignment import alignment_recipe
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rewards import LatentReward, Reward
 from dina_lrm.shapes.pipeline import load_pipeline
 
 NAMES = ("latent, 3 levels", "latent, 1 level", "pixels")

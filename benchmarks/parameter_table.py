@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dina_lrm import RewardModel
-from dina_lrm.models.sd3 import SD35_MEDIUM
+from dina_lrm.backbones.sd3 import SD35_MEDIUM
 
 PARTS = {
     "pos_embed": "backbone: patch embedding",

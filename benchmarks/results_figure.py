@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from dina_lrm.cli.demo import SAMPLERS
-from dina_lrm.evaluation import figures
 from dina_lrm.evaluation.metrics import Interval
+from dina_lrm.reporting import figures
 
 CAPTIONS = (
     "a red circle on a gray background",

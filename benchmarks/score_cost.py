@@ -21,11 +21,11 @@ import torch
 import tyro
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.build import reward_model
+from dina_lrm.backbones.flux import FLUX1_DEV
+from dina_lrm.backbones.sd3 import SD35_MEDIUM
+from dina_lrm.build.training import reward_model
 from dina_lrm.evaluation.cost import TEXT_TOKENS, score_flops
-from dina_lrm.models.flux import FLUX1_DEV
-from dina_lrm.models.sd3 import SD35_MEDIUM
-from dina_lrm.recipes import recipe
+from dina_lrm.recipes.training import recipe
 
 MODELS = {"sd35m": ("sd35m-12-layers", SD35_MEDIUM), "flux": ("flux-19-layers", FLUX1_DEV)}
 MATRIX = {"cuda": 8192, "cpu": 1024}

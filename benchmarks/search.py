@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import tyro
 
-from dina_lrm.alignment import search
-from dina_lrm.alignment.policy import Policy
-from dina_lrm.alignment.rollout import SamplerConfig
-from dina_lrm.build_alignment import latent_reward
-from dina_lrm.evaluation import figures
+from dina_lrm.build.alignment import latent_reward
+from dina_lrm.reporting import figures
+from dina_lrm.sampling import search
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rollout import SamplerConfig
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import load_pipeline
 from dina_lrm.shapes.scenes import sample_caption

@@ -33,7 +33,7 @@ import tyro
 from PIL import Image
 
 from dina_lrm import RewardModel
-from dina_lrm.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
+from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
 
 TOLERANCE = 1e-5
 HEADERS = {VERSION_HEADER: PROTOCOL_VERSION, "content-type": CONTENT_TYPE}

@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from dina_lrm import RewardModel
-from dina_lrm.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
+from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
 from dina_lrm.shapes.scenes import sample_caption
 
 TOLERANCE = 1e-5

@@ -32,25 +32,25 @@ import tyro
 from torch import Tensor
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
-from dina_lrm import recipes
-from dina_lrm.build import reward_model
-from dina_lrm.config import TrainConfig
+from dina_lrm.build.training import reward_model
+from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.data.pairs import load_image
-from dina_lrm.data.sources import read_source
-from dina_lrm.evaluation import figures
+from dina_lrm.data.sources.own_rows import read_pairs
+from dina_lrm.data.sources.registry import read_source
 from dina_lrm.evaluation.baselines import ClipScore, PickScore, PixelFusion, PixelNetwork, RewardScorer
 from dina_lrm.evaluation.cost import counted_flops
 from dina_lrm.evaluation.metrics import Interval, cluster_bootstrap, pair_correctness
 from dina_lrm.evaluation.public import PublicResult, evaluate_comparisons
-from dina_lrm.models.config import LikelihoodConfig
+from dina_lrm.recipes import training as recipes
+from dina_lrm.reporting import figures
 from dina_lrm.shapes import networks
 from dina_lrm.shapes.fit import Fit, PipelineTrainConfig, StageConfig
 from dina_lrm.shapes.pairs import make_shapes_pairs
 from dina_lrm.shapes.pipeline import load_pipeline
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import CANVAS, sample_caption, sample_scene
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import train
 
 ENCODED = "latents.safetensors"

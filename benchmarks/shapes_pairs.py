@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from dina_lrm import recipes
-from dina_lrm.build import reward_model, shapes_pairs
+from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.recipes import training as recipes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build_alignment import run_alignment
+from dina_lrm.build.alignment import run_alignment
+from dina_lrm.recipes.alignment import alignment_recipe
 
 recipe = alignment_recipe("refl", "shapes")
 folder = Path(tempfile.mkdtemp()) / "aligned"

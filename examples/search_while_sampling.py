@@ -6,7 +6,7 @@ python examples/search_while_sampling.py
 from typing import Any
 
 from dina_lrm import RewardModel
-from dina_lrm.alignment import search
+from dina_lrm.sampling import search
 from dina_lrm.shapes.pipeline import load_pipeline
 
 prompt = "a big green cross to the left of a small yellow circle on a black background"

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 import dina_lrm
-from dina_lrm.build import run_training
-from dina_lrm.config import DataConfig
-from dina_lrm.recipes import bundled
+from dina_lrm.build.training import run_training
+from dina_lrm.recipes.training import bundled
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
+from dina_lrm.training.config import DataConfig
 
 
 def draw_rows(folder: Path, count: int = 48) -> Path:

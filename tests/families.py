@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.models.libraries import quiet_loading
+from dina_lrm.pipelines.libraries import quiet_loading
 from tests.tiny import (
     _clip,
     _t5,

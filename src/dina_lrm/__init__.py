@@ -24,29 +24,29 @@ from dina_lrm.errors import (
 
 if TYPE_CHECKING:
     from dina_lrm import alignment
-    from dina_lrm.client import AsyncClient, Client
-    from dina_lrm.models.backbone import BackboneFeatures, Conditioning
-    from dina_lrm.models.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
+    from dina_lrm.backbones.backbone import BackboneFeatures, Conditioning
+    from dina_lrm.checkpoints.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
     from dina_lrm.models.reward_model import RewardModel
     from dina_lrm.models.scoring import RankedImage, ScoreOutput
     from dina_lrm.models.watch import RewardWatch, StepScore
+    from dina_lrm.remote.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Client": "dina_lrm.client",
-    "AsyncClient": "dina_lrm.client",
+    "Client": "dina_lrm.remote.client",
+    "AsyncClient": "dina_lrm.remote.client",
     "RewardModel": "dina_lrm.models.reward_model",
     "RankedImage": "dina_lrm.models.scoring",
     "ScoreOutput": "dina_lrm.models.scoring",
     "RewardWatch": "dina_lrm.models.watch",
     "StepScore": "dina_lrm.models.watch",
-    "Conditioning": "dina_lrm.models.backbone",
-    "BackboneFeatures": "dina_lrm.models.backbone",
-    "RewardModelConfig": "dina_lrm.models.config",
-    "HeadConfig": "dina_lrm.models.config",
-    "LikelihoodConfig": "dina_lrm.models.config",
-    "Calibration": "dina_lrm.models.config",
+    "Conditioning": "dina_lrm.backbones.backbone",
+    "BackboneFeatures": "dina_lrm.backbones.backbone",
+    "RewardModelConfig": "dina_lrm.checkpoints.config",
+    "HeadConfig": "dina_lrm.checkpoints.config",
+    "LikelihoodConfig": "dina_lrm.checkpoints.config",
+    "Calibration": "dina_lrm.checkpoints.config",
 }
 
 __all__ = [

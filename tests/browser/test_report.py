@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dina_lrm.cli.demo_report import build_report
-from dina_lrm.evaluation.report import write_html
+from dina_lrm.reporting.demo import build_report
+from dina_lrm.reporting.html import write_html
 from tests.unit.cli.demo_results import make_demo_results
 
 pytestmark = pytest.mark.browser

@@ -18,7 +18,7 @@ from pathlib import Path
 PRELOADED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate", "pandas", "pyarrow.parquet", "uvicorn"),
     *("fastapi", "diffusers.models", "transformers.models.clip", "transformers.models.t5"),
-    *("dina_lrm.cli.main", "dina_lrm.models.reward_model", "dina_lrm.data.prepare"),
+    *("dina_lrm.cli.main", "dina_lrm.models.reward_model", "dina_lrm.data.prepare.run"),
     *("dina_lrm.serving.app", "dina_lrm.serving.server"),
 )
 CONTEXT = multiprocessing.get_context("forkserver")

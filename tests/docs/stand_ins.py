@@ -237,7 +237,7 @@ def hub_pipeline(name: str, family: str, num_layers: int | None = None) -> None:
 def reward(folder: str, base: str = "bundled", **settings: Any) -> None:
     """A reward that the reader has trained: the bundled one, or a random one over a stand-in."""
     if base == "bundled":
-        from dina_lrm.models.source import bundled_folder
+        from dina_lrm.pipelines.source import bundled_folder
 
         shutil.copytree(bundled_folder("reward"), folder)
         declare(f"the reader's reward {folder}", "a copy of the bundled reward")
@@ -319,7 +319,7 @@ def _hub_folder(name: str, make: Callable[..., None], *settings: Any) -> Path:
 
 def short_training(num_steps: int = 2) -> None:
     """Every recipe of `dina-lrm train` for a few steps, on few prompts, of small batches."""
-    from dina_lrm import recipes
+    from dina_lrm.recipes import training as recipes
 
     full = recipes.recipe
 
@@ -341,7 +341,8 @@ def short_training(num_steps: int = 2) -> None:
 
 def short_alignment() -> None:
     """Every recipe of `dina-lrm align` for one update of few and small pictures in few steps."""
-    from dina_lrm import alignment_recipes, build_alignment
+    from dina_lrm.build import alignment as build_alignment
+    from dina_lrm.recipes import alignment as alignment_recipes
 
     full = alignment_recipes.alignment_recipe
 
@@ -370,7 +371,7 @@ def short_alignment() -> None:
 
 def short_measuring(captions: int = 6) -> None:
     """`dina-lrm evaluate` on few captions of the bundled world instead of 700."""
-    from dina_lrm import build
+    from dina_lrm.build import training as build
 
     full = build.shapes_pairs
     current().patch.setattr(build, "shapes_pairs", lambda *a, **k: full(*a, **{**k, "num_prompts": captions}))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.client import Client
+from dina_lrm.remote.client import Client
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dina_lrm import RewardModel
-from dina_lrm.models.sd3 import SD35_MEDIUM
+from dina_lrm.backbones.sd3 import SD35_MEDIUM
 
 
 @pytest.fixture(scope="module")

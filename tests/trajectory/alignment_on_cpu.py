@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dina_lrm.alignment.config import AlignConfig, MonitorConfig
 from dina_lrm.alignment.dpo import Dpo
-from dina_lrm.alignment.rewards import LatentReward
 from dina_lrm.alignment.run import Run, Update
-from dina_lrm.build_alignment import algorithm_of
+from dina_lrm.build.alignment import algorithm_of
 from dina_lrm.data.latents import LatentPairs
+from dina_lrm.sampling.rewards import LatentReward
 from tests.trajectory.test_alignment import ALGORITHMS, PROMPTS, new_run, small
 
 RARELY = MonitorConfig(every=9, num_prompts=3, grid_size=2)

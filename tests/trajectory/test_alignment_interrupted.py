@@ -16,10 +16,10 @@ from PIL import Image
 
 from dina_lrm.alignment.config import AlignConfig, MonitorConfig
 from dina_lrm.alignment.run import Run
-from dina_lrm.alignment_recipes import alignment_recipe
-from dina_lrm.build_alignment import algorithm_of, write_alignment_page
+from dina_lrm.build.alignment import algorithm_of, write_alignment_page
 from dina_lrm.evaluation.baselines.server import UNIFIED_REWARD, ServerScorer
-from dina_lrm.training.interrupt import Interrupted
+from dina_lrm.recipes.alignment import alignment_recipe
+from dina_lrm.runs.interrupt import Interrupted
 from tests.local_server import answering
 from tests.trajectory.test_alignment import ALGORITHMS, ODE, align, new_run, small, weights
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dina_lrm import InvalidInputError, RewardModel
-from dina_lrm.config import OptimizerConfig, TrainConfig
 from dina_lrm.data.latents import LatentPairs
+from dina_lrm.training.config import OptimizerConfig, TrainConfig
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import train
 from tests.families import FAMILIES, family_conditioning, family_latents
@@ -112,9 +112,9 @@ PEAK = """
 import ctypes, gc, json, sys, tempfile
 from pathlib import Path
 import torch
-from dina_lrm.models.architecture import load_parts, truncated
-from dina_lrm.models.families import read_architecture
-from dina_lrm.models.weights import from_folder
+from dina_lrm.backbones.architecture import load_parts, truncated
+from dina_lrm.backbones.families import read_architecture
+from dina_lrm.pipelines.weights import from_folder
 from tests.trajectory.test_backbones import BIG
 import diffusers
 

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from dina_lrm.build import prepare_source, run_training
-from dina_lrm.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from dina_lrm.build.training import prepare_source, run_training
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.data.shards import LatentShards
+from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.recipes import recipe
+from dina_lrm.recipes.training import recipe
+from dina_lrm.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from dina_lrm.training.loader import step_parts
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import TrainResult

@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 import dina_lrm
-from dina_lrm import AsyncClient, Client, Conditioning, InvalidInputError, PromptWarning, RewardModel, client
+from dina_lrm import AsyncClient, Client, Conditioning, InvalidInputError, PromptWarning, RewardModel
 from dina_lrm.errors import ScoringError
+from dina_lrm.remote import client
 from tests.local_server import answering
 
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]

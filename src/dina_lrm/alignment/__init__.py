@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dina_lrm.alignment import search
+    from dina_lrm.sampling import search
 
 __all__ = ["search"]
 

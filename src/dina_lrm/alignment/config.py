@@ -1,16 +1,16 @@
 """Settings of alignment runs: what all algorithms share, and what each adds.
 
-Plain frozen dataclasses, as in `dina_lrm.config`: recipes are functions that return one, the command line
+Plain frozen dataclasses, as in `dina_lrm.training.config`: recipes are functions that return one, the command line
 turns every field into a flag and the string under it into its help.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dina_lrm.alignment.rollout import SamplerConfig
-from dina_lrm.client import is_address
-from dina_lrm.config import OptimizerConfig
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.remote.client import is_address
+from dina_lrm.sampling.rollout import SamplerConfig
+from dina_lrm.training.config import OptimizerConfig
 
 __all__ = [
     "AlignConfig",

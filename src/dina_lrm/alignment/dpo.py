@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import DpoConfig
-from dina_lrm.alignment.rollout import first_noise
 from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.core.flow import prediction_error
 from dina_lrm.core.noise import MatchedLevel
 from dina_lrm.core.preference import diffusion_dpo_loss
 from dina_lrm.data.latents import mix_seeds
-from dina_lrm.data.shards import PairSet
+from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.backbone import Conditioning
+from dina_lrm.sampling.rollout import first_noise
 
 __all__ = ["Dpo"]
 

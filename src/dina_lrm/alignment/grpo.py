@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import GrpoConfig
-from dina_lrm.alignment.rewards import LatentReward, RewardSum
-from dina_lrm.alignment.rollout import Trajectory, transition_at
 from dina_lrm.alignment.run import Measures, Run
 from dina_lrm.core.preference import (
     clipped_policy_loss,
@@ -25,6 +23,8 @@ from dina_lrm.core.preference import (
 )
 from dina_lrm.core.transitions import gaussian_divergence, gaussian_log_prob
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.sampling.rewards import LatentReward, RewardSum
+from dina_lrm.sampling.rollout import Trajectory, transition_at
 
 __all__ = ["Grpo"]
 

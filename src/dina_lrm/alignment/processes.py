@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from dina_lrm.errors import RunError
-from dina_lrm.training.interrupt import Interrupt
+from dina_lrm.runs.interrupt import Interrupt
 
 __all__ = ["AlignmentError", "Processes"]
 

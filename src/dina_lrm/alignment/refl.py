@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import ReflConfig
-from dina_lrm.alignment.policy import Grid
-from dina_lrm.alignment.rewards import checked
-from dina_lrm.alignment.rollout import deterministic, first_noise, transition_at
 from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.core.flow import clean_and_noise, prediction_error
 from dina_lrm.core.transitions import transition
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.backbone import Conditioning
+from dina_lrm.sampling.policy import Grid
+from dina_lrm.sampling.rewards import checked
+from dina_lrm.sampling.rollout import deterministic, first_noise, transition_at
 
 __all__ = ["Refl"]
 

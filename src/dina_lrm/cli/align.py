@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from dina_lrm import alignment_recipes as recipes
+    from dina_lrm.recipes import alignment as recipes
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print_recipes(to_stderr=not arguments)
@@ -69,7 +69,7 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
     if not config.resume and any((output / name).exists() for name in ("last", "align_config.json")):
         raise UsageError(f"{config.output!r} holds a run; go on with --resume, or choose another --output")
     from dina_lrm.alignment.gold import missing_since
-    from dina_lrm.build_alignment import run_alignment
+    from dina_lrm.build.alignment import run_alignment
 
     log(f"watch it: {output / 'report.html'}")
     _, result = run_alignment(config, log=log)
@@ -121,7 +121,7 @@ def print_recipes(*, to_stderr: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dina_lrm import alignment_recipes as recipes
+    from dina_lrm.recipes import alignment as recipes
 
     console = stderr() if to_stderr else stdout()
     console.print(

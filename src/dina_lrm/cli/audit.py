@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"{options.output} exists: choose another --output")
 
     from dina_lrm.data.inspection import PHASH_DISTANCE, audit
-    from dina_lrm.data.sources import read_source
+    from dina_lrm.data.sources.registry import read_source
 
     other_name, against_split = options.against or options.source, other_split(options)
     tested = read_source(options.source, options.root, split=options.split, check_images="none")
@@ -93,8 +93,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def other_split(options: Audit) -> str | None:
     """Split of the other set; UsageError where that would be the tested set once more."""
-    from dina_lrm.data.layouts import SOURCES
-    from dina_lrm.data.sources import LOCAL
+    from dina_lrm.data.sources.layouts import SOURCES
+    from dina_lrm.data.sources.registry import LOCAL
 
     name = options.against or options.source
     own, other = SOURCES.get(options.source), SOURCES.get(name)

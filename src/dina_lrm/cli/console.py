@@ -15,7 +15,7 @@ from dina_lrm.errors import ScoringError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dina_lrm.training.progress import StepMetrics
+    from dina_lrm.runs.progress import StepMetrics
 
 
 WIDE = 10_000

@@ -22,9 +22,9 @@ from dina_lrm.cli.options import JsonFlag, parse
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
-    from dina_lrm.cli.demo_report import DemoResults, LearningCurve, MeasuredReward, Ranking
-    from dina_lrm.config import TrainConfig
     from dina_lrm.data.latents import LatentPairs
+    from dina_lrm.reporting.demo import DemoResults, LearningCurve, MeasuredReward, Ranking
+    from dina_lrm.training.config import TrainConfig
 
 SAMPLERS = ((20, 4.0), (20, 4.0), (20, 4.0), (12, 4.0), (12, 2.0), (8, 4.0), (8, 1.5), (5, 3.0))
 """Steps and guidance for one caption: good ones and, so that a ranking means something, worse ones."""
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"--{name.replace('_', '-')} is at least 2; got {getattr(options, name)}")
     if options.train_seconds <= 0:
         raise UsageError(f"--train-seconds is above 0; got {options.train_seconds:g}")
-    from dina_lrm.cli.demo_report import build_report
-    from dina_lrm.evaluation.report import write_html
+    from dina_lrm.reporting.demo import build_report
+    from dina_lrm.reporting.html import write_html
 
     results = run_demo(options)
     report = options.output / "report.html"
@@ -115,8 +115,8 @@ def run_demo(options: Demo) -> "DemoResults":
     """Everything that is measured and made; no page yet."""
     import torch
 
-    from dina_lrm.cli.demo_report import DemoResults, MeasuredReward
     from dina_lrm.evaluation.benchmarks import EvaluationResult, evaluate_latent_pairs
+    from dina_lrm.reporting.demo import DemoResults, MeasuredReward
 
     watch = Stopwatch()
     with watch.stage("loading the libraries and the bundled models") as amount:
@@ -230,7 +230,7 @@ def train_fresh(
 ) -> "tuple[RewardModel, LearningCurve, float]":
     """A reward from a random head, trained until the time is up; with its curve and the seconds it took."""
     from dina_lrm import RewardModel
-    from dina_lrm.cli.demo_report import LearningCurve
+    from dina_lrm.reporting.demo import LearningCurve
     from dina_lrm.training.trainer import train
 
     config = demo_recipe(options, len(train_pairs))
@@ -261,7 +261,7 @@ def demo_recipe(options: Demo, num_pairs: int) -> "TrainConfig":
     """The quick recipe within the demo's time, with a point of the curve every few seconds; a batch is never
     larger than there are pairs."""
     from dina_lrm.core.attention import faster_precision
-    from dina_lrm.recipes import shapes_quick
+    from dina_lrm.recipes.training import shapes_quick
 
     base = shapes_quick()
     return replace(
@@ -284,7 +284,7 @@ def rank_pictures(
     model: "RewardModel", captions: Sequence[str], groups: Sequence[Sequence[tuple[str, Any]]]
 ) -> "list[Ranking]":
     """Each caption's pictures in the reward's order, with the gold judge's opinion."""
-    from dina_lrm.cli.demo_report import JudgedPicture, Ranking
+    from dina_lrm.reporting.demo import JudgedPicture, Ranking
     from dina_lrm.scaling.settings import Viewing
     from dina_lrm.shapes.judge import judge
 
@@ -357,7 +357,7 @@ def peak_memory_bytes() -> int:
 
 def summarize(results: "DemoResults") -> dict[str, Any]:
     """The figures of the report, for programs."""
-    from dina_lrm.cli.demo_report import best_of_group, rank_correlation
+    from dina_lrm.reporting.demo import best_of_group, rank_correlation
 
     def summary_of(reward: "MeasuredReward") -> dict[str, Any]:
         default = reward.result.default

@@ -16,7 +16,7 @@ from dina_lrm.cli.options import JsonFlag, ModelOptions, NoiseLevels, find_devic
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
-    from dina_lrm.data.shards import PairSet
+    from dina_lrm.data.shards.read import PairSet
     from dina_lrm.evaluation.benchmarks import EvaluationResult
     from dina_lrm.evaluation.metrics import Interval
     from dina_lrm.evaluation.paired import PairedDifference
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     model = options.model.load()
 
     from dina_lrm.evaluation.benchmarks import SWEEP_LEVELS, evaluate_latent_pairs
-    from dina_lrm.evaluation.page import pairs_page
+    from dina_lrm.reporting.evaluation import pairs_page
 
     pairs = latent_pairs_of(options, model)
     if options.learn_views:
@@ -207,7 +207,7 @@ def refuse_ignored(options: Evaluate) -> None:
 
 def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
     """The pairs of --pairs; new shapes pairs without it, and for a file that does not exist yet."""
-    from dina_lrm.build import open_shards, shapes_pairs
+    from dina_lrm.build.training import open_shards, shapes_pairs
     from dina_lrm.data.latents import LatentPairs, mix_seeds
 
     given = options.pairs
@@ -257,9 +257,9 @@ def learn_views(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> in
 
 def evaluate_public(options: Evaluate) -> int:
     """Human preferences, by the benchmark's own rule; one model, or several side by side."""
-    from dina_lrm.evaluation.page import cost_page, public_page
     from dina_lrm.evaluation.public import as_json
     from dina_lrm.evaluation.rules import DEFAULT_RULE, RULES
+    from dina_lrm.reporting.evaluation import cost_page, public_page
 
     rule = DEFAULT_RULE[options.benchmark] if options.rule == "published" else options.rule
     fits = RULES[rule].fits_threshold
@@ -361,7 +361,7 @@ def measure_public(
     scale: float | None,
     folder: Path,
 ) -> "PublicResult":
-    from dina_lrm.data.sources import read_source, source_length
+    from dina_lrm.data.sources.registry import read_source, source_length
     from dina_lrm.evaluation.picture_scores import PartFile
     from dina_lrm.evaluation.public import evaluate_comparisons
     from dina_lrm.evaluation.rules import best_threshold

@@ -45,9 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.max_sizes < 0:
         raise UsageError(f"--max-sizes is at least 0; got {options.max_sizes}")
 
-    from dina_lrm.data.hub import read_hub
     from dina_lrm.data.inspection import inspect
-    from dina_lrm.data.sources import read_source
+    from dina_lrm.data.sources.hub import read_hub
+    from dina_lrm.data.sources.registry import read_source
 
     if options.root is None:
         stream = read_hub(options.source, split=options.split, check_images="none")

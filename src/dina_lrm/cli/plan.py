@@ -5,17 +5,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dina_lrm.build import reward_model
+from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.families import backbone_of, read_architecture
+from dina_lrm.backbones.prompts import tokenizer_of
+from dina_lrm.build.training import reward_model
 from dina_lrm.core.noise import NoiseSchedule
 from dina_lrm.errors import CheckpointError
 from dina_lrm.evaluation.cost import FULL_SIZE, limited_text_tokens, score_flops, weight_bytes
-from dina_lrm.models.architecture import Architecture
 from dina_lrm.models.encoders import pixels_per_latent
-from dina_lrm.models.families import backbone_of, read_architecture
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.models.source import BUNDLED, PipelineSource
-from dina_lrm.models.text import tokenizer_of
-from dina_lrm.recipes import recipe, recipe_names
+from dina_lrm.pipelines.source import BUNDLED, PipelineSource
+from dina_lrm.recipes.training import recipe, recipe_names
 
 RESOLUTIONS = (512, 1024)
 ENSEMBLES = (1, 3)

@@ -16,7 +16,7 @@ from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, prin
 from dina_lrm.cli.options import JsonFlag, find_device
 
 if TYPE_CHECKING:
-    from dina_lrm.data.prepare import Prepared
+    from dina_lrm.data.prepare.run import Prepared
     from dina_lrm.data.split import SourcePart
 
 SHOWN = 12
@@ -96,8 +96,8 @@ def prepare(options: Prepare) -> int:
     parts = {"": None} if options.test_fraction is None else split(options)
     devices = find_devices(options.device, options.processes)
 
-    from dina_lrm.build import prepare_source
-    from dina_lrm.data.sources import source_length
+    from dina_lrm.build.training import prepare_source
+    from dina_lrm.data.sources.registry import source_length
 
     names = ("source", "root", "pipeline", "split", "max_pixels", "mixed_sizes", "ties", "min_confidence")
     names += ("embeddings", "prompt_dtype", "max_text_tokens", "pairs_per_shard", "pairs_per_row_group")
@@ -140,7 +140,7 @@ def split(options: Prepare) -> "dict[str, SourcePart | None]":
     """The parts, for folders that are not yet, or hold the same."""
     if (options.output / "prepare.json").exists():
         raise UsageError(f"{options.output} holds latents without a split: give --output another folder")
-    from dina_lrm.build import source_parts
+    from dina_lrm.build.training import source_parts
 
     log(f"splitting {options.source} in {options.root}")
     assert options.root is not None
@@ -162,10 +162,10 @@ def recipe_of(pipeline: str) -> str:
     """The recipe for a generator, with the option that a recipe for another one of its kind needs."""
     if pipeline == "bundled":
         return "bundled"
+    from dina_lrm.backbones.families import read_architecture
     from dina_lrm.cli.plan import recipe_for
-    from dina_lrm.models.families import read_architecture
-    from dina_lrm.models.source import PipelineSource
-    from dina_lrm.recipes import recipe
+    from dina_lrm.pipelines.source import PipelineSource
+    from dina_lrm.recipes.training import recipe
 
     name = recipe_for(pipeline, read_architecture(PipelineSource(pipeline).network_config()))
     if name is not None and recipe(name).model.pipeline == pipeline:

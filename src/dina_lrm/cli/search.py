@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dina_lrm import RewardModel
-    from dina_lrm.alignment.policy import Policy
-    from dina_lrm.alignment.rollout import SamplerConfig
-    from dina_lrm.alignment.search import SearchResult
+    from dina_lrm.sampling.policy import Policy
+    from dina_lrm.sampling.rollout import SamplerConfig
+    from dina_lrm.sampling.search import SearchResult
 
 PASSES = "passes of the denoiser"
 
@@ -95,13 +95,13 @@ def main(arguments: Sequence[str]) -> int:
         )
     import torch
 
-    from dina_lrm.alignment.policy import Policy
-    from dina_lrm.alignment.rollout import SamplerConfig
-    from dina_lrm.build_alignment import latent_reward, load_generator
+    from dina_lrm.build.alignment import latent_reward, load_generator
+    from dina_lrm.sampling.policy import Policy
+    from dina_lrm.sampling.rollout import SamplerConfig
 
     location = options.model.pipeline
     if location is None:
-        from dina_lrm.models.checkpoint import read_checkpoint
+        from dina_lrm.checkpoints.dina import read_checkpoint
 
         location = read_checkpoint(options.model.model).config.backbone_id
         if location is None:
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: Search, policy: "Policy", model: "RewardModel", sampler: "SamplerConfig") -> "SearchResult":
     """The search itself."""
-    from dina_lrm.alignment import search
+    from dina_lrm.sampling import search
 
     common = {"samples": options.samples, "seed": options.seed, "sampler": sampler}
     match options.method:

@@ -23,13 +23,13 @@ from dina_lrm.cli.console import (
 from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
-    from dina_lrm.config import TrainConfig
+    from dina_lrm.training.config import TrainConfig
     from dina_lrm.training.trainer import TrainResult
 
 
 def main(arguments: Sequence[str]) -> int:
-    from dina_lrm import recipes
-    from dina_lrm.config import TrainConfig
+    from dina_lrm.recipes import training as recipes
+    from dina_lrm.training.config import TrainConfig
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print_recipes(to_stderr=not arguments)
@@ -70,7 +70,7 @@ def resuming(command: str, arguments: Sequence[str]) -> str:
 
 def run(config: "TrainConfig", *, as_json: bool) -> int:
     refuse_to_overwrite(config)
-    from dina_lrm.build import run_training
+    from dina_lrm.build.training import run_training
 
     _, result = run_training(config, on_step=log_validation, log=log, console=stderr())
     if as_json:
@@ -137,7 +137,7 @@ def print_recipes(*, to_stderr: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dina_lrm import recipes
+    from dina_lrm.recipes import training as recipes
 
     console = stderr() if to_stderr else stdout()
     console.print("usage: dina-lrm train RECIPE [--output RUN] [overrides]\n", markup=False)

@@ -2,9 +2,9 @@
 (`latents`), and on disk (`prepare`, `shards`)."""
 
 from dina_lrm.data.latents import LatentPairs, PairBatch, batch_indices, encode_pairs
-from dina_lrm.data.own_rows import PairRows, read_pairs
 from dina_lrm.data.pairs import PreferencePair, Reject, write_rejects
-from dina_lrm.data.shards import LatentShards
+from dina_lrm.data.shards.read import LatentShards
+from dina_lrm.data.sources.own_rows import PairRows, read_pairs
 
 __all__ = [
     "LatentPairs",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dina_lrm.pictures import resized
+from dina_lrm.images import resized
 
 __all__ = ["BucketOrder", "Size", "pair_bucket", "place"]
 

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault, written_aside
-from dina_lrm.pictures import picture_file, upright_rgb
+from dina_lrm.images import picture_file, upright_rgb
 
 __all__ = [
     "ImageSource",

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.checkpoints.config import AdaptiveViews
 from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, likeliest, stopping_views
-from dina_lrm.data.shards import PairSet
+from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import pairwise_accuracy
 from dina_lrm.evaluation.noise_sweep import PairScores, score_images
-from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.config import AdaptiveViews
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = [

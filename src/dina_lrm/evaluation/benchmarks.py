@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dina_lrm.data.shards import PairSet
+from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import Interval, Ties, cluster_bootstrap, pair_correctness
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, SettingResult, noise_sweep

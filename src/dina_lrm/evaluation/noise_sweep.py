@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.core.ensemble import average_levels
 from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.data.latents import first_occurrences, mix_seeds
-from dina_lrm.data.shards import PairSet
+from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import (
     Interval,
@@ -30,7 +31,6 @@ from dina_lrm.evaluation.metrics import (
     pairwise_accuracy,
     reliability,
 )
-from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["PairScores", "Setting", "SettingResult", "measure", "noise_sweep", "score_pairs"]

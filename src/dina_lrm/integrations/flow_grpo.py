@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.integrations.local import (
     PUBLISHED_REWARD,
@@ -26,7 +27,6 @@ from dina_lrm.integrations.local import (
     finite,
     local_reward,
 )
-from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import NoiseLevels
 

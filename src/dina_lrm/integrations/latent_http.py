@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dina_lrm.client import Client
-from dina_lrm.models.backbone import Conditioning
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.remote.client import Client
 
 __all__ = ["score_latents"]
 

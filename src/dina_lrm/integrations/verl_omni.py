@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.integrations import latent_http
 from dina_lrm.integrations.local import PUBLISHED_REWARD, check_settings, finite, local_reward
-from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import NoiseLevels
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.backbones.families import backbone_of, read_architecture
+from dina_lrm.backbones.sharing import apart
 from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError, MissingComponentError
-from dina_lrm.models.architecture import Architecture
-from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.families import backbone_of, read_architecture
+from dina_lrm.images import fitted_size
 from dina_lrm.models.images import as_picture, fit, image_label, image_list
-from dina_lrm.models.libraries import diffusers_class, quiet_loading
-from dina_lrm.models.sharing import apart
-from dina_lrm.models.source import PipelineSource
-from dina_lrm.pictures import fitted_size
+from dina_lrm.pipelines.libraries import diffusers_class, quiet_loading
+from dina_lrm.pipelines.source import PipelineSource
 
 PICTURES_PER_CALL = 8
 
@@ -34,7 +34,7 @@ class Encoders:
     """Text encoders and VAE of a pipeline, each loaded when first used.
 
     Parts of a live pipeline are used where they are, never moved or cast, and without the pipeline's adapters
-    (`models/sharing.py`). Parts loaded here follow the
+    (`backbones/sharing.py`). Parts loaded here follow the
     device asked for; the VAE stays in float32, since it is small and its mean decides everything after it.
 
     Args:

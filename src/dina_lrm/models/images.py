@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.pictures import fitted_size, picture_file, resized, rgb_tensor
+from dina_lrm.images import fitted_size, picture_file, resized, rgb_tensor
 
 Picture = Float[Tensor, "3 *frame height width"]
 """A video has its frames before height."""

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from dina_lrm.backbones.architecture import Architecture, empty_parts, load_parts
+from dina_lrm.backbones.backbone import Backbone
+from dina_lrm.backbones.families import backbone_of, read_architecture
+from dina_lrm.backbones.fingerprint import check_fingerprint, differing, fingerprint
+from dina_lrm.backbones.lora import LoraAdapter, lora_config
+from dina_lrm.backbones.sharing import SharedWeights, why_not_shared
+from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.errors import CheckpointError, InvalidInputError, MissingComponentError
-from dina_lrm.models.architecture import Architecture, empty_parts, load_parts
-from dina_lrm.models.backbone import Backbone
-from dina_lrm.models.config import RewardModelConfig
 from dina_lrm.models.encoders import Encoders, encoders_for, pixels_per_latent
-from dina_lrm.models.families import backbone_of, read_architecture
-from dina_lrm.models.fingerprint import check_fingerprint, differing, fingerprint
 from dina_lrm.models.head import RewardHead
-from dina_lrm.models.lora import LoraAdapter, lora_config
-from dina_lrm.models.sharing import SharedWeights, why_not_shared
-from dina_lrm.models.source import PipelineSource
-from dina_lrm.models.weights import TensorSource, from_module, listed
+from dina_lrm.pipelines.source import PipelineSource
+from dina_lrm.pipelines.weights import TensorSource, from_module, listed
 
 if TYPE_CHECKING:
-    from dina_lrm.models.checkpoint import Checkpoint
+    from dina_lrm.checkpoints.dina import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
 
 

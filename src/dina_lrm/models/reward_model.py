@@ -18,21 +18,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, Conditioning, check_tensor, rows_for
+from dina_lrm.backbones.lora import LoraAdapter
+from dina_lrm.backbones.prompts import check_prompts, prompt_list
+from dina_lrm.checkpoints.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
+from dina_lrm.checkpoints.dina import OWNED, Checkpoint, read_checkpoint, write_checkpoint
 from dina_lrm.core.attention import without_autocast, without_inference_mode
 from dina_lrm.core.ensemble import average_levels, mean_and_standard_error
 from dina_lrm.core.noise import NoiseSchedule, seeded_generator, seeded_noise
 from dina_lrm.core.sharding import whole
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError, UntrainedModelError
-from dina_lrm.models import hub, loading
+from dina_lrm.models import loading
 from dina_lrm.models.adaptive import AdaptiveComparison, compare_adaptively, rank_adaptively, score_to_target
-from dina_lrm.models.backbone import Backbone, BackboneFeatures, Conditioning, check_tensor, rows_for
-from dina_lrm.models.checkpoint import OWNED, Checkpoint, read_checkpoint, write_checkpoint
-from dina_lrm.models.config import HeadConfig, LikelihoodConfig, RewardModelConfig, Tuning
 from dina_lrm.models.encoders import Encoders
 from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
 from dina_lrm.models.images import image_list
-from dina_lrm.models.lora import LoraAdapter
 from dina_lrm.models.placement import resolve_device, resolve_dtype
 from dina_lrm.models.scoring import (
     NoiseLevels,
@@ -44,10 +45,10 @@ from dina_lrm.models.scoring import (
     resolve_seeds,
     whole_number,
 )
-from dina_lrm.models.text import check_prompts, prompt_list
-from dina_lrm.models.threads import Turn, in_turn, library_lock
 from dina_lrm.models.watch import RewardWatch
-from dina_lrm.models.weights import check_state
+from dina_lrm.pipelines import hub
+from dina_lrm.pipelines.threads import Turn, in_turn, library_lock
+from dina_lrm.pipelines.weights import check_state
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -69,7 +70,7 @@ class RewardModel(nn.Module):
         trained: False refuses to score (see `allow_untrained`); a trainer sets it.
         max_batch_size: latents in one backbone call, noise levels counted; more are done in turns.
         turn: held by the thread that uses the model.
-        fingerprint: of the base weights as they were loaded (`models/fingerprint.py`).
+        fingerprint: of the base weights as they were loaded (`backbones/fingerprint.py`).
     """
 
     def __init__(

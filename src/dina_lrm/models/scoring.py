@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.core.likelihood import win_probability
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.config import RewardModelConfig
 
 NoiseLevels = float | int | np.number | Sequence[float | int | np.number] | np.ndarray | Tensor | None
 

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dina_lrm.backbones.backbone import BackboneFeatures, NoisyState
+from dina_lrm.backbones.lora import tuner_layers
 from dina_lrm.core.attention import without_inference_mode
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.backbone import BackboneFeatures, NoisyState
-from dina_lrm.models.lora import tuner_layers
-from dina_lrm.models.source import PipelineSource
+from dina_lrm.pipelines.source import PipelineSource
 
 if TYPE_CHECKING:
     from dina_lrm.models.reward_model import RewardModel

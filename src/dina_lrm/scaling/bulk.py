@@ -42,7 +42,7 @@ from dina_lrm.scaling.settings import BulkJob, Scoring
 from dina_lrm.scaling.sources import Part, Plan, converted_lines, make_plan, read_part
 
 if TYPE_CHECKING:
-    from dina_lrm.models.checkpoint import Checkpoint
+    from dina_lrm.checkpoints.dina import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["BulkFolder", "BulkJob", "BulkSummary", "Scoring", "score_dataset"]
@@ -108,7 +108,7 @@ def score_dataset(
         ScoringError: a server with pictures cannot be reached. What was done is kept.
         ChildProcessError: a part has brought its worker down again and again. What was done is kept.
     """
-    from dina_lrm.models.checkpoint import read_checkpoint
+    from dina_lrm.checkpoints.dina import read_checkpoint
 
     if workers is not None and workers < 0:
         raise InvalidInputError(f"workers = {workers}: must be at least 1, or 0 for this process")

@@ -21,7 +21,7 @@ from dina_lrm.scaling.sources import Part, Plan, read_part
 
 __all__ = ["Marks", "changes"]
 
-KEY = b"dina_lrm.pictures"
+KEY = b"dina_lrm.images"
 """Of the metadata of a part's file."""
 READERS = 8
 ROWS_READ = 64

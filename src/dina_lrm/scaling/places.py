@@ -13,7 +13,7 @@ from httpx_retries import Retry, RetryTransport
 
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.files import content_digest, file_fault, not_a_file
-from dina_lrm.pictures import picture_file
+from dina_lrm.images import picture_file
 
 __all__ = [
     "NOT_TOLD",

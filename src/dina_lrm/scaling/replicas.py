@@ -57,7 +57,7 @@ def serve_replicas(
         InvalidInputError: no room for so many replicas, or the port is taken.
         ChildProcessError: the replicas do not start.
     """
-    from dina_lrm.models.checkpoint import read_checkpoint
+    from dina_lrm.checkpoints.dina import read_checkpoint
 
     check_device(settings.device)
     for _, location in settings.models:

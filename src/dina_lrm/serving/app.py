@@ -26,7 +26,7 @@ from dina_lrm import __version__
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
-from dina_lrm.protocol import CONTENT_TYPE, FIELDS, PROTOCOL_VERSION, VERSION_HEADER, unpack
+from dina_lrm.remote.protocol import CONTENT_TYPE, FIELDS, PROTOCOL_VERSION, VERSION_HEADER, unpack
 from dina_lrm.serving.batching import Draining, QueueFull
 from dina_lrm.serving.bodies import LARGE_BYTES, check_content_type, form_schema, read_body, read_pictures
 from dina_lrm.serving.callers import CallerFull

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.backbones.prompts import joined_rows
 from dina_lrm.core.noise import seeded_generator
 from dina_lrm.errors import InvalidInputError, PromptWarning
-from dina_lrm.models.backbone import Conditioning
 from dina_lrm.models.encoders import pixels_per_latent
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.models.text import joined_rows
-from dina_lrm.protocol import LatentRows
+from dina_lrm.remote.protocol import LatentRows
 
 __all__ = ["Draws", "Encode", "Encoded", "Engine", "Result", "Row", "Score", "Unit"]
 

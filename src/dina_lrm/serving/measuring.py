@@ -14,14 +14,14 @@ from jaxtyping import Float
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError, PromptWarning
-from dina_lrm.models.backbone import Conditioning
+from dina_lrm.images import rgb_tensor, upright_rgb
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.pictures import rgb_tensor, upright_rgb
+from dina_lrm.sampling.stepwise import Run, SamplerState
 from dina_lrm.serving.pictures import FORMATS, open_picture
-from dina_lrm.serving.sampling import Run, SamplerState
 from dina_lrm.serving.schemas import check_prompt
 from dina_lrm.serving.views import Measured
 

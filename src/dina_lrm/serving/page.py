@@ -25,9 +25,9 @@ from torch import Tensor
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
+from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Run, sample_stepwise
 from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
 from dina_lrm.serving.page_routes import PageBlocks, PageRoutes
-from dina_lrm.serving.sampling import MAX_GUIDANCE, MAX_STEPS, Run, sample_stepwise
 from dina_lrm.serving.views import (
     LevelScores,
     Ranked,

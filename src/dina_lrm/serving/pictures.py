@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.pictures import resized, upright_rgb
+from dina_lrm.images import resized, upright_rgb
 
 __all__ = ["FORMATS", "EncodedPicture", "open_picture", "picture_header"]
 

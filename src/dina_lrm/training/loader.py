@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dina_lrm.config import TrainConfig
 from dina_lrm.core.noise import NoiseSchedule, seeded_noise
 from dina_lrm.data.latents import PairBatch, first_occurrences
-from dina_lrm.data.shards import PairSet
+from dina_lrm.data.shards.read import PairSet
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.step import draw_step
 
 __all__ = ["AHEAD", "StepLoader", "StepPart", "step_parts"]

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.config import TrainConfig
+from dina_lrm.backbones.backbone import Conditioning, call, checkpointed
 from dina_lrm.core.noise import sample_noise_levels, torch_seed
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch, mix_seeds
-from dina_lrm.models.backbone import Conditioning, call, checkpointed
 from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.training.config import TrainConfig
 
 __all__ = ["PairScorer", "StepDraws", "draw_step", "loss_level"]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dina_lrm.alignment.gold import Evaluation, paired_gain, parting
-from dina_lrm.alignment.rewards import RewardError, RewardSum, checked
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.sampling.rewards import RewardError, RewardSum, checked
 
 PROMPTS = 200
 

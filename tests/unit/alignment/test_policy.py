@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dina_lrm.alignment.policy import Policy
+from dina_lrm.backbones.lora import tuner_layers
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.lora import tuner_layers
+from dina_lrm.sampling.policy import Policy
 from tests.families import load_pipeline, make_family_reward
 
 PROMPTS = ["a red circle", "two blue square"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dina_lrm.build_alignment import latent_reward
+from dina_lrm.build.alignment import latent_reward
 from dina_lrm.errors import InvalidInputError
 from tests.families import load_pipeline, make_family_reward
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dina_lrm.alignment.policy import Policy
-from dina_lrm.alignment.rollout import SamplerConfig, rollout, transition_at
 from dina_lrm.core.transitions import gaussian_log_prob
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rollout import SamplerConfig, rollout, transition_at
 from tests.families import load_pipeline
 from tests.tiny import MAX_TOKENS
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dina_lrm import RewardModel
-from dina_lrm.alignment import search
-from dina_lrm.alignment.policy import Policy
-from dina_lrm.alignment.rollout import SamplerConfig
 from dina_lrm.core.flow import clean_and_noise
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.sampling import search
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rollout import SamplerConfig
 from tests.families import load_pipeline, make_family_reward
 from tests.tiny import MAX_TOKENS
 

@@ -23,11 +23,11 @@ from dina_lrm.alignment.config import (
     SamplerConfig,
     StepDpoConfig,
 )
-from dina_lrm.alignment.rewards import LatentReward, RewardSum, ServerReward
 from dina_lrm.alignment.run import RunResult
-from dina_lrm.build_alignment import latent_reward, run_alignment
+from dina_lrm.build.alignment import latent_reward, run_alignment
 from dina_lrm.cli.main import main
 from dina_lrm.errors import ScoringError
+from dina_lrm.sampling.rewards import LatentReward, RewardSum, ServerReward
 from tests.families import load_pipeline, make_family_reward
 from tests.unit.integrations.server import Server, serving
 

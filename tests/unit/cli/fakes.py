@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.config import RewardModelConfig
 from dina_lrm.models.options import ModelOptions
 from dina_lrm.models.scoring import preference_probability
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dina_lrm.alignment_recipes import ALGORITHMS, CONFIGS, GENERATORS, alignment_recipe
-from dina_lrm.build_alignment import algorithm_of, alignment_prompts, read_prompts
+from dina_lrm.build.alignment import algorithm_of, alignment_prompts, read_prompts
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.recipes.alignment import ALGORITHMS, CONFIGS, GENERATORS, alignment_recipe
 
 SMALL = ["--num-steps", "2", "--batch-size", "2", "--monitor.every", "1", "--monitor.num-prompts", "3"]
 SMALL += ["--monitor.grid-size", "2", "--policy.lora-rank", "2", "--sampler.num-steps", "3", "--cpu"]

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from dina_lrm.checkpoints.config import AdaptiveViews
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.config import AdaptiveViews
 from dina_lrm.models.scoring import RankedImage
 from tests.unit.cli.fakes import use_brightness_model
 

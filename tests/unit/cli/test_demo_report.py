@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dina_lrm.cli import demo_report
-from dina_lrm.evaluation.report import render_html
+from dina_lrm.reporting import demo as demo_report
+from dina_lrm.reporting.html import render_html
 from tests.unit.cli.demo_results import make_demo_results
 
 

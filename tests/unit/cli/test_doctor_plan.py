@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.z_image import Z_IMAGE
 from dina_lrm.cli.main import main
 from dina_lrm.cli.plan import make_plan, recipe_for
 from dina_lrm.evaluation.cost import FULL_SIZE
-from dina_lrm.models.architecture import Architecture
-from dina_lrm.models.source import bundled_folder
-from dina_lrm.models.z_image import Z_IMAGE
-from dina_lrm.recipes import recipe, recipe_names
+from dina_lrm.pipelines.source import bundled_folder
+from dina_lrm.recipes.training import recipe, recipe_names
 from tests.families import FAMILIES
 from tests.tiny import copy_of
 

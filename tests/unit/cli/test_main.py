@@ -8,9 +8,9 @@ import pytest
 
 import dina_lrm
 from dina_lrm.alignment.processes import AlignmentError
-from dina_lrm.alignment.rewards import RewardError
 from dina_lrm.cli import main as cli
 from dina_lrm.errors import CheckpointError, InvalidInputError, RunError, ScoringError
+from dina_lrm.sampling.rewards import RewardError
 
 
 def test_overview_lists_every_command(capsys):

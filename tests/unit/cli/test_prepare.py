@@ -15,7 +15,7 @@ import pytest
 
 from dina_lrm.cli.main import EXIT_USAGE, main
 from dina_lrm.cli.prepare import recipe_of
-from dina_lrm.data.shards import LatentShards
+from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.data.split import fold_prompt
 from tests.unit.data.layouts import encoded
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dina_lrm.data import prepare as preparing
+from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.prepare import PrepareSettings
-from dina_lrm.data.shards import shard_rejects
+from dina_lrm.data.prepare import run as preparing
+from dina_lrm.data.prepare.run import PrepareSettings
+from dina_lrm.data.shards.read import shard_rejects
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.backbone import Conditioning
 
 SETTINGS: dict[str, Any] = {
     "source": "hpdv3",

@@ -7,10 +7,10 @@ import pytest
 
 from dina_lrm.cli import main as cli
 from dina_lrm.data.comparisons import Comparison
-from dina_lrm.data.hub import read_hub
-from dina_lrm.data.layouts import SOURCES
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.sources import read_source
+from dina_lrm.data.sources.hub import read_hub
+from dina_lrm.data.sources.layouts import SOURCES
+from dina_lrm.data.sources.registry import read_source
 from dina_lrm.errors import InvalidInputError
 from tests.unit.data.layouts import encoded, table, write_part, write_source
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dina_lrm.cli import main as cli
-from dina_lrm.data import imagerewarddb
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import Reject, load_image
-from dina_lrm.data.sources import read_source, source_files, source_length
+from dina_lrm.data.sources import imagerewarddb
+from dina_lrm.data.sources.registry import read_source, source_files, source_length
 from dina_lrm.errors import InvalidInputError
 from tests.unit.data.layouts import write_part
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dina_lrm.data.latents import LatentPairs, batch_indices, encode_pairs, mix_seeds
 from dina_lrm.data.pairs import PreferencePair, Reject
-from dina_lrm.data.shards import set_aside
+from dina_lrm.data.shards.read import set_aside
 from dina_lrm.errors import InvalidInputError
 
 

@@ -12,9 +12,9 @@ from dina_lrm.cli.evaluate import Evaluate
 from dina_lrm.cli.inspect import Inspect
 from dina_lrm.cli.prepare import Prepare
 from dina_lrm.data.comparisons import Comparison
-from dina_lrm.data.layouts import SOURCES
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.sources import read_source
+from dina_lrm.data.sources.layouts import SOURCES
+from dina_lrm.data.sources.registry import read_source
 from tests.unit.data.layouts import dump, encoded, rows_of, shard, table, write_pictures, write_source
 
 CELLS = [{"bytes": encoded(seed), "path": None} for seed in range(3)]

@@ -16,10 +16,10 @@ from PIL import Image
 
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.inspection import inspect
-from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.data.pairs import Reject, load_image, write_rejects
 from dina_lrm.data.rows import rows_of_file
-from dina_lrm.data.sources import read_source, source_length
+from dina_lrm.data.sources.own_rows import read_pairs
+from dina_lrm.data.sources.registry import read_source, source_length
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import read_items
 from tests.unit.data.layouts import encoded, shard, write_pictures

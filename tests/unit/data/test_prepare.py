@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.build import pair_encoder, prepare_source
+from dina_lrm.build.training import pair_encoder, prepare_source
 from dina_lrm.cli import main as cli
-from dina_lrm.data import prepare as preparing
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent
-from dina_lrm.data.prepare import prompt_rows
-from dina_lrm.data.shards import FORMAT, LatentShards, PromptRow, stack_prompts
-from dina_lrm.data.sources import read_source, source_length
+from dina_lrm.data.prepare import run as preparing
+from dina_lrm.data.prepare.run import prompt_rows
+from dina_lrm.data.shards.read import FORMAT, LatentShards, PromptRow, stack_prompts
+from dina_lrm.data.sources.registry import read_source, source_length
 from dina_lrm.errors import InvalidInputError
 from tests.tiny import PROMPT
 from tests.unit.data.layouts import ColourEncoder, rows_of, shard
@@ -607,7 +607,7 @@ def test_damage_is_told(damage: str, message: str, prepared: tuple[Path, Path, A
 
 
 def test_embeddings_that_overflow_float16_are_an_error(tmp_path: Path) -> None:
-    from dina_lrm.data.shards import write_prompts
+    from dina_lrm.data.shards.read import write_prompts
 
     row = PromptRow(prompt_embeds=torch.full((2, 3), 1e6), pooled_prompt_embeds=None, attention_mask=None)
     with pytest.raises(InvalidInputError, match="'a prompt' is not finite in float16"):
@@ -634,8 +634,8 @@ def test_a_set_on_the_hub_is_streamed(
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from dina_lrm import build
-    from dina_lrm.data.hub import read_hub
+    from dina_lrm.build import training as build
+    from dina_lrm.data.sources.hub import read_hub
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     cells = [{"bytes": save(tmp_path / f"{n}.png", seed=n).read_bytes(), "path": f"{n}.png"} for n in (0, 1)]

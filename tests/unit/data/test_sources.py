@@ -13,10 +13,10 @@ from PIL import Image
 from dina_lrm.cli import main as cli
 from dina_lrm.data.comparisons import Check, Comparison
 from dina_lrm.data.inspection import audit, inspect
-from dina_lrm.data.layouts import SOURCES
-from dina_lrm.data.own_rows import read_pairs
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.sources import read_source
+from dina_lrm.data.sources.layouts import SOURCES
+from dina_lrm.data.sources.own_rows import read_pairs
+from dina_lrm.data.sources.registry import read_source
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import read_items
 from tests.unit.data.layouts import shard, write_source

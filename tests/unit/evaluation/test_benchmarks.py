@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.checkpoints.config import Calibration, RewardModelConfig
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.evaluation.noise_sweep import Setting, noise_sweep, score_pairs
-from dina_lrm.models.backbone import Conditioning
-from dina_lrm.models.config import Calibration, RewardModelConfig
 from dina_lrm.models.reward_model import RewardModel
 
 

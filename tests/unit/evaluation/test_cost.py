@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from dina_lrm import InvalidInputError, RewardModel
-from dina_lrm.build import reward_model
+from dina_lrm.backbones.families import BACKBONES
+from dina_lrm.backbones.sd3 import SD35_MEDIUM
+from dina_lrm.build.training import reward_model
 from dina_lrm.evaluation.cost import (
     FULL_SIZE,
     TEXT_TOKENS,
@@ -19,9 +21,7 @@ from dina_lrm.evaluation.cost import (
     score_flops,
     weight_bytes,
 )
-from dina_lrm.models.families import BACKBONES
-from dina_lrm.models.sd3 import SD35_MEDIUM
-from dina_lrm.recipes import recipe, recipe_names
+from dina_lrm.recipes.training import recipe, recipe_names
 
 pytestmark = pytest.mark.long  # networks of their full size, on shapes
 

@@ -16,9 +16,9 @@ from dina_lrm.cli.evaluate import percent
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent, image_name
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.evaluation.page import public_page
 from dina_lrm.evaluation.picture_scores import PartFile, PictureScores
 from dina_lrm.evaluation.public import PublicResult, evaluate_comparisons
+from dina_lrm.reporting.evaluation import public_page
 
 
 def bitmap(red: int, *, side: int = 2) -> bytes:

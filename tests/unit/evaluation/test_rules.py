@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dina_lrm.data.layouts import SOURCES
+from dina_lrm.data.sources.layouts import SOURCES
 from dina_lrm.evaluation.rules import (
     DEFAULT_RULE,
     RULES,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dina_lrm import Conditioning, InvalidInputError, RewardModel
 from dina_lrm.integrations.flow_grpo import diffusion_rm_score, dina_score, register
-from dina_lrm.models.source import bundled_folder
+from dina_lrm.pipelines.source import bundled_folder
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def pipeline() -> Any:
     from diffusers import StableDiffusion3Pipeline
     from peft import LoraConfig, get_peft_model
 
-    from dina_lrm.models.libraries import quiet_loading
+    from dina_lrm.pipelines.libraries import quiet_loading
 
     with quiet_loading():
         pipeline = StableDiffusion3Pipeline.from_pretrained(bundled_folder("pipeline"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dina_lrm import RewardModel
+from dina_lrm.checkpoints.config import AdaptiveViews, RewardModelConfig
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.config import AdaptiveViews, RewardModelConfig
 from tests.tiny import PROMPT, make_tiny_reward
 
 PLAN = AdaptiveViews(

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm import CheckpointError, Conditioning, InvalidInputError, RewardModel
-from dina_lrm.models.architecture import Architecture
-from dina_lrm.models.backbone import Backbone
-from dina_lrm.models.families import BACKBONES, backbone_of, read_architecture
+from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.backbone import Backbone
+from dina_lrm.backbones.families import BACKBONES, backbone_of, read_architecture
 from tests.families import (
     FAMILIES,
     family_conditioning,
@@ -44,7 +44,7 @@ def every_tap(folder: Path, **settings: Any) -> RewardModel:
 
 
 def architecture_of(folder: Path) -> Architecture:
-    from dina_lrm.models.source import PipelineSource
+    from dina_lrm.pipelines.source import PipelineSource
 
     return read_architecture(PipelineSource(folder).network_config())
 
@@ -396,7 +396,7 @@ def _short(family: str) -> dict[str, Any]:
 
 
 def unpacked(backbone: Backbone, latents: Tensor, height: int, width: int) -> Tensor:
-    from dina_lrm.models.backbone import unpack
+    from dina_lrm.backbones.backbone import unpack
 
     return unpack(latents, height // 2, width // 2) if latents.ndim == 3 else latents
 
@@ -508,7 +508,7 @@ def _without_guidance(folder: Path) -> Architecture:
     ],
 )
 def test_relatives_that_are_not_supported(family_folders: Any, kind: str, change: dict, message: str) -> None:
-    from dina_lrm.models.source import PipelineSource
+    from dina_lrm.pipelines.source import PipelineSource
 
     config = PipelineSource(family_folders(kind)).network_config()
     with pytest.raises(InvalidInputError, match=message):

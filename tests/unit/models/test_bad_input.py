@@ -16,8 +16,8 @@ from dina_lrm import (
     PromptWarning,
     RewardModel,
 )
+from dina_lrm.backbones.prompts import check_prompts, prompt_list
 from dina_lrm.models.scoring import whole_number
-from dina_lrm.models.text import check_prompts, prompt_list
 from tests.tiny import MAX_TOKENS, PROMPT, copy_of, make_tiny_reward, tiny_conditioning, tiny_latents
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dina_lrm import Calibration, CheckpointError, InvalidInputError, RewardModel
-from dina_lrm.models import checkpoint as checkpoint_module
+from dina_lrm.checkpoints import dina as checkpoint_module
 from tests.tiny import make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
 KINDS = {

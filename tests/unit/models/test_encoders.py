@@ -62,7 +62,7 @@ def test_a_prompt_is_encoded_once(tiny_pipeline: Path) -> None:
 def test_the_cache_forgets_the_least_recently_used(
     tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dina_lrm.models.text.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("dina_lrm.backbones.prompts.CACHED_PROMPTS", 2)
     model = make_tiny_reward(tiny_pipeline)
     model.encode_prompts(["red", "green"])
     model.encode_prompts("red")

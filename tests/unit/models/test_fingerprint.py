@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dina_lrm import CheckpointError, RewardModel
-from dina_lrm.models.fingerprint import check_fingerprint, differing, fingerprint, probes
+from dina_lrm.backbones.fingerprint import check_fingerprint, differing, fingerprint, probes
 from tests.tiny import make_tiny_reward
 
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from dina_lrm.models.libraries import quiet_tokenizing
+from dina_lrm.pipelines.libraries import quiet_tokenizing
 
 SCORE = """
 import dina_lrm

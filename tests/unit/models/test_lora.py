@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dina_lrm import RewardModelConfig
-from dina_lrm.models.lora import lora_config
-from dina_lrm.models.sd3 import SD3Backbone
+from dina_lrm.backbones.lora import lora_config
+from dina_lrm.backbones.sd3 import SD3Backbone
 from tests.tiny import make_tiny_reward, tiny_conditioning, tiny_latents
 
 PROJECTIONS, TEXT_PROJECTIONS = SD3Backbone.lora_targets, SD3Backbone.lora_text_targets

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dina_lrm import CheckpointError, Conditioning, InvalidInputError, MissingComponentError, RewardModel
-from dina_lrm.models import weights
-from dina_lrm.models.architecture import empty_parts, load_parts
-from dina_lrm.models.backbone import Backbone
-from dina_lrm.models.sd3 import SD35_MEDIUM, SD3Architecture
-from dina_lrm.models.weights import from_folder
+from dina_lrm.backbones.architecture import empty_parts, load_parts
+from dina_lrm.backbones.backbone import Backbone
+from dina_lrm.backbones.sd3 import SD35_MEDIUM, SD3Architecture
+from dina_lrm.pipelines import weights
+from dina_lrm.pipelines.weights import from_folder
 from tests.tiny import copy_of, make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
 

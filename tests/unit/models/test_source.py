@@ -10,7 +10,7 @@ import torch
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.cli.plan import make_plan
 from dina_lrm.models.encoders import pipeline_encoders
-from dina_lrm.models.libraries import quiet_loading
+from dina_lrm.pipelines.libraries import quiet_loading
 from tests.families import load_pipeline, make_family_reward
 
 TWO = r"has two networks, transformer for high noise and transformer_2 for low \(boundary_ratio = 0.875\)"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dina_lrm import RewardModel
-from dina_lrm.models.threads import Turn
+from dina_lrm.pipelines.threads import Turn
 from tests.tiny import make_tiny_reward, tiny_conditioning, tiny_latents
 
 COLD_START = Path(__file__).parents[2] / "cold_start.py"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dina_lrm import InvalidInputError, RewardModel
-from dina_lrm.models.backbone import NoisyState
-from dina_lrm.models.lora import tuner_layers
+from dina_lrm.backbones.backbone import NoisyState
+from dina_lrm.backbones.lora import tuner_layers
 from dina_lrm.models.watch import RewardWatch
 from tests.families import (
     family_conditioning,

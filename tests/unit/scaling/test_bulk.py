@@ -275,7 +275,7 @@ def test_another_input_is_refused(ten, tmp_path):
 
 def test_other_weights_are_refused(ten, tmp_path, monkeypatch):
     score(ten, tmp_path / "out")
-    from dina_lrm.models import checkpoint
+    from dina_lrm.checkpoints import dina as checkpoint
 
     genuine = checkpoint.read_checkpoint
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm import Conditioning, RewardModel
-from dina_lrm.protocol import CONTENT_TYPE, VERSION_HEADER
+from dina_lrm.remote.protocol import CONTENT_TYPE, VERSION_HEADER
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.connections import uvicorn_config
 from dina_lrm.serving.settings import ServerSettings

@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save
 from torch import Tensor
 
-from dina_lrm import Conditioning, RewardModel, protocol
+from dina_lrm import Conditioning, RewardModel
+from dina_lrm.remote import protocol
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.settings import ServerSettings
 from tests.unit.serving.conftest import HEADERS, PROMPTS, calling, form, listening, png

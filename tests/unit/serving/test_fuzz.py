@@ -15,7 +15,7 @@ from safetensors.torch import save
 from schemathesis import GenerationMode
 from torch import Tensor
 
-from dina_lrm.protocol import FIELDS
+from dina_lrm.remote.protocol import FIELDS
 from tests.unit.serving.conftest import HEADERS
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "X", 3]

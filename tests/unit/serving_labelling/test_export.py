@@ -11,7 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from dina_lrm.cli.main import main
-from dina_lrm.data.own_rows import read_pairs
+from dina_lrm.data.sources.own_rows import read_pairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.export import Exported, export_single_votes, export_votes
 from dina_lrm.serving.labelling.items import Items, read_items

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.serving.sampling import MAX_SEED, SamplerState, sample_stepwise
+from dina_lrm.sampling.stepwise import MAX_SEED, SamplerState, sample_stepwise
 from dina_lrm.shapes.networks import MAX_TOKENS
 from tests.unit.serving_page.conftest import OTHER, PROMPT, ModelThread
 

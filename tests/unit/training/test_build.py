@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dina_lrm.build import raw_source, reward_model, run_training
-from dina_lrm.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from dina_lrm.build.training import raw_source, reward_model, run_training
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 
 
 @pytest.fixture(scope="module")

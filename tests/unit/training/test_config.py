@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dina_lrm.config import (
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.recipes.training import recipe, recipe_names
+from dina_lrm.training.config import (
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -17,8 +19,6 @@ from dina_lrm.config import (
     from_dict,
     to_dict,
 )
-from dina_lrm.errors import InvalidInputError
-from dina_lrm.recipes import recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -94,7 +94,7 @@ def test_every_field_explains_itself() -> None:
     """A string under each field: it is the help of the command line."""
     import ast
 
-    import dina_lrm.config as module
+    import dina_lrm.training.config as module
 
     tree = ast.parse(Path(module.__file__).read_text())
     for node in tree.body:
@@ -127,7 +127,7 @@ def test_configurations_that_cannot_work_are_refused_by_name(
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     from dina_lrm.models.head import LogisticSquash
-    from dina_lrm.training.distribution import check_distribution
+    from dina_lrm.runs.distribution import check_distribution
 
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes to the environment
     settings = None if settings is None else {"fsdp_version": 2, **settings}
@@ -142,7 +142,7 @@ def test_configurations_that_cannot_work_are_refused_by_name(
 def test_one_process_ddp_and_fsdp2_are_taken(kind: str, version: int | None) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from dina_lrm.training.distribution import check_distribution
+    from dina_lrm.runs.distribution import check_distribution
 
     plugin = None if version is None else FullyShardedDataParallelPlugin(fsdp_version=version)
     check_distribution(DistributedType(kind), plugin, torch.nn.Linear(2, 2), compile=False)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from accelerate import Accelerator
 
-from dina_lrm.training import interrupt
-from dina_lrm.training.interrupt import Interrupt, Interrupted
+from dina_lrm.runs import interrupt
+from dina_lrm.runs.interrupt import Interrupt, Interrupted
 
 
 @pytest.fixture(scope="module")

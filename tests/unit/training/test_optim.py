@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.training import optim
+from dina_lrm.runs import optimizer as optim
 
 
 class Tiny(nn.Module):

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.training import progress
-from dina_lrm.training.progress import Reporter, StepMetrics
+from dina_lrm.runs import progress
+from dina_lrm.runs.progress import Reporter, StepMetrics
 
 
 def reporter(output: Path, wandb: tuple[str, dict[str, Any]] | None = None) -> Reporter:

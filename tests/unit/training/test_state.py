@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dina_lrm.errors import CheckpointError
-from dina_lrm.training import optim, state
+from dina_lrm.runs import optimizer as optim
+from dina_lrm.runs import state
 
 
 def make() -> tuple[nn.Module, torch.optim.AdamW, object]:

@@ -17,10 +17,10 @@ import httpx
 import torch
 from PIL import Image
 
-from dina_lrm.client import retrying_transport
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.evaluation.baselines.scorer import checked_pairs, picture
+from dina_lrm.remote.client import retrying_transport
 
 __all__ = ["UNIFIED_REWARD", "VISUAL_QUALITY_R1", "Question", "ServerScorer"]
 
@@ -103,7 +103,7 @@ class ServerScorer:
         question: see `Question`.
         api_key: sent as a bearer token.
         concurrency: requests under way at once.
-        num_retries: after what may pass, as `dina_lrm.client` has it.
+        num_retries: after what may pass, as `dina_lrm.remote.client` has it.
         backoff_seconds: longest wait before the first retry; doubled each time.
         timeout_seconds: of one request.
         max_tokens: of a reply.

@@ -1,0 +1,1 @@
+"""Folders that hold a reward: our layout, the published one, and the configuration in both."""

@@ -1,0 +1,1 @@
+"""Latent shards: parquet files of encoded pairs."""

@@ -1,0 +1,1 @@
+"""Runs as functions that return their settings: of a reward, and of a generator."""

@@ -1,0 +1,1 @@
+"""The latent scoring protocol, and clients of a server that speaks it."""

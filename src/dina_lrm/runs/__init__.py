@@ -1,0 +1,1 @@
+"""What training a reward and aligning a generator share: optimizer, averages, checkpoints, resume, progress."""

@@ -1,0 +1,1 @@
+"""Sampling with a generator: rollouts, search, rewards of latents. Nothing here trains."""

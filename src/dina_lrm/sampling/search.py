@@ -1,0 +1,433 @@
+"""Better samples without training: choose among several while they are being sampled, or steer one.
+
+    result = best_of_n(policy, model, prompt, samples=16)
+    result = successive_halving(policy, model, prompt, samples=16)
+    result = guided(policy, model, prompt, samples=4, strength=0.1)
+
+`successive_halving` looks at the candidates while they are noisy: the clean latent that the denoiser predicts
+at a step, which costs nothing, is scored at one low noise level, and the reward's law of comparison with the
+variance v(sigma) of the state's own level gives the probability that the leading candidate is preferred to
+another. Where that is high enough the other is not sampled further. The reward of the noisy state itself
+ranks worse at every step.
+
+Inside a diffusers pipeline the same two are callbacks:
+
+    prune = Pruner(model, prompt, steps=28)
+    pipeline(prompt, num_images_per_prompt=16, callback_on_step_end=prune,
+             callback_on_step_end_tensor_inputs=prune.tensor_inputs(pipeline))
+
+Own work; that latents are pruned by a reward at their noise level: LatSearch, arXiv:2603.14526.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.likelihood import win_probability
+from dina_lrm.data.latents import mix_seeds
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.sampling.policy import Grid, Policy
+from dina_lrm.sampling.rewards import checked
+from dina_lrm.sampling.rollout import SamplerConfig, advance, deterministic, first_noise, sample
+
+__all__ = ["Guide", "Pruner", "SearchResult", "best_of_n", "guided", "successive_halving"]
+
+LOOK_LEVEL = 0.4
+"""Noise level at which predicted clean latents are scored."""
+
+DRAFT_STEPS = 10
+"""Of the grid that candidates are compared on."""
+
+_CANDIDATE = 81
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Candidates that were sampled to the end, best first."""
+
+    latents: Tensor
+    """(kept, channel, height, width), clean."""
+    scores: Tensor
+    """(kept,), of the reward."""
+    indices: tuple[int, ...]
+    """Which of the candidates they are; candidate i starts from a seed that depends on (seed, i) alone."""
+    evaluations: float
+    """Passes of the whole denoiser that it took: sampling, guidance counted, and scoring, whose passes
+    through the first L of N blocks count L / N (a backward pass as two forward passes)."""
+    alive: tuple[int, ...]
+    """Candidates that were sampled in each step, those of a draft before those of the sampler."""
+
+
+def _prepared(
+    policy: Policy, model: RewardModel, prompt: str, samples: int, seed: int
+) -> tuple[Conditioning, Conditioning, list[int]]:
+    if samples < 1:
+        raise InvalidInputError(f"samples = {samples}: must be at least 1")
+    if model.latent_space is not None and model.latent_space != policy.encoders.latent_space:
+        raise InvalidInputError(
+            f"the reward is for another generator: it reads latents of {model.latent_space}, the pipeline "
+            f"has {policy.encoders.latent_space}"
+        )
+    seeds = [mix_seeds(seed, _CANDIDATE, index) for index in range(samples)]
+    return policy.encode([prompt]), model.encode_prompts(prompt), seeds
+
+
+def _pass_cost(policy: Policy, model: RewardModel) -> float:
+    return model.backbone.num_blocks / len(policy.backbone.architecture.block_names)
+
+
+def _per_evaluation(config: SamplerConfig) -> float:
+    return 1.0 if config.guidance_scale == 1.0 else 2.0
+
+
+def _rows(conditioning: Conditioning, count: int, device: torch.device) -> Conditioning:
+    return conditioning.index_select(torch.zeros(count, dtype=torch.long, device=device))
+
+
+def _finished(
+    policy: Policy,
+    model: RewardModel,
+    clean: Tensor,
+    conditioning: Conditioning,
+    prompt: str,
+    seed: int,
+    *,
+    kept: Sequence[int],
+    cost: float,
+    alive: Sequence[int],
+) -> SearchResult:
+    """Candidates in the order of their scores under one noise sample; scoring is added to the cost."""
+    scores = checked(model.score_latents(clean, conditioning, seed=seed).float(), [prompt] * len(clean))
+    order = scores.argsort(descending=True, stable=True).tolist()
+    cost += len(kept) * len(model.config.noise_levels) * _pass_cost(policy, model)
+    return SearchResult(clean[order], scores[order], tuple(kept[one] for one in order), cost, tuple(alive))
+
+
+@torch.no_grad()
+def best_of_n(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample all candidates to the end and rank them."""
+    config = deterministic(sampler or SamplerConfig())
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    clean = sample(policy, _rows(own, samples, policy.device), seeds, config)
+    alive = (samples,) * config.num_steps
+    cost = sum(alive) * _per_evaluation(config)
+    return _finished(policy, model, clean, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
+
+
+def beaten(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
+    """Which candidates (bool) to drop: the leader is preferred with at least `confidence` at noise level
+    `sigma`, by the reward's own law of comparison; never more than half of them, the worst first.
+
+    A confidence of 0.5 drops just the worse half.
+    """
+    law = model.config.likelihood
+    lead = (scores.max() - scores).double()
+    probability = win_probability(
+        lead,
+        torch.full_like(lead, sigma),
+        likelihood=law.kind,
+        slope=law.slope,
+        floor=law.floor,
+    )
+    drop = torch.zeros_like(scores, dtype=torch.bool)
+    worst_first = scores.argsort(stable=True)[: len(scores) // 2]
+    drop[worst_first] = probability[worst_first] >= confidence
+    return drop
+
+
+def check_steps(num_steps: int, first: int | None, every: int | None) -> range:
+    """Steps after which candidates are compared: from a fifth of them on, every tenth, unless given."""
+    start = max(1, num_steps // 5) if first is None else first
+    stride = max(1, num_steps // 10) if every is None else every
+    if not 1 <= start <= num_steps or stride < 1:
+        raise InvalidInputError(
+            f"first_check = {start}, every = {stride}: must be in [1, {num_steps}], at least 1"
+        )
+    return range(start, num_steps, stride)
+
+
+def look(
+    model: RewardModel,
+    before: Tensor,
+    after: Tensor,
+    conditioning: Conditioning,
+    sigmas: tuple[float, float],
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """Scores (batch,) of the clean latents that a step from `before` to `after` was led by.
+
+    Args:
+        sigmas: noise levels of the two states.
+        seed: of the noise that all are scored under.
+    """
+    found: list[Tensor] = []
+    for start, end in zip(before.split(batch_size), after.split(batch_size), strict=True):
+        levels = [torch.full((len(start),), sigma, device=start.device) for sigma in sigmas]
+        clean = model.schedule.clean_between(start, end, *levels)
+        found.append(model.score_latents(clean, conditioning, LOOK_LEVEL, seed=seed).float())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def successive_halving(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 16,
+    confidence: float = 0.5,
+    draft: int | None = None,
+    first_check: int | None = None,
+    every: int | None = None,
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample candidates together and drop those that the reward has seen enough of.
+
+    With fewer draft steps than steps, candidates are compared on the coarse grid, where few passes lead far,
+    and those that are left are sampled from their own noise on the fine one: a sampler without noise goes
+    from one noise to nearly the same picture on both.
+
+    Args:
+        confidence: probability, in [0.5, 1], that the leader is preferred to a candidate at which it is
+            dropped; 0.5 halves at every check.
+        draft: steps of the grid that candidates are compared on, at most the sampler's, which mean no draft;
+            None: 10, where the sampler has twice as many.
+        first_check: steps of that grid before the first comparison; None: a fifth of them, of a draft 3.
+        every: steps between comparisons; None: a tenth of them.
+    """
+    if not 0.5 <= confidence <= 1.0:
+        raise InvalidInputError(f"confidence = {confidence}: must be in [0.5, 1]")
+    config = deterministic(sampler or SamplerConfig())
+    coarse = draft_steps(config.num_steps, draft)
+    if first_check is None and coarse < config.num_steps:
+        first_check = min(3, coarse)
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    checks = check_steps(coarse, first_check, every)
+    shape = policy.latent_shape(config.height, config.width)
+    noise = first_noise(shape, seeds).to(policy.device)
+    kept, alive = list(range(samples)), []
+
+    def sampled(state: Tensor, grid: Grid, step: int) -> Tensor:
+        alive.append(len(state))
+        return advance(policy, state, _rows(own, len(state), policy.device), grid, step, config)
+
+    grid, state, looks, step = policy.grid(coarse, shape), noise, 0, 0
+    while step < checks.stop and len(kept) > 1:
+        after, step = sampled(state, grid, step), step + 1
+        if step in checks:
+            looks += len(kept)
+            sigmas = float(grid.sigmas[step - 1]), float(grid.sigmas[step])
+            scores = look(model, state, after, theirs, sigmas, seed, config.batch_size)
+            stay = ~beaten(model, checked(scores, [prompt] * len(kept)), sigmas[1], confidence)
+            after = after[stay]
+            kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
+        state = after
+    if coarse < config.num_steps:
+        grid, state, step = policy.grid(config.num_steps, shape), noise[kept], 0
+    for last in range(step, config.num_steps):
+        state = sampled(state, grid, last)
+    cost = sum(alive) * _per_evaluation(config) + looks * _pass_cost(policy, model)
+    return _finished(policy, model, state, theirs, prompt, seed, kept=kept, cost=cost, alive=alive)
+
+
+def draft_steps(num_steps: int, wanted: int | None = None) -> int:
+    """Steps of the grid that candidates of a sampler with `num_steps` are compared on."""
+    steps = (DRAFT_STEPS if num_steps >= 2 * DRAFT_STEPS else num_steps) if wanted is None else wanted
+    if not 1 <= steps <= num_steps:
+        raise InvalidInputError(f"draft_steps = {steps}: must be in [1, {num_steps}]")
+    return steps
+
+
+def ascend(
+    model: RewardModel,
+    state: Tensor,
+    conditioning: Conditioning,
+    timestep: Tensor,
+    sigma: float,
+    strength: float,
+) -> Tensor:
+    """The state moved along the reward's gradient, by `strength` times sigma (root mean square)."""
+    with torch.enable_grad():
+        moved = state.detach().float().requires_grad_(True)
+        scores = model.score_state(moved, conditioning, timestep)
+        (gradient,) = torch.autograd.grad(scores.sum(), moved)
+    size = gradient.flatten(1).square().mean(dim=1).sqrt().clamp_min(1e-12)
+    step = strength * sigma / size.reshape(-1, *[1] * (state.ndim - 1))
+    return (state + step * gradient).to(state.dtype)
+
+
+@torch.no_grad()
+def guided(
+    policy: Policy,
+    model: RewardModel,
+    prompt: str,
+    *,
+    samples: int = 1,
+    strength: float = 0.05,
+    window: tuple[float, float] = (0.2, 0.9),
+    seed: int = 0,
+    sampler: SamplerConfig | None = None,
+) -> SearchResult:
+    """Sample with the state moved along the reward's gradient after every step, without the VAE.
+
+    Args:
+        strength: size of the move, as a fraction of the noise that is left; 0 is plain sampling.
+        window: noise levels between which states are moved; near 1 nothing can be told yet, near 0 only the
+            reward's blind spots are found.
+    """
+    if not strength >= 0 or not 0 <= window[0] < window[1] <= 1:
+        raise InvalidInputError(
+            f"strength = {strength}, window = {window}: must be at least 0, and inside [0, 1]"
+        )
+    config = deterministic(sampler or SamplerConfig())
+    own, theirs, seeds = _prepared(policy, model, prompt, samples, seed)
+    shape = policy.latent_shape(config.height, config.width)
+    grid = policy.grid(config.num_steps, shape)
+    state, cost = first_noise(shape, seeds).to(policy.device), 0.0
+    for step in range(config.num_steps):
+        cost += samples * _per_evaluation(config)
+        state = advance(policy, state, _rows(own, samples, policy.device), grid, step, config)
+        sigma = float(grid.sigmas[step + 1])
+        if strength > 0 and window[0] <= sigma <= window[1]:
+            cost += 3.0 * samples * _pass_cost(policy, model)
+            parts = [
+                ascend(model, part, theirs, grid.timesteps[step + 1].expand(len(part)), sigma, strength)
+                for part in state.split(config.batch_size)
+            ]
+            state = torch.cat(parts)
+    alive = (samples,) * config.num_steps
+    return _finished(policy, model, state, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
+
+
+# --- the same inside a diffusers pipeline ------------------------------------------------------------------
+
+
+class _Callback:
+    """What both callbacks know: the prompt, and the state and level that a pipeline is at after a step."""
+
+    def __init__(self, model: RewardModel, prompt: str) -> None:
+        self.model = model
+        self.conditioning = model.encode_prompts(prompt)
+
+    def tensor_inputs(self, pipeline: Any) -> list[str]:
+        """What to pass as `callback_on_step_end_tensor_inputs`: all that has a row per picture."""
+        return list(pipeline._callback_tensor_inputs)
+
+    def _next(self, pipeline: Any, step: int, latents: Tensor) -> tuple[Tensor, float, float] | None:
+        """After `step`: timestep (batch,), noise level, and what the latents are divided by to be a mixture
+        of clean latent and noise; None after the last step."""
+        if latents.ndim != 4:
+            raise InvalidInputError(
+                f"{type(pipeline).__name__} packs its latents {tuple(latents.shape)}: use "
+                f"dina_lrm.sampling.search with a Policy instead of a callback"
+            )
+        scheduler = pipeline.scheduler
+        if step + 1 >= len(scheduler.timesteps):
+            return None
+        timestep = scheduler.timesteps[step + 1].float().to(latents.device).expand(len(latents))
+        sigma = float(self.model.schedule.sigma_at(timestep[:1]))
+        # Schedulers of the Euler kind hold z0 + sigma / sqrt(1 - sigma^2) eps, of variance above one.
+        inflated = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.0
+        return timestep, sigma, (1 - sigma**2) ** -0.5 if inflated else 1.0
+
+
+class Pruner(_Callback):
+    """`callback_on_step_end` that drops candidates of one prompt, as `successive_halving` does.
+
+    What a step predicted is read off the states before and after it, which is exact for first-order samplers
+    without noise (flow-matching Euler, DDIM, Euler) and near for the others. The first comparison is after
+    the second step at the earliest.
+
+    Args:
+        steps: of the pipeline's call.
+        seed: of the noise that predicted clean latents are scored under.
+
+    Attributes:
+        kept: indices of the candidates that are still sampled.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        prompt: str,
+        *,
+        steps: int,
+        confidence: float = 0.5,
+        first_check: int | None = None,
+        every: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(model, prompt)
+        self.checks = check_steps(steps, first_check, every)
+        self.confidence, self.seed, self.batch_size = confidence, seed, batch_size
+        self.kept: list[int] = []
+        self._before: tuple[Tensor, float] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        latents = callback_kwargs["latents"]
+        if step == 0:
+            self.kept, self._before = list(range(len(latents))), None
+        following = self._next(pipeline, step, latents)
+        if following is None:
+            return callback_kwargs
+        _, sigma, scale = following
+        state, before = latents.float() / scale, self._before
+        self._before = state, sigma
+        if step + 1 not in self.checks or len(latents) < 2 or before is None:
+            return callback_kwargs
+        scores = look(
+            self.model, before[0], state, self.conditioning, (before[1], sigma), self.seed, self.batch_size
+        )
+        stay = ~beaten(self.model, scores, sigma, self.confidence)
+        self._before = state[stay], sigma
+        self.kept = [index for index, good in zip(self.kept, stay.tolist(), strict=True) if good]
+        return {name: _of_kept(name, value, stay, len(latents)) for name, value in callback_kwargs.items()}
+
+
+def _of_kept(name: str, value: Any, stay: Tensor, count: int) -> Any:
+    """Rows of a tensor that belong to kept candidates; guided pipelines hold two halves."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if len(value) % count:
+        raise InvalidInputError(
+            f"{name} has {len(value)} rows for {count} pictures: which to keep is not known"
+        )
+    return value[stay.repeat(len(value) // count).to(value.device)]
+
+
+class Guide(_Callback):
+    """`callback_on_step_end` that moves states along the reward's gradient, as `guided` does."""
+
+    def __init__(
+        self, model: RewardModel, prompt: str, *, strength: float = 0.05, window: Sequence[float] = (0.2, 0.9)
+    ) -> None:
+        super().__init__(model, prompt)
+        self.strength, self.window = strength, tuple(window)
+
+    def __call__(self, pipeline: Any, step: int, _: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        latents = callback_kwargs["latents"]
+        following = self._next(pipeline, step, latents)
+        if following is None or not self.window[0] <= following[1] <= self.window[1]:
+            return callback_kwargs
+        timestep, sigma, scale = following
+        moved = ascend(self.model, latents / scale, self.conditioning, timestep, sigma, self.strength)
+        return {**callback_kwargs, "latents": moved * scale}
