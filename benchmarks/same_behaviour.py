@@ -113,7 +113,7 @@ def pictures_and_runs(folder: Path) -> None:
         re.sub(
             r'"[a-z_]*seconds[a-z_]*": [0-9.e-]+',
             "",
-            call(folder, "evaluate", "bundled", "--pairs", "latents", "--json"),
+            call(folder, "evaluate", "--model", "bundled", "--pairs", "latents", "--json"),
         ),
     )
     for algorithm in ("refl", "grpo", "dpo", "step-dpo"):

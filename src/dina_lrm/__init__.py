@@ -24,8 +24,9 @@ from dina_lrm.errors import (
 
 if TYPE_CHECKING:
     from dina_lrm import alignment
-    from dina_lrm.backbones.backbone import BackboneFeatures, Conditioning
+    from dina_lrm.backbones.backbone import BackboneFeatures
     from dina_lrm.checkpoints.config import Calibration, HeadConfig, LikelihoodConfig, RewardModelConfig
+    from dina_lrm.core.conditioning import Conditioning
     from dina_lrm.models.reward_model import RewardModel
     from dina_lrm.models.scoring import RankedImage, ScoreOutput
     from dina_lrm.models.watch import RewardWatch, StepScore

@@ -21,7 +21,7 @@ def reward(tiny_pipeline: Path, tmp_path: Path) -> Path:
 def pairs(reward: Path, num: int) -> LatentPairs:
     """Random latents, labelled by the reward's own scores, so that there is something to agree on."""
     from dina_lrm import RewardModel
-    from dina_lrm.backbones.backbone import Conditioning
+    from dina_lrm.core.conditioning import Conditioning
 
     model = RewardModel.from_pretrained(reward)
     generator = torch.Generator().manual_seed(0)

@@ -28,9 +28,9 @@ from dina_lrm.alignment.run import AlignmentError, Run, RunResult
 from dina_lrm.build.alignment import algorithm_of
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.rewards import LatentReward, Reward, RewardError
-from dina_lrm.training.config import OptimizerConfig
 from tests.families import load_pipeline, make_family_reward
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]

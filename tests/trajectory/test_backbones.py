@@ -13,7 +13,8 @@ import torch
 
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.training.config import OptimizerConfig, TrainConfig
+from dina_lrm.runs.config import OptimizerConfig
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import train
 from tests.families import FAMILIES, family_conditioning, family_latents

@@ -25,7 +25,8 @@ from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.recipes.training import recipe
-from dina_lrm.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from dina_lrm.runs.config import OptimizerConfig
+from dina_lrm.training.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from dina_lrm.training.loader import step_parts
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import TrainResult

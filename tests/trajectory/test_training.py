@@ -11,22 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.checkpoints.config import HeadConfig
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.training.config import (
-    DataConfig,
-    LossConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    TrainConfig,
-    ValidationConfig,
-    from_dict,
-)
+from dina_lrm.runs.config import OptimizerConfig, from_dict
+from dina_lrm.training.config import DataConfig, LossConfig, NoiseConfig, TrainConfig, ValidationConfig
 from dina_lrm.training.step import PairScorer, draw_step, loss_level
 from dina_lrm.training.trainer import StepMetrics, TrainResult, train
 

@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dina_lrm.files import naming, write_whole
-from dina_lrm.models.storage import replaced_folder
+from dina_lrm.files import naming, replaced_folder, write_whole
 
 
 @contextmanager

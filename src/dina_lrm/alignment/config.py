@@ -1,6 +1,6 @@
 """Settings of alignment runs: what all algorithms share, and what each adds.
 
-Plain frozen dataclasses, as in `dina_lrm.training.config`: recipes are functions that return one, the command line
+Plain frozen dataclasses, as in `training/config.py`: recipes are functions that return one, the command line
 turns every field into a flag and the string under it into its help.
 """
 
@@ -9,8 +9,8 @@ from typing import Literal
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.remote.client import is_address
+from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.sampling.rollout import SamplerConfig
-from dina_lrm.training.config import OptimizerConfig
 
 __all__ = [
     "AlignConfig",

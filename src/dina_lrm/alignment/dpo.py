@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dina_lrm.alignment.config import DpoConfig
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import prediction_error
 from dina_lrm.core.noise import MatchedLevel
 from dina_lrm.core.preference import diffusion_dpo_loss

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dina_lrm.alignment.config import ReflConfig
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import clean_and_noise, prediction_error
 from dina_lrm.core.transitions import transition
 from dina_lrm.data.latents import mix_seeds

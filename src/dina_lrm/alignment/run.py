@@ -32,15 +32,14 @@ from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, 
 from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import naming, write_whole
-from dina_lrm.models.storage import recover_folder, replaced_folder
+from dina_lrm.files import naming, recover_folder, replaced_folder, write_whole
 from dina_lrm.runs import optimizer as optim
 from dina_lrm.runs import state
+from dina_lrm.runs.config import to_dict
 from dina_lrm.runs.interrupt import Interrupt, Interrupted
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.rewards import Reward, checked
 from dina_lrm.sampling.rollout import Trajectory, rollout, sample
-from dina_lrm.training.config import to_dict
 
 __all__ = ["AlignmentError", "Run", "RunResult", "Update"]
 

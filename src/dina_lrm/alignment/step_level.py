@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dina_lrm.alignment.config import StepDpoConfig
 from dina_lrm.alignment.run import Measures, Run
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.preference import step_dpo_loss
 from dina_lrm.core.transitions import gaussian_log_prob
 from dina_lrm.data.latents import mix_seeds

@@ -13,20 +13,19 @@ scaled, and sigma, with 0 clean and 1 pure noise. `docs/guides/backbones.md` sho
 replay of what a sampling pipeline has computed already (`models/watch.py`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dina_lrm.backbones.architecture import Architecture, stored_dtype
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import NoiseSchedule
-from dina_lrm.core.tensors import Features
+from dina_lrm.core.tensors import Features, check_tensor
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.pipelines.libraries import diffusers_class
 
@@ -51,43 +50,6 @@ def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A `Run` that keeps no activations of a block and computes it again in the backward pass."""
     return checkpoint(block, *args, use_reentrant=False, **kwargs)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts, one row each, as the generator's own text encoders give them."""
-
-    prompt_embeds: Tensor
-    """(prompt, token, dim)"""
-    pooled_prompt_embeds: Tensor | None = None
-    """(prompt, dim), for the backbones that take a pooled vector: SD3, FLUX.1, SDXL"""
-    attention_mask: Tensor | None = None
-    """(prompt, token), 1 for real tokens, for the backbones that mask padding: Z-Image, Qwen-Image"""
-
-    def __len__(self) -> int:
-        return self.prompt_embeds.shape[0]
-
-    def index_select(self, rows: Tensor) -> "Conditioning":
-        """Rows in a new order, with repeats where wanted."""
-        return self._map(lambda field: field.index_select(0, rows.to(field.device)))
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "Conditioning":
-        """Move, and cast the embeddings; the mask keeps its type."""
-        mask = self.attention_mask
-        moved = Conditioning(self.prompt_embeds, self.pooled_prompt_embeds)._map(
-            lambda field: field.to(device=device, dtype=dtype)
-        )
-        return Conditioning(
-            moved.prompt_embeds, moved.pooled_prompt_embeds, None if mask is None else mask.to(device=device)
-        )
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
-        fields = (self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask)
-        embeds, pooled, mask = (None if field is None else change(field) for field in fields)
-        assert embeds is not None
-        return Conditioning(embeds, pooled, mask)
 
 
 class Streams(NamedTuple):
@@ -385,52 +347,3 @@ def rows_for(count: int, batch: int, device: torch.device, *, what: str = "condi
         if count == 1
         else torch.arange(batch, device=device)
     )
-
-
-def check_tensor(value: object, name: str, num_axes: int, layout: str, *, finite: bool) -> None:
-    """Shape and value checks whose messages name the tensor; `finite` costs a pass over it."""
-    if not isinstance(value, Tensor):
-        raise InvalidInputError(f"{name} must be a tensor {layout}, not {type(value).__name__}")
-    if value.ndim != num_axes:
-        raise InvalidInputError(f"{name} has shape {tuple(value.shape)}: it must be {layout}")
-    if not value.is_floating_point():
-        raise InvalidInputError(f"{name} has dtype {value.dtype}: it must be a floating type")
-    if 0 in value.shape:
-        raise InvalidInputError(f"{name} has shape {tuple(value.shape)}: no axis may be empty")
-    if finite and value.device.type != "meta" and not _is_finite(value):
-        raise InvalidInputError(f"{name} holds {int((~torch.isfinite(value)).sum())} NaN or infinite values")
-
-
-def _is_finite(value: Tensor) -> bool:
-    """One pass where all is well: a sum of finite numbers is looked at again only if it overflows."""
-    return math.isfinite(value.detach().sum(dtype=torch.float32)) or bool(torch.isfinite(value).all())
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(batch, channel, height, width) to tokens of 2 x 2 patches, channel first, as FLUX and Qwen do it."""
-    from einops import rearrange
-
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse, for a grid of rows x columns patches."""
-    from einops import rearrange
-
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=2, q=2)
-
-
-def set_shifted_timesteps(scheduler: Any, num_steps: int, num_tokens: int) -> None:
-    """Even levels, shifted by the number of image tokens, as FLUX, Qwen-Image and Z-Image sample."""
-    mu = linear_shift(scheduler.config, num_tokens)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-
-
-def linear_shift(config: Mapping[str, Any], num_tokens: int) -> float:
-    """mu of a scheduler with dynamic shifting: a straight line in the number of image tokens.
-
-    Source: Esser et al., arXiv:2403.03206, section 5.3.2, with the constants of the scheduler's config.
-    """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return base + (top - base) * (num_tokens - low) / (high - low)

@@ -44,3 +44,27 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             return backbone.architecture_class.from_config(config)
     known = ", ".join(b.architecture_class.diffusers_class for b in BACKBONES)
     raise CheckpointError(f"no backbone reads a {kind}: known are {known}")
+
+
+def lora_config(
+    family: str | None, *, rank: int, alpha: float, num_blocks: int, adapts_last_text: bool
+) -> Any:
+    """PEFT's config for the reward adapter: which projections depends on the family.
+
+    Args:
+        num_blocks: blocks that are kept.
+        adapts_last_text: whether the text stream of the last of them is read. Where not, projections that
+            only it needs are left out there.
+    """
+    from peft import LoraConfig
+
+    backbone = backbone_class(family)
+    last = f"transformer_blocks.{num_blocks - 1}.attn."
+    excluded = None if adapts_last_text else [last + name for name in backbone.lora_text_targets]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        target_modules=list(backbone.lora_targets),
+        exclude_modules=excluded or None,
+        init_lora_weights="gaussian",
+    )

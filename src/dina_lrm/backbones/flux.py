@@ -18,18 +18,10 @@ import torch
 from torch import Tensor
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import (
-    FLOW_MATCH,
-    Backbone,
-    Conditioning,
-    NoisyState,
-    Run,
-    Streams,
-    pack,
-    set_shifted_timesteps,
-    unpack,
-)
+from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.packing import pack, set_shifted_timesteps, unpack
 from dina_lrm.backbones.prompts import PromptEncoder
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 
 

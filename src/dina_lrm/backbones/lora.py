@@ -4,7 +4,7 @@ Adapters are kept in float32 whatever the dtype of the backbone: they are the ma
 Their published names are those of a PEFT model around the kept parts: `base_model.model.transformer_...`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,7 @@ from torch import Tensor, nn
 from dina_lrm.core.attention import without_autocast
 from dina_lrm.pipelines.weights import check_state
 
-if TYPE_CHECKING:
-    from dina_lrm.checkpoints.config import RewardModelConfig
-
 PUBLISHED_PREFIX = "base_model.model."
-
-
-def lora_config(config: "RewardModelConfig") -> Any:
-    """PEFT's config for the reward adapter: which projections depends on the backbone's family.
-
-    Projections that only the text stream needs are left out of the last kept block when its text is not read.
-    """
-    from peft import LoraConfig
-
-    from dina_lrm.backbones.families import backbone_class
-
-    backbone, alpha = backbone_class(config.backbone), config.lora_alpha
-    last = f"transformer_blocks.{config.num_blocks - 1}.attn."
-    excluded = None if config.adapts_last_text else [last + name for name in backbone.lora_text_targets]
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        target_modules=list(backbone.lora_targets),
-        exclude_modules=excluded or None,
-        init_lora_weights="gaussian",
-    )
 
 
 class LoraAdapter:

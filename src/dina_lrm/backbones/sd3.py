@@ -19,16 +19,10 @@ import torch
 from torch import Tensor
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import (
-    FLOW_MATCH,
-    Backbone,
-    Conditioning,
-    NoisyState,
-    Run,
-    Streams,
-    linear_shift,
-)
+from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.packing import linear_shift
 from dina_lrm.backbones.prompts import PromptEncoder
+from dina_lrm.core.conditioning import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)

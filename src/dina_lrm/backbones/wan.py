@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import Backbone, Conditioning, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import Backbone, NoisyState, Run, Streams
 from dina_lrm.backbones.prompts import PromptEncoder
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 
 

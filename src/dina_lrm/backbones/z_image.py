@@ -20,16 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import (
-    FLOW_MATCH,
-    Backbone,
-    Conditioning,
-    NoisyState,
-    Run,
-    Streams,
-    set_shifted_timesteps,
-)
+from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.packing import set_shifted_timesteps
 from dina_lrm.backbones.prompts import PromptEncoder
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 
 

@@ -41,7 +41,7 @@ from dina_lrm.checkpoints.dina import OWNED
 from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.models.storage import recover_folder
+from dina_lrm.files import recover_folder
 from dina_lrm.runs.progress import Pace
 from dina_lrm.training.trainer import StepMetrics, TrainResult, check_batch_size, train
 

@@ -172,6 +172,18 @@ class RewardModelConfig:
             return self.lora_last_text
         return bool(self.text_taps) and self.text_taps[-1] == self.num_blocks
 
+    def lora_config(self) -> Any:
+        """PEFT's config of the reward's adapter."""
+        from dina_lrm.backbones.families import lora_config
+
+        return lora_config(
+            self.backbone,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            num_blocks=self.num_blocks,
+            adapts_last_text=self.adapts_last_text,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""
         return _plain(dataclasses.asdict(self))

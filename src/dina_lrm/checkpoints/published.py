@@ -21,11 +21,11 @@ from torch import Tensor
 
 from dina_lrm.checkpoints.config import HeadConfig, LikelihoodConfig, RewardModelConfig
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.models.storage import readable_json
+from dina_lrm.files import readable_json
 from dina_lrm.pipelines.weights import listed, read_safetensors
 
 if TYPE_CHECKING:
-    from dina_lrm.checkpoints.dina import Checkpoint
+    from dina_lrm.checkpoints.contents import Checkpoint
 
 OWNED = ("checkpoint", "rm_head.pt", "full_model.pt", "backbone_lora", "logistic.safetensors")
 LIKELIHOODS = {
@@ -51,7 +51,7 @@ ARCHITECTURE = (
 
 def read(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `Checkpoint`."""
-    from dina_lrm.checkpoints.dina import read_adapter
+    from dina_lrm.checkpoints.contents import read_adapter
 
     where = folder / "config.json"
     weights = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
@@ -128,7 +128,7 @@ def write(folder: Path, checkpoint: "Checkpoint") -> None:
     """Write config.json and checkpoint/ into an empty folder."""
     from safetensors.torch import save_file
 
-    from dina_lrm.checkpoints.dina import write_adapter
+    from dina_lrm.checkpoints.contents import write_adapter
 
     config, weights = checkpoint.config, folder / "checkpoint"
     weights.mkdir()

@@ -2,16 +2,18 @@
 leaving the modes of the caller that a computation must not follow."""
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "PlainAttention",
     "faster_precision",
+    "float32_masters",
     "matrix_precision",
     "without_autocast",
     "without_inference_mode",
@@ -93,3 +95,13 @@ def _is_plain(options: Mapping[str, Any]) -> bool:
     return options.get("attn_mask") is None and not any(
         options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")
     )
+
+
+def float32_masters(parameters: Iterable[nn.Parameter]) -> None:
+    """Keep what is trained in float32, whatever the rest of the model is stored in.
+
+    In bfloat16, with 8 bits of precision, a step smaller than 1/256 of a weight is rounded away.
+    """
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()

@@ -5,10 +5,15 @@ the whole package. Axes that share a name inside one signature must have the sam
 float32 or wider unless a function says otherwise; what comes in may be bfloat16.
 """
 
+import math
+
+import torch
 from jaxtyping import Float, Int64, Real
 from torch import Tensor
 
-__all__ = ["Features", "Latents", "NoiseLevel", "Score", "TableIndex", "Target", "Votes"]
+from dina_lrm.errors import InvalidInputError
+
+__all__ = ["Features", "Latents", "NoiseLevel", "Score", "TableIndex", "Target", "Votes", "check_tensor"]
 
 Latents = Float[Tensor, "batch channel *frame height width"]
 """Unpacked latents, already shifted and scaled; a picture has no frame axis, a video has one."""
@@ -30,3 +35,22 @@ Features = Float[Tensor, "batch token dim"]
 
 TableIndex = Int64[Tensor, " batch"]
 """Row of a scheduler's training table."""
+
+
+def check_tensor(value: object, name: str, num_axes: int, layout: str, *, finite: bool) -> None:
+    """Shape and value checks whose messages name the tensor; `finite` costs a pass over it."""
+    if not isinstance(value, Tensor):
+        raise InvalidInputError(f"{name} must be a tensor {layout}, not {type(value).__name__}")
+    if value.ndim != num_axes:
+        raise InvalidInputError(f"{name} has shape {tuple(value.shape)}: it must be {layout}")
+    if not value.is_floating_point():
+        raise InvalidInputError(f"{name} has dtype {value.dtype}: it must be a floating type")
+    if 0 in value.shape:
+        raise InvalidInputError(f"{name} has shape {tuple(value.shape)}: no axis may be empty")
+    if finite and value.device.type != "meta" and not _is_finite(value):
+        raise InvalidInputError(f"{name} holds {int((~torch.isfinite(value)).sum())} NaN or infinite values")
+
+
+def _is_finite(value: Tensor) -> bool:
+    """One pass where all is well: a sum of finite numbers is looked at again only if it overflows."""
+    return math.isfinite(value.detach().sum(dtype=torch.float32)) or bool(torch.isfinite(value).all())

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.checkpoints.config import AdaptiveViews
 from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, likeliest, stopping_views
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import pairwise_accuracy

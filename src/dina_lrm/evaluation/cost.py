@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dina_lrm.backbones.architecture import Architecture, stored_dtype
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.backbones.flux import FLUX1_DEV
 from dina_lrm.backbones.lora import tuner_layers
 from dina_lrm.backbones.qwen_image import QWEN_IMAGE
@@ -22,6 +21,7 @@ from dina_lrm.backbones.sd3 import SD35_LARGE, SD35_MEDIUM
 from dina_lrm.backbones.unet import SD15, SDXL
 from dina_lrm.backbones.wan import WAN21_1B
 from dina_lrm.backbones.z_image import Z_IMAGE
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 

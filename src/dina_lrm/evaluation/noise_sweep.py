@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import average_levels
 from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.data.latents import first_occurrences, mix_seeds

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.integrations.local import (
     PUBLISHED_REWARD,

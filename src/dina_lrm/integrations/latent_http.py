@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.remote.client import Client
 
 __all__ = ["score_latents"]

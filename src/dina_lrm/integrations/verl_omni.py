@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.integrations import latent_http
 from dina_lrm.integrations.local import PUBLISHED_REWARD, check_settings, finite, local_reward

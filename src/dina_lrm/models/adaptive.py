@@ -11,6 +11,7 @@ from torch import Tensor
 from dina_lrm.checkpoints.config import AdaptiveViews
 from dina_lrm.core.adaptive import stein_draws
 from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.likelihood import log_normal_cdf
 from dina_lrm.core.noise import seeded_noise
@@ -19,7 +20,7 @@ from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.scoring import RankedImage, ScoreOutput
 
 if TYPE_CHECKING:
-    from dina_lrm.models.reward_model import RewardModel
+    from dina_lrm.models.reward_network import RewardNetwork
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ class Views:
     head again on the tokens of all levels so far, which are kept. All levels have the same noise sample.
 
     Args:
+        conditioning: one row.
         latents: clean, one (channel, *frame, height, width) a picture; pictures of one shape share their
             noise.
     """
 
     def __init__(
-        self, model: "RewardModel", prompt: str, latents: Sequence[Tensor], seed: int, plan: AdaptiveViews
+        self,
+        model: "RewardNetwork",
+        conditioning: Conditioning,
+        latents: Sequence[Tensor],
+        seed: int,
+        plan: AdaptiveViews,
     ) -> None:
         self.model, self.latents, self.plan = model, list(latents), plan
-        self.conditioning = model.encode_prompts(prompt)
+        self.conditioning = conditioning
         self.noise = {
             shape: seeded_noise(tuple(shape), [seed])[0].to(model.device)
             for shape in {latent.shape for latent in latents}
@@ -70,7 +77,7 @@ class Views:
         """For pictures of one shape that have been viewed equally often."""
         shape, view, count = self.latents[pictures[0]].shape, len(self.scores[pictures[0]]), len(pictures)
         latents = torch.stack([self.latents[picture] for picture in pictures])
-        self.model.check_inputs(latents, self.conditioning)
+        self.model.backbone.check_latents(latents)
         with without_autocast(latents.device.type):
             found = self.model.noisy_tokens(
                 latents,
@@ -102,7 +109,7 @@ class Views:
         return len(self.scores[picture]) == len(self.plan.noise_levels)
 
 
-def plan_of(model: "RewardModel") -> AdaptiveViews:
+def plan_of(model: "RewardNetwork") -> AdaptiveViews:
     """The views that the model learned.
 
     Raises:
@@ -117,10 +124,10 @@ def plan_of(model: "RewardModel") -> AdaptiveViews:
 
 
 def compare_adaptively(
-    model: "RewardModel", prompt: str, latents: Sequence[Tensor], seed: int
+    model: "RewardNetwork", conditioning: Conditioning, latents: Sequence[Tensor], seed: int
 ) -> AdaptiveComparison:
     """View two pictures until it is settled which leads, at most as often as the plan has views."""
-    views = Views(model, prompt, latents, seed, plan_of(model))
+    views = Views(model, conditioning, latents, seed, plan_of(model))
     while True:
         views.draw([0, 1])
         lead = views.estimate(0) - views.estimate(1)
@@ -131,13 +138,17 @@ def compare_adaptively(
 
 
 def rank_adaptively(
-    model: "RewardModel", prompt: str, images: Sequence[Any], latents: Sequence[Tensor], seed: int
+    model: "RewardNetwork",
+    conditioning: Conditioning,
+    images: Sequence[Any],
+    latents: Sequence[Tensor],
+    seed: int,
 ) -> list[RankedImage]:
     """Best first; pictures are viewed until each is settled against its neighbours in the ranking.
 
     The error that the plan states holds for each comparison of neighbours, not for the ranking as a whole.
     """
-    views = Views(model, prompt, latents, seed, plan_of(model))
+    views = Views(model, conditioning, latents, seed, plan_of(model))
     everyone = range(len(latents))
     views.draw(everyone)
     while True:

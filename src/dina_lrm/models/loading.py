@@ -12,7 +12,7 @@ from dina_lrm.backbones.architecture import Architecture, empty_parts, load_part
 from dina_lrm.backbones.backbone import Backbone
 from dina_lrm.backbones.families import backbone_of, read_architecture
 from dina_lrm.backbones.fingerprint import check_fingerprint, differing, fingerprint
-from dina_lrm.backbones.lora import LoraAdapter, lora_config
+from dina_lrm.backbones.lora import LoraAdapter
 from dina_lrm.backbones.sharing import SharedWeights, why_not_shared
 from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.errors import CheckpointError, InvalidInputError, MissingComponentError
@@ -22,8 +22,8 @@ from dina_lrm.pipelines.source import PipelineSource
 from dina_lrm.pipelines.weights import TensorSource, from_module, listed
 
 if TYPE_CHECKING:
-    from dina_lrm.checkpoints.dina import Checkpoint
-    from dina_lrm.models.reward_model import RewardModel
+    from dina_lrm.checkpoints.contents import Checkpoint
+    from dina_lrm.models.reward_network import RewardNetwork
 
 
 def new_config(
@@ -97,7 +97,7 @@ def load(
     own_fingerprint = fingerprint(architecture, parts)
     adapter = None
     if config.tuning == "lora":
-        adapter = LoraAdapter(parts, lora_config(config))
+        adapter = LoraAdapter(parts, config.lora_config())
     if config.tuning == "full":
         backbone.requires_grad_(True)
     if shared is None:
@@ -119,13 +119,11 @@ def load(
     }
 
 
-def attach(model: "RewardModel", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
+def attach(model: "RewardNetwork", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
     """Backbone over the weights of the pipeline's own transformer, and the reward's LoRA on it."""
     own, config = model.backbone, model.config
     if config.tuning == "full":
         raise InvalidInputError("this reward trained every weight of its backbone: there is nothing to share")
-    if model.attached:
-        raise InvalidInputError("this reward already shares a pipeline's transformer: detach it first")
     source, architecture = check_same_architecture(model, pipeline), own.architecture
     shared = SharedWeights(source.network, architecture, config.num_blocks)
     changed = differing((model.fingerprint or {}).get("probes", {}), shared.parts)
@@ -138,7 +136,7 @@ def attach(model: "RewardModel", pipeline: Any) -> tuple[Backbone, LoraAdapter |
     return _again(own, shared.parts, shared), _copy_of(model.adapter, shared.parts, config)
 
 
-def check_same_architecture(model: "RewardModel", pipeline: Any) -> PipelineSource:
+def check_same_architecture(model: "RewardNetwork", pipeline: Any) -> PipelineSource:
     """A live pipeline whose network has the architecture of the reward's backbone, or an error."""
     if isinstance(pipeline, Architecture | str | Path) or PipelineSource(pipeline).network is None:
         raise InvalidInputError("this takes a live diffusers pipeline, whose own transformer or unet is used")
@@ -152,7 +150,7 @@ def check_same_architecture(model: "RewardModel", pipeline: Any) -> PipelineSour
     return source
 
 
-def detach(model: "RewardModel", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
+def detach(model: "RewardNetwork", pipeline: Any) -> tuple[Backbone, LoraAdapter | None]:
     """A private backbone with the same weights."""
     shared, weight = model.backbone, model.backbone.weight
     assert shared.shared is not None
@@ -171,14 +169,14 @@ def _copy_of(adapter: LoraAdapter | None, parts: nn.Module, config: RewardModelC
     """The same LoRA, frozen, on other parts."""
     if adapter is None:
         return None
-    copied = LoraAdapter(parts, lora_config(config))
+    copied = LoraAdapter(parts, config.lora_config())
     copied.load_state_dict(adapter.state_dict(), "the reward's own adapter")
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     return copied
 
 
-def live_encoders(model: "RewardModel", pipeline: Any) -> Encoders | None:
+def live_encoders(model: "RewardNetwork", pipeline: Any) -> Encoders | None:
     """Encoders of a live pipeline, used where they are."""
     return encoders_for(
         PipelineSource(pipeline), model.backbone.architecture, model.config.max_text_tokens, torch.float32

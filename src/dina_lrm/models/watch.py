@@ -37,7 +37,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.pipelines.source import PipelineSource
 
 if TYPE_CHECKING:
-    from dina_lrm.models.reward_model import RewardModel
+    from dina_lrm.models.reward_network import RewardNetwork
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RewardWatch:
         steps: what was scored, in order, over all calls of the pipeline made inside the context.
     """
 
-    def __init__(self, model: "RewardModel", pipeline: Any) -> None:
+    def __init__(self, model: "RewardNetwork", pipeline: Any) -> None:
         source = PipelineSource(pipeline)
         if source.network is None:
             raise InvalidInputError("watch takes a live diffusers pipeline, whose sampling is to be watched")

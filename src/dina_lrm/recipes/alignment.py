@@ -22,7 +22,7 @@ from dina_lrm.alignment.config import (
 )
 from dina_lrm.core.attention import faster_precision
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.training.config import OptimizerConfig
+from dina_lrm.runs.config import OptimizerConfig
 
 __all__ = ["AlgorithmName", "GeneratorName", "alignment_recipe"]
 

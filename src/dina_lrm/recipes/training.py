@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Literal, assert_never, get_args
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import (
     DataConfig,
     HeadConfig,
     LossConfig,
     ModelConfig,
     NoiseConfig,
-    OptimizerConfig,
     TrainConfig,
     ValidationConfig,
 )

@@ -28,11 +28,11 @@ from httpx_retries import Retry, RetryTransport
 from PIL import Image
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning, check_tensor
 from dina_lrm.backbones.prompts import check_prompts
-from dina_lrm.core.tensors import Score
+from dina_lrm.core.conditioning import Conditioning
+from dina_lrm.core.tensors import Score, check_tensor
 from dina_lrm.errors import InvalidInputError, PromptWarning, ScoringError
-from dina_lrm.models.images import as_pictures
+from dina_lrm.images import as_pictures
 from dina_lrm.models.scoring import ScoreOutput, check_sigma, resolve_levels, resolve_seeds
 from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack, raw_scores
 

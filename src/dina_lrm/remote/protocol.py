@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning, check_tensor
+from dina_lrm.core.conditioning import Conditioning
+from dina_lrm.core.tensors import check_tensor
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.models.scoring import check_sigma
 

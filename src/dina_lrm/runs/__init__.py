@@ -1,1 +1,1 @@
-"""What training a reward and aligning a generator share: optimizer, averages, checkpoints, resume, progress."""
+"""What training a reward and aligning a generator share: optimizer, averages, state, progress."""

@@ -5,7 +5,7 @@ any schedule (the reference honours it with the cosine only).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,27 +15,9 @@ from torch import Tensor, nn
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = [
-    "Schedule",
-    "adamw",
-    "averaged",
-    "float32_masters",
-    "learning_rate_factor",
-    "set_learning_rate",
-    "weight_average",
-]
+__all__ = ["Schedule", "adamw", "averaged", "learning_rate_factor", "set_learning_rate", "weight_average"]
 
 Schedule = Literal["constant", "linear", "cosine"]
-
-
-def float32_masters(parameters: Iterable[nn.Parameter]) -> None:
-    """Keep what is trained in float32, whatever the rest of the model is stored in.
-
-    In bfloat16, with 8 bits of precision, a step smaller than 1/256 of a weight is rounded away.
-    """
-    for parameter in parameters:
-        if parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
 
 
 def adamw(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import torch_seed
 from dina_lrm.core.tensors import Latents, Score
 from dina_lrm.errors import InvalidInputError, RunError

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise, torch_seed
 from dina_lrm.core.tensors import Latents
 from dina_lrm.core.transitions import Rule, Transition, gaussian_log_prob, transition

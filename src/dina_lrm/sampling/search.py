@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import win_probability
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError

@@ -42,7 +42,7 @@ from dina_lrm.scaling.settings import BulkJob, Scoring
 from dina_lrm.scaling.sources import Part, Plan, converted_lines, make_plan, read_part
 
 if TYPE_CHECKING:
-    from dina_lrm.checkpoints.dina import Checkpoint
+    from dina_lrm.checkpoints.contents import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["BulkFolder", "BulkJob", "BulkSummary", "Scoring", "score_dataset"]

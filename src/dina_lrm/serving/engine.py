@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.backbones.prompts import joined_rows
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_generator
 from dina_lrm.errors import InvalidInputError, PromptWarning
 from dina_lrm.models.encoders import pixels_per_latent

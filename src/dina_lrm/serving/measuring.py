@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.errors import InvalidInputError, PromptWarning

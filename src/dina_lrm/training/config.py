@@ -5,16 +5,13 @@ A run is one `TrainConfig`. The functions of `recipes.py` return complete ones, 
 help. The resolved config is stored with the run. Nothing here builds anything: `build.py` does.
 """
 
-import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from dina_lrm.checkpoints.config import HeadConfig
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.runs.config import OptimizerConfig
 
 __all__ = [
     "DataConfig",
@@ -22,15 +19,10 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NoiseConfig",
-    "OptimizerConfig",
     "TrainConfig",
     "ValidationConfig",
-    "from_dict",
-    "to_dict",
 ]
 
-
-ConfigT = TypeVar("ConfigT")
 
 MOST_STEPS = 1_000_000_000
 """Optimizer steps of a run; more is a slip of the keyboard."""
@@ -132,33 +124,6 @@ class LossConfig:
     """Variance at every level; read only when likelihood = "thurstone_constant"."""
     margin: float = 1.0
     """Margin asked of the winner; read only when likelihood = "bradley_terry_margin"."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW, its learning rate over the run, and the average of the weights."""
-
-    learning_rate: float = 5e-5
-    """Peak learning rate."""
-    backbone_learning_rate: float | None = None
-    """Peak rate of the backbone's trainable weights (adapters or all); None: `learning_rate`."""
-    weight_decay: float = 0.01
-    """Acts on weight matrices only; norms, biases, queries and embeddings are never decayed."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging of the gradient and of its square."""
-    eps: float = 1e-8
-    """AdamW's denominator floor."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the rate after warm-up."""
-    final_fraction: float = 0.0
-    """Where linear and cosine end, as a fraction of the peak."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up, with any schedule."""
-    max_gradient_norm: float = 1.0
-    """Clipping threshold, applied to the accumulated gradient; inf measures and does not clip."""
-    ema_decay: float | None = 0.995
-    """Average of the weights used in validation and saved as the model. It starts faster:
-    min(ema_decay, (1 + n) / (10 + n)) after n steps. None: no average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,47 +267,3 @@ class TrainConfig:
         )
         decay = self.optimizer.ema_decay
         require(decay is None or 0.0 <= decay < 1.0, "optimizer.ema_decay", decay, "in [0, 1), or None")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain nested dicts and lists, ready for JSON.
-
-    >>> to_dict(OptimizerConfig())["betas"]
-    [0.9, 0.999]
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value
-
-    return plain(dataclasses.asdict(config))
-
-
-def from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, path: str = "") -> ConfigT:
-    """Rebuild a config from `to_dict`; an unknown key is an error that names it.
-
-    >>> from_dict(TrainConfig, to_dict(TrainConfig(seed=3))) == TrainConfig(seed=3)
-    True
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InvalidInputError(
-            f"unknown config field {path + unknown[0]!r}; known here: {', '.join(sorted(hints))}"
-        )
-
-    def typed(hint: Any, value: Any, where: str) -> Any:
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            return from_dict(typing.cast(type, hint), value, path=where + ".")
-        if typing.get_origin(hint) is types.UnionType and value is not None:
-            return typed(
-                next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value, where
-            )
-        if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-            return tuple(typed(typing.get_args(hint)[0], item, where) for item in value)
-        return value
-
-    return cls(**{name: typed(hints[name], value, path + name) for name, value in values.items()})

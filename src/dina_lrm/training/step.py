@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.backbones.backbone import Conditioning, call, checkpointed
+from dina_lrm.backbones.backbone import call, checkpointed
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import sample_noise_levels, torch_seed
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch, mix_seeds

@@ -29,25 +29,25 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor
 
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.checkpoints.config import Calibration
 from dina_lrm.checkpoints.dina import OWNED, fill_checkpoint
-from dina_lrm.core.attention import matrix_precision
+from dina_lrm.core.attention import float32_masters, matrix_precision
 from dina_lrm.core.calibration import better_than_chance, determined_scale
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.sharding import is_cut, local
 from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
-from dina_lrm.files import write_whole
+from dina_lrm.files import recover_folder, replaced_folder, write_whole
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.models.storage import recover_folder, replaced_folder
 from dina_lrm.runs import optimizer as optim
 from dina_lrm.runs import state
+from dina_lrm.runs.config import to_dict
 from dina_lrm.runs.distribution import check_distribution, drop_gathered, treat_as_forward
 from dina_lrm.runs.interrupt import Interrupt, Interrupted
 from dina_lrm.runs.progress import Reporter, StepMetrics, Window
-from dina_lrm.training.config import TrainConfig, to_dict
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.step import PairScorer, loss_level
 from dina_lrm.training.validation import (
@@ -171,7 +171,7 @@ class _Run:
         )
         self.output = Path(config.output) if config.output is not None else None
 
-        optim.float32_masters(model.trainable_parameters())
+        float32_masters(model.trainable_parameters())
         settings = config.optimizer
         optimizer = optim.adamw(
             model,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dina_lrm.backbones.backbone import Conditioning
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import Reject
 from dina_lrm.data.prepare import run as preparing

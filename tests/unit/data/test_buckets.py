@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from dina_lrm.data.buckets import BucketOrder, pair_bucket, place
-from dina_lrm.images import fitted_size
-from dina_lrm.models.images import fit
+from dina_lrm.images import fit, fitted_size
 
 
 def picture(height: int, width: int) -> torch.Tensor:

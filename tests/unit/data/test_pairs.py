@@ -13,7 +13,7 @@ from PIL import Image
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image, write_rejects
 from dina_lrm.data.sources.own_rows import read_pairs
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.models.images import as_picture
+from dina_lrm.images import as_picture
 
 
 def png(color: str = "red") -> bytes:

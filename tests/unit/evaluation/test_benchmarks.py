@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dina_lrm.backbones.backbone import Conditioning
 from dina_lrm.checkpoints.config import Calibration, RewardModelConfig
+from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.evaluation.noise_sweep import Setting, noise_sweep, score_pairs

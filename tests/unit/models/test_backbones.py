@@ -396,7 +396,7 @@ def _short(family: str) -> dict[str, Any]:
 
 
 def unpacked(backbone: Backbone, latents: Tensor, height: int, width: int) -> Tensor:
-    from dina_lrm.backbones.backbone import unpack
+    from dina_lrm.backbones.packing import unpack
 
     return unpack(latents, height // 2, width // 2) if latents.ndim == 3 else latents
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dina_lrm import InvalidInputError, RewardModel
-from dina_lrm.models.images import as_picture, as_pictures, fit
+from dina_lrm.images import as_picture, as_pictures, fit
 from tests.tiny import MAX_TOKENS, PROMPT, TEXT_TOKENS, copy_of, make_tiny_reward
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.data.pairs import load_image
-from dina_lrm.models.images import as_picture, as_pictures
+from dina_lrm.images import as_picture, as_pictures
 from tests.tiny import PROMPT, make_tiny_reward
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dina_lrm import RewardModelConfig
-from dina_lrm.backbones.lora import lora_config
 from dina_lrm.backbones.sd3 import SD3Backbone
 from tests.tiny import make_tiny_reward, tiny_conditioning, tiny_latents
 
@@ -38,8 +37,8 @@ def test_excluded_modules_are_recorded() -> None:
     config = RewardModelConfig(
         backbone="sd3", num_blocks=12, image_taps=(12,), text_taps=(12,), lora_rank=4, lora_alpha=8.0
     )
-    assert lora_config(config).exclude_modules is None
-    excluded = lora_config(replace(config, text_taps=(8,))).exclude_modules
+    assert config.lora_config().exclude_modules is None
+    excluded = replace(config, text_taps=(8,)).lora_config().exclude_modules
     assert set(excluded) == {f"transformer_blocks.11.attn.{name}" for name in TEXT_PROJECTIONS}
 
 

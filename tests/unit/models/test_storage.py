@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dina_lrm.models.storage import recover_folder, replaced_folder
+from dina_lrm.files import recover_folder, replaced_folder
 
 OWNED = ("config.json",)
 

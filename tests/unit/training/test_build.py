@@ -11,7 +11,8 @@ from PIL import Image
 from dina_lrm.build.training import raw_source, reward_model, run_training
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from dina_lrm.runs.config import OptimizerConfig
+from dina_lrm.training.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
 
 
 @pytest.fixture(scope="module")

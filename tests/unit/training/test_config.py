@@ -10,15 +10,8 @@ import torch
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.recipes.training import recipe, recipe_names
-from dina_lrm.training.config import (
-    DataConfig,
-    LossConfig,
-    OptimizerConfig,
-    TrainConfig,
-    ValidationConfig,
-    from_dict,
-    to_dict,
-)
+from dina_lrm.runs.config import OptimizerConfig, from_dict, to_dict
+from dina_lrm.training.config import DataConfig, LossConfig, TrainConfig, ValidationConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())

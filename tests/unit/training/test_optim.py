@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dina_lrm.core.attention import float32_masters
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.runs import optimizer as optim
 
@@ -43,7 +44,7 @@ def test_nothing_to_train_is_an_error() -> None:
 
 def test_masters_are_float32() -> None:
     model = Tiny().to(torch.bfloat16)
-    optim.float32_masters(model.parameters())
+    float32_masters(model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
