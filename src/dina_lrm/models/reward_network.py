@@ -7,7 +7,7 @@ otherwise. All levels of an ensemble, for all samples, share backbone calls.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from dina_lrm.pipelines.threads import Turn, in_turn
 from dina_lrm.pipelines.weights import check_state
 
 HALF = (torch.float16, torch.bfloat16)
+
+NetworkT = TypeVar("NetworkT", bound="RewardNetwork")
 
 
 class RewardNetwork(nn.Module):
@@ -325,13 +327,13 @@ class RewardNetwork(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     @in_turn
-    def train(self, mode: bool = True) -> Self:
+    def train(self: NetworkT, mode: bool = True) -> NetworkT:
         if mode:
             self._set_merged(False)
         return super().train(mode)
 
     @in_turn
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: NetworkT, *args: Any, **kwargs: Any) -> NetworkT:
         """As in torch, except that a half-precision dtype is for the backbone's base weights only."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         if dtype not in HALF:
@@ -341,27 +343,27 @@ class RewardNetwork(nn.Module):
         self.backbone.cast(dtype)
         return self
 
-    def half(self) -> Self:
+    def half(self: NetworkT) -> NetworkT:
         return self.to(torch.float16)
 
-    def bfloat16(self) -> Self:
+    def bfloat16(self: NetworkT) -> NetworkT:
         return self.to(torch.bfloat16)
 
     @in_turn
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self: NetworkT, fn: Any, recurse: bool = True) -> NetworkT:
         self._set_merged(False)
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------------------------------- the adapter
 
     @in_turn
-    def merge(self) -> Self:
+    def merge(self: NetworkT) -> NetworkT:
         """Let inference merge LoRA into the base weights (the default)."""
         self._merging = True
         return self
 
     @in_turn
-    def unmerge(self) -> Self:
+    def unmerge(self: NetworkT) -> NetworkT:
         """Keep LoRA apart from the base weights, also in eval mode, until `merge` is called."""
         self._merging = False
         self._set_merged(False)
