@@ -223,7 +223,7 @@ def test_a_signal_while_the_model_is_loaded_ends_the_server(number: signal.Signa
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("loading"):
+            if '"loading bundled' in line:
                 break
         process.send_signal(number)
         said = process.stderr.read()
@@ -245,7 +245,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path: Path) -
         )
     assert done.returncode == 2
     assert f"cannot listen at --host 127.0.0.1 --port {port}: Address already in use" in done.stderr
-    assert "loading" not in done.stderr
+    assert "loading bundled" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -309,3 +309,28 @@ def test_sighup_loads_anew_and_loses_no_request(reward: RewardModel, tmp_path: P
     assert len(answers) > 10
     assert set(answers) == {200}
     assert "'max_rowz' is no setting" in (tmp_path / "log").read_text()
+
+
+def test_a_hangup_while_the_model_loads_is_heeded(tmp_path: Path) -> None:
+    """As `systemctl reload` right after a start."""
+    port, log = free_port(), tmp_path / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dina_lrm", "serve", "--no-page", "--port", str(port)], stderr=sink
+        )
+    try:
+        for said in ("loading bundled", "reloaded"):
+            for _ in range(3000):
+                assert process.poll() is None, log.read_text()
+                if said in log.read_text():
+                    break
+                time.sleep(0.02)
+            if said == "loading bundled":
+                process.send_signal(signal.SIGHUP)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as reply:
+            assert reply.status == 200
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()

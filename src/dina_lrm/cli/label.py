@@ -102,7 +102,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.raters_per_pair < 1:
         raise UsageError(f"--raters-per-pair is at least 1; got {options.raters_per_pair}")
     check_address(
-        port=options.port, hosts=options.hosts, root_path=options.root_path, proxies=options.proxies
+        host=options.host,
+        port=options.port,
+        hosts=options.hosts,
+        root_path=options.root_path,
+        proxies=options.proxies,
     )
     token = options.token if options.token is not None else token_in(os.environ)
     if token is not None and not token.strip():
@@ -157,8 +161,9 @@ def serve(options: Label, items: "Items", *, uncertain: bool, token: str | None)
         )
 
         def tell(address: str) -> None:
-            log(f"{address}  (for raters); stop with Ctrl-C")
-            log(f"{address}/results#{store.results_key}  (results, for you: raters are not to see them)")
+            place = f"{options.hosts[0] if options.hosts else address}{options.root_path}"
+            log(f"{place}  (for raters); stop with Ctrl-C" + (f"; at {address}" if place != address else ""))
+            log(f"{place}/results#{store.results_key}  (results, for you: raters are not to see them)")
 
         log_as_json()
         config = uvicorn_config(app, drain_seconds=GRACE_SECONDS, proxies=options.proxies)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class Serve:
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     options = read(arguments)
     if options.replicas < 1:
         raise UsageError(f"--replicas is at least 1; got {options.replicas}")
@@ -52,12 +54,11 @@ def main(arguments: Sequence[str]) -> int:
 
     log_as_json()
     settings = options.settings
-    if not settings.asks_for_token and not is_loopback(settings.host):
-        log.warning("everybody who reaches %s can use this server; set %s", settings.host, TOKEN_VARIABLE)
     if options.replicas > 1 or options.ray_address is not None:
         refuse(arguments, ["--page"], "needs a single server without --replicas and --ray-address")
         from dina_lrm.scaling.replicas import serve_replicas
 
+        warn_if_open(settings)
         serve_replicas(settings, replicas=options.replicas, ray_address=options.ray_address)
         return 0
     from dina_lrm.serving.app import create_app
@@ -67,11 +68,17 @@ def main(arguments: Sequence[str]) -> int:
     def make() -> "FastAPI":
         """The app, from settings as they are now: once at the start, and again at every SIGHUP."""
         now = read(arguments).settings
+        warn_if_open(now)
         log.info("loading %s on %s", ", ".join(location for _, location in now.models), now.device)
         return create_app(now)
 
     with bound(settings.host, settings.port) as listener:  # a taken port is told before a model is loaded
         return 0 if serve(make, settings, listener) else 1
+
+
+def warn_if_open(settings: ServerSettings) -> None:
+    if not settings.asks_for_token and not is_loopback(settings.host):
+        log.warning("everybody who reaches %s can use this server; set %s", settings.host, TOKEN_VARIABLE)
 
 
 def read(arguments: Sequence[str]) -> Serve:

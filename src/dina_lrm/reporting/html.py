@@ -127,7 +127,7 @@ def render_html(report: Report) -> str:
         + "</section>\n"
         for number, section in enumerate(report.sections, start=1)
     )
-    stylesheet = (files("dina_lrm.evaluation") / "report.css").read_text(encoding="utf-8")
+    stylesheet = (files("dina_lrm.reporting") / "report.css").read_text(encoding="utf-8")
     facts = render_block(Facts(facts=report.facts)) if report.facts else ""
     footer = f"<footer><p>{html.escape(report.footer)}</p></footer>\n" if report.footer else ""
     return (

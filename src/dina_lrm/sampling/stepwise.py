@@ -17,7 +17,15 @@ from dina_lrm.core.tensors import Latents
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.shapes.networks import MAX_TOKENS
 
-__all__ = ["MAX_GUIDANCE", "MAX_SEED", "MAX_STEPS", "Run", "SamplerState", "sample_stepwise"]
+__all__ = [
+    "MAX_GUIDANCE",
+    "MAX_SEED",
+    "MAX_STEPS",
+    "Run",
+    "SamplerState",
+    "check_settings",
+    "sample_stepwise",
+]
 
 MAX_STEPS = 50
 MAX_GUIDANCE = 10.0
@@ -65,13 +73,8 @@ def sample_stepwise(
         run: takes each step.
 
     Raises:
-        InvalidInputError: a setting outside its range.
         ScoringError: from `run`.
     """
-    _check_whole("seed", seed, 0, MAX_SEED)
-    _check_whole("steps", num_steps, 1, MAX_STEPS)
-    if not 1 <= guidance_scale <= MAX_GUIDANCE:
-        raise InvalidInputError(f"guidance = {guidance_scale:g}: must be in [1, {MAX_GUIDANCE:g}]")
     device = pipeline._execution_device
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(num_steps, device=device)
@@ -120,8 +123,22 @@ def _encoded(pipeline: Any, prompt: str, guided: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([empty, embeds]), torch.cat([empty_pooled, pooled])) if guided else (embeds, pooled)
 
 
-def _check_whole(name: str, value: float | int | None, low: int, high: int) -> None:
+def check_settings(
+    seed: float | int | None, num_steps: float | int | None, guidance_scale: float | int
+) -> tuple[int, int]:
+    """Seed and number of steps, once it is known that `sample_stepwise` takes all three.
+
+    Raises:
+        InvalidInputError: it names the setting and its range.
+    """
+    if not 1 <= guidance_scale <= MAX_GUIDANCE:
+        raise InvalidInputError(f"guidance = {guidance_scale:g}: must be in [1, {MAX_GUIDANCE:g}]")
+    return _whole("seed", seed, 0, MAX_SEED), _whole("steps", num_steps, 1, MAX_STEPS)
+
+
+def _whole(name: str, value: float | int | None, low: int, high: int) -> int:
     if value is None:
         raise InvalidInputError(f"{name}: none is given, a whole number in [{low}, {high}] is needed")
     if value != int(value) or not low <= value <= high:
         raise InvalidInputError(f"{name} = {value}: must be a whole number in [{low}, {high}]")
+    return int(value)

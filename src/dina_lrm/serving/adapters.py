@@ -12,7 +12,6 @@ import io
 import math
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dina_lrm.errors import DinaError
 from dina_lrm.serving.batching import Draining, QueueFull
 from dina_lrm.serving.bodies import check_content_type, read_body
-from dina_lrm.serving.callers import CallerFull
+from dina_lrm.serving.callers import Caller, CallerFull
 from dina_lrm.serving.engine import Row
 from dina_lrm.serving.pictures import EncodedPicture, picture_header
 from dina_lrm.serving.schemas import ErrorReply, RequestError, check_prompt, decoded, json_of, parsed
@@ -38,7 +37,7 @@ __all__ = ["add_adapters"]
 SEED = 0
 """Of the noise; these clients name none."""
 KEPT_RESULTS = 1024
-"""Of cosmos-rl's tickets."""
+"""Of cosmos-rl's tickets, of each caller."""
 KEPT_SECONDS = 600.0
 """How long a result waits to be fetched."""
 COSMOS_BODY = (
@@ -66,6 +65,18 @@ def add_adapters(app: FastAPI, service: Service) -> None:
 # --- cosmos-rl ---------------------------------------------------------------------------------------------
 
 
+class Ticket(BaseModel):
+    """Of a request whose scores are fetched later."""
+
+    uuid: str
+
+
+class TicketScores(BaseModel):
+    """Scores of a ticket by reward, one for each prompt."""
+
+    scores: dict[str, list[float]]
+
+
 class _CosmosMeta(BaseModel):
     """The line of JSON before the array. What a client adds for other rewards is not read."""
 
@@ -82,34 +93,43 @@ class _Result:
 
     working: "asyncio.Task[list[float]]"
     rewards: tuple[str, ...]
+    caller: Caller | None
     since: float
+    fetched: bool = False
 
 
 class _Results:
-    """Tickets, for a bounded time and in a bounded number: the oldest that are done go first."""
+    """Tickets, for a bounded time, and in a bounded number for each caller: where there are too many, the
+    oldest that was fetched already goes, and without one a new ticket is refused."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, _Result] = OrderedDict()
+        self._kept: dict[str, _Result] = {}
 
-    def check_room(self) -> None:
+    def check_room(self, caller: Caller | None) -> None:
         self._forget()
-        if len(self._kept) >= KEPT_RESULTS:
+        own = {ticket: kept for ticket, kept in self._kept.items() if kept.caller is caller}
+        if len(own) < KEPT_RESULTS:
+            return
+        fetched = next((ticket for ticket, kept in own.items() if kept.fetched), None)
+        if fetched is None:
             raise QueueFull(1)
+        del self._kept[fetched]
 
-    def add(self, working: "asyncio.Task[list[float]]", rewards: Sequence[str]) -> str:
+    def add(self, working: "asyncio.Task[list[float]]", rewards: Sequence[str], caller: Caller | None) -> str:
         ticket = secrets.token_hex(16)
-        self._kept[ticket] = _Result(working, tuple(rewards), time.monotonic())
+        self._kept[ticket] = _Result(working, tuple(rewards), caller, time.monotonic())
         return ticket
 
-    def find(self, ticket: str) -> _Result | None:
+    def find(self, ticket: str, caller: Caller | None) -> _Result | None:
+        """The result of a ticket of this caller's."""
         self._forget()
-        return self._kept.get(ticket)
+        found = self._kept.get(ticket)
+        return found if found is not None and found.caller is caller else None
 
     def _forget(self) -> None:
         now = time.monotonic()
         for ticket, kept in list(self._kept.items()):
-            old = now - kept.since > KEPT_SECONDS
-            if kept.working.done() and (old or len(self._kept) >= KEPT_RESULTS):
+            if kept.working.done() and now - kept.since > KEPT_SECONDS:
                 del self._kept[ticket]
 
 
@@ -131,10 +151,10 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
         """cosmos-rl: which rewards there are."""
         return {"status": "ok", "rewards": list(service.models)}
 
-    @app.post("/api/reward/enqueue", openapi_extra=_raw_schema(COSMOS_BODY))
-    async def enqueue(request: Request) -> dict[str, str]:
+    @app.post("/api/reward/enqueue", response_model=Ticket, openapi_extra=_raw_schema(COSMOS_BODY))
+    async def enqueue(request: Request) -> Any:
         """cosmos-rl: take latents or pictures, and give a ticket, `uuid`."""
-        results.check_room()
+        results.check_room(request.state.caller)
         body = await read_body(request)
         line, newline, array = body.partition(b"\n")
         if not newline:
@@ -164,15 +184,20 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
 
         working = asyncio.create_task(score())
         working.add_done_callback(lambda task: task.cancelled() or task.exception())  # told when it is pulled
-        return {"uuid": results.add(working, list(wanted.reward_fn))}
+        return {"uuid": results.add(working, list(wanted.reward_fn), request.state.caller)}
 
-    @app.post("/api/reward/pull", openapi_extra=_PULL_SCHEMA, responses={404: {"model": ErrorReply}})
+    @app.post(
+        "/api/reward/pull",
+        response_model=TicketScores,
+        openapi_extra=_PULL_SCHEMA,
+        responses={404: {"model": ErrorReply}},
+    )
     async def pull(request: Request) -> Any:
         """cosmos-rl: the scores of a ticket, or 400 as long as they are not there."""
         check_content_type(request, _FORMS)
         async with request.form(max_files=0, max_fields=8) as form:
             ticket, reward = str(form.get("uuid", "")), str(form.get("type", ""))
-        found = results.find(ticket)
+        found = results.find(ticket, request.state.caller)
         if found is None:
             raise RequestError(f"uuid: there is no result {ticket[:80]!r}", field="uuid", status=404)
         if reward not in found.rewards:
@@ -182,7 +207,9 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
                 status=422,
             )
         if not found.working.done():
-            return JSONResponse({"error": "not ready", "field": None}, status_code=400)
+            content = {"error": "not ready", "field": None, "request_id": request.state.request_id}
+            return JSONResponse(content, status_code=400)
+        found.fetched = True
         try:
             scores = found.working.result()
         except (QueueFull, Draining, CallerFull) as error:
@@ -272,6 +299,13 @@ async def _cosmos_latents(values: np.ndarray, prompts: Sequence[str], served: Se
 # --- UniRL -------------------------------------------------------------------------------------------------
 
 
+class UniScores(BaseModel):
+    """By picture: scores by reward and part, null where there is none, and why."""
+
+    results: list[dict[str, dict[str, float | None]]]
+    errors: list[dict[str, str]]
+
+
 class _Turn(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -317,8 +351,8 @@ def _add_unirl(app: FastAPI, service: Service) -> None:
         """UniRL: the names of the models."""
         return {"rewards": list(service.models)}
 
-    @app.post("/score", openapi_extra=_UNIRL_SCHEMA)
-    async def score(request: Request) -> dict[str, Any]:
+    @app.post("/score", response_model=UniScores, openapi_extra=_UNIRL_SCHEMA)
+    async def score(request: Request) -> Any:
         """UniRL: scores of pictures by reward; where one cannot be scored null, and why in `errors`."""
         wanted = parsed(_UniRequests, json_of(await read_body(request), "body"))
         if len(wanted.requests) > service.settings.max_rows:
@@ -334,8 +368,8 @@ def _add_unirl(app: FastAPI, service: Service) -> None:
             names = one.get("required_rewards")
             for name in dict.fromkeys(map(str, names if isinstance(names, list) else [])):
                 try:
-                    served = service.find(name)
-                    rows.setdefault(name, []).append((index, _uni_row(one, index, served, service)))
+                    row = _uni_row(one, index, service.find(name), service)
+                    rows.setdefault(name, []).append((index, row))
                 except DinaError as error:  # of this picture alone
                     results[index][name], errors[index][name] = {"score": math.nan}, str(error)
             if not results[index] and not any(index == at for own in rows.values() for at, _ in own):

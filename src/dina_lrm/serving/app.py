@@ -8,9 +8,11 @@ unpickled or used as a path.
 """
 
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 from anyio import to_thread
 from fastapi import FastAPI, Request
@@ -391,16 +393,22 @@ def _field_in(message: str) -> str | None:
 # --- the page ----------------------------------------------------------------------------------------------
 
 
+@cache
+def _bundled_pipeline() -> Any:
+    """One for all apps of the process: each reload makes another app."""
+    from dina_lrm.shapes.pipeline import load_pipeline
+
+    return load_pipeline()
+
+
 def _add_page(app: FastAPI, service: Service) -> None:
     from dina_lrm.serving.page import build_page, mount_page
 
-    pipeline = None
-    if service.settings.models[0][1] == "bundled":
-        from dina_lrm.shapes.pipeline import load_pipeline
-
-        pipeline = load_pipeline()
+    pipeline = _bundled_pipeline() if service.settings.models[0][1] == "bundled" else None
     page = build_page(
-        service.first.model,
+        cast(
+            RewardModel, weakref.proxy(service.first.model)
+        ),  # Gradio's app outlives the server's, as the service does
         run=service.run,
         pipeline=pipeline,
         max_megapixels=service.settings.max_megapixels,

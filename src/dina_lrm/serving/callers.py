@@ -38,8 +38,8 @@ class Caller:
     """That were taken and are not answered yet."""
 
     def check_room(self, rows: int) -> None:
-        """CallerFull unless so many rows may be taken beside the others. One request always may."""
-        if self.max_queue is not None and self.rows and self.rows + rows > self.max_queue:
+        """CallerFull unless so many rows may be taken beside the others."""
+        if self.max_queue is not None and self.rows + rows > self.max_queue:
             raise CallerFull(f"{self.name}: {self.rows} rows are waiting, at most {self.max_queue} may")
 
 

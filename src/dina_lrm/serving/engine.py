@@ -136,8 +136,17 @@ class Engine:
     """
 
     def __init__(self, model: RewardModel) -> None:
-        self.model = model
+        self._model: RewardModel | None = model
         self.prompt_tokens = 0
+
+    @property
+    def model(self) -> RewardModel:
+        assert self._model is not None, "the server has ended"
+        return self._model
+
+    def release(self) -> None:
+        """Give the model's memory back; nothing can be scored any more."""
+        self._model = None
 
     # ------------------------------------------------------------------------------------- costs
 

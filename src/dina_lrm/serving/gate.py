@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
 import time
@@ -21,7 +22,7 @@ from dina_lrm.serving.schemas import RequestError
 from dina_lrm.serving.settings import ServerSettings
 from dina_lrm.serving.trace import trace_of
 
-__all__ = ["Gate", "log"]
+__all__ = ["DISK_FULL", "Gate", "log"]
 
 log = logging.getLogger("dina_lrm.serving")
 
@@ -37,6 +38,7 @@ _ANSWER_SECONDS = 60.0
 """Longest that a client may leave a piece of an answer unread."""
 _RETRY_SECONDS = "1"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOGGED = 500
 """Characters of a text from outside that go into the log."""
 
@@ -135,8 +137,12 @@ class _Passage:
             await self._answer_once(self._refuse(error.status, str(error), error.field, "bad"))
         except TimeoutError:
             log.warning("an answer was not read", extra={"request_id": self.request_id})
-        except Exception:
+        except Exception as error:
             log.exception("request failed", extra={"request_id": self.request_id})
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                return await self._answer_once(
+                    self._refuse(503, "the server's disk is full; try again later", None, "full")
+                )
             await self._answer_once(
                 self._refuse(500, "a fault of the server; its log tells more", None, "fault")
             )
@@ -302,7 +308,7 @@ class _Passage:
                 "status": self.status,
                 "seconds": round(seconds, 6),
                 "bytes": self.received,
-                "client": client[0] if client else None,
+                "client": client[0][:_LOGGED] if client else None,
                 **facts,
             },
         )

@@ -101,7 +101,7 @@ class Measurer:
         data = Path(path).read_bytes()
         shrunk = _shrunk(data, self.max_megapixels)
         if shrunk is None:
-            return open_picture(data, self.max_megapixels, name), []
+            return open_picture(data, DECODED_TIMES * self.max_megapixels, name), []
         image, (width, height) = shrunk
         note = (
             f"{name} was shrunk from {width}x{height} to {image.width}x{image.height} pixels: at most "

@@ -25,7 +25,7 @@ from torch import Tensor
 from dina_lrm.errors import DinaError, InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
-from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Run, sample_stepwise
+from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Run, check_settings, sample_stepwise
 from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
 from dina_lrm.serving.page_routes import PageBlocks, PageRoutes
 from dina_lrm.serving.views import (
@@ -345,7 +345,10 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
             chart = gr.HTML()
     examples = _example_buttons([(caption, (caption,)) for caption in CAPTIONS])
 
-    def generate(text: str | None, seed: int, steps: int, guidance: float) -> Iterator[tuple[Any, Any, Any]]:
+    def generate(
+        text: str | None, seed: float, steps: float, guidance: float
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        seed, steps = check_settings(seed, steps, guidance)
         encoded = measurer.prompt(text)
         shown = set(np.linspace(0, steps - 1, min(STRIP_LENGTH, steps)).round().astype(int).tolist())
         sigmas: list[float] = []

@@ -1,9 +1,11 @@
 """What may be asked of Gradio: its routes are cut down to those that the page uses, no file but uploads can
 be read, uploads have a quota, the server fetches nothing, and errors look like the server's others."""
 
+import contextlib
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from gradio_client.utils import is_http_url_like, traverse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dina_lrm.serving.gate import DISK_FULL
 
 __all__ = ["MAX_UPLOADED_BYTES", "PageBlocks", "PageRoutes"]
 
@@ -45,6 +49,8 @@ POLICY = (
 
 MAX_UPLOADED_BYTES = 2**30
 """Of all uploads that lie on the server's disk at once; they go after an hour."""
+PARTIAL_SECONDS = 60.0
+"""An upload that has not grown for so long has ended; the server cuts slow ones off sooner."""
 MAX_CALL_BYTES = 256 * 1024
 """Of the request that a click makes: texts, numbers, and names of uploads."""
 
@@ -109,9 +115,12 @@ class PageRoutes:
             await self.app(_relative(scope, path), receive, answer.send)
         except _Refusal as refusal:
             await answer.error(refusal.status, str(refusal))
-        except Exception:
+        except Exception as error:
             log.exception("the page failed")
-            await answer.error(500, "a fault of the server; its log tells more")
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                await answer.error(503, "uploads: the server's disk is full; try again later")
+            else:
+                await answer.error(500, "a fault of the server; its log tells more")
         finally:
             self.uploading -= reserved
 
@@ -121,6 +130,7 @@ class PageRoutes:
         if not (length.isascii() and length.isdigit()):
             raise _Refusal(411, "content-length: the size of the body must be stated")
         size = int(length[:20])
+        _remove_partial(get_upload_folder())
         if _bytes_in(get_upload_folder()) + self.uploading + size > MAX_UPLOADED_BYTES:
             raise _Refusal(503, "uploads: no room for more; they are removed after an hour")
         return size
@@ -232,6 +242,15 @@ def _relative(scope: Scope, path: str) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name not in ours]
     changed = {"path": path, "root_path": ".", "headers": [*headers, (b"x-gradio-server", b".")]}
     return {**scope, **changed}
+
+
+def _remove_partial(folder: str) -> None:
+    """Uploads that ended half-way: Gradio moves a complete one into a folder of its own, and leaves these."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                if entry.is_file() and time.time() - entry.stat().st_mtime > PARTIAL_SECONDS:
+                    os.unlink(entry)
 
 
 def _bytes_in(folder: str) -> int:

@@ -24,6 +24,8 @@ log = logging.getLogger("dina_lrm.serving")
 
 DRAIN_SECONDS = 30
 """How long requests that were accepted may take after SIGTERM."""
+AT_START = ("host", "port", "max_connections", "header_seconds", "proxies")
+"""Settings of the connections, which a reload leaves as they were."""
 
 
 def log_as_json() -> None:
@@ -58,6 +60,7 @@ class Reloadable:
         self._make = make
         self._current = _Running(app)
         self._reloading: asyncio.Task[None] | None = None
+        self._once_more = False
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,11 +72,19 @@ class Reloadable:
         self.app.state.service.closing.set()
 
     def reload(self) -> None:
-        """Begin to load; where one is under way already, nothing."""
+        """Load anew; where that is under way already, once more after it."""
         if self._reloading is None or self._reloading.done():
             self._reloading = asyncio.create_task(self._reload())
+        else:
+            self._once_more = True
 
     async def _reload(self) -> None:
+        await self._load()
+        while self._once_more:
+            self._once_more = False
+            await self._load()
+
+    async def _load(self) -> None:
         log.info("reloading")
         try:
             fresh = _Running(await asyncio.to_thread(self._make))
@@ -135,15 +146,23 @@ class _Running:
 
 
 class _Server(Server):
-    """Tells the app when it is to end, while requests are still under way, and takes SIGHUP."""
+    """Tells the app when it is to end, while requests are still under way, and takes SIGHUP.
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, app: Reloadable) -> None:
+    Args:
+        hung_up: whether one has come while the first app was made.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, app: Reloadable, hung_up: Callable[[], bool]
+    ) -> None:
         super().__init__(config, listener, lambda address: log.info("serving at %s", address))
-        self._app = app
+        self._app, self._hung_up = app, hung_up
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._app.reload)
+        if self._hung_up():
+            self._app.reload()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.close()
@@ -164,7 +183,17 @@ def serve(make: Callable[[], FastAPI], settings: ServerSettings, listener: socke
     Raises:
         KeyboardInterrupt: stopped before it was up.
     """
-    app = Reloadable(make(), make)
+    early = list[int]()
+    signal.signal(signal.SIGHUP, lambda number, _: early.append(number))
+
+    def remade() -> FastAPI:
+        fresh = make()
+        now: ServerSettings = fresh.state.service.settings
+        if changed := [name for name in AT_START if getattr(now, name) != getattr(settings, name)]:
+            log.warning("changed, and taken at the next start only: %s", ", ".join(changed))
+        return fresh
+
+    app = Reloadable(make(), remade)
     config = uvicorn_config(
         app,
         drain_seconds=DRAIN_SECONDS,
@@ -172,7 +201,7 @@ def serve(make: Callable[[], FastAPI], settings: ServerSettings, listener: socke
         max_connections=settings.max_connections,
         proxies=settings.proxies,
     )
-    server = _Server(config, listener, app)
+    server = _Server(config, listener, app, lambda: bool(early))
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, once all is answered
     server.run()

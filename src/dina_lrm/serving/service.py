@@ -15,6 +15,7 @@ from fastapi import Request
 from dina_lrm import __version__
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.errors import ScoringError
+from dina_lrm.models.options import ModelOptions
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.serving.batching import Done, Draining, MicroBatcher, QueueFull, Ticket
 from dina_lrm.serving.callers import Caller, read_callers
@@ -70,11 +71,12 @@ class RowScore:
 
 def load_models(settings: ServerSettings) -> dict[str, RewardModel]:
     """The rewards that a server is to serve, by name."""
-    options: dict[str, Any] = {} if settings.pipeline is None else {"pipeline": settings.pipeline}
     return {
-        name: RewardModel.from_pretrained(
-            location, device=settings.device, dtype=getattr(torch, settings.dtype), **options
-        ).requires_grad_(False)
+        name: ModelOptions(
+            model=location, pipeline=settings.pipeline, device=settings.device, dtype=settings.dtype
+        )
+        .load()
+        .requires_grad_(False)
         for name, location in settings.models
     }
 
@@ -128,8 +130,10 @@ class Served:
 
     def check_count(self, rows: int, name: str) -> None:
         """As `check_cost`, as soon as it is known how many rows there are."""
-        if rows > self.settings.max_rows:
-            raise _too_large(name, f"{rows} in one request", self.settings.max_rows, "max_rows")
+        setting = min(("max_rows", "max_queue"), key=lambda setting: getattr(self.settings, setting))
+        limit = getattr(self.settings, setting)
+        if rows > limit:
+            raise _too_large(name, f"{rows} in one request", limit, setting)
 
     def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> int:
         """Tokens of work of a request.
@@ -227,10 +231,13 @@ class Service:
         self.warm = True
 
     async def stop(self) -> None:
-        """Finish what was taken."""
+        """Finish what was taken, and let go of the models: FastAPI remembers the functions of every app's
+        routes, and those this service."""
         self.warm = False
         self.closing.set()
         await asyncio.gather(*(one.batcher.stop() for one in self.models.values()))
+        for one in self.models.values():
+            one.engine.release()
 
     def run(self, job: Callable[[], T]) -> T:
         """`job()` on the first model's thread, for callers in other threads.
@@ -287,9 +294,12 @@ class Service:
             QueueFull, Draining, CallerFull: it was not taken.
             ClientGone: whoever sent it has left; what was under way was dropped.
         """
+        caller: Caller | None = request.state.caller
+        if caller is not None and caller.max_queue is not None and len(rows) > caller.max_queue:
+            raise _too_large(name, f"{len(rows)} in one request", caller.max_queue, "max_queue of this token")
         work = served.check_cost(rows, name)
         request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
-        scores = await _unless_gone(request, self.score_rows(served, rows, request.state.caller, work))
+        scores = await _unless_gone(request, self.score_rows(served, rows, caller, work))
         for stage in ("encode", "forward"):
             seconds = sum(getattr(one, f"{stage}_seconds") for one in scores) / len(scores)
             request.state.facts[f"{stage}_seconds"] = round(seconds, 6)

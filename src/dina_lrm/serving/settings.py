@@ -127,6 +127,13 @@ class ServerSettings:
     """Routes that other trainers know: cosmos-rl's /api/reward/..., UniRL's /score."""
 
     def __post_init__(self) -> None:
+        for one in self.model:
+            name, equals, location = one.partition("=")
+            if equals and not _NAMED.fullmatch(one) and not Path(one).exists():
+                raise InvalidInputError(
+                    f"model: {name!r} cannot name {location!r}: a name has letters, digits, '.', '_' and "
+                    f"'-', and begins with a letter or a digit"
+                )
         names = [name for name, _ in self.models]
         if not names or len(set(names)) < len(names):
             raise InvalidInputError(f"model = {self.model}: one model or more, each with a name of its own")
@@ -146,7 +153,9 @@ class ServerSettings:
             )
         if self.token is not None and not self.token.strip():
             raise InvalidInputError("token is empty: give one, or none to let everybody in")
-        check_address(port=self.port, hosts=self.hosts, root_path=self.root_path, proxies=self.proxies)
+        check_address(
+            host=self.host, port=self.port, hosts=self.hosts, root_path=self.root_path, proxies=self.proxies
+        )
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise InvalidInputError(
@@ -176,12 +185,16 @@ class ServerSettings:
         return None
 
 
-def check_address(*, port: int, hosts: Sequence[str], root_path: str, proxies: Sequence[str]) -> None:
+def check_address(
+    *, host: str, port: int, hosts: Sequence[str], root_path: str, proxies: Sequence[str]
+) -> None:
     """Refuse what a server cannot listen at, be called, or believe.
 
     Raises:
         InvalidInputError: it names the setting.
     """
+    if not host.strip():  # which the system takes for all addresses
+        raise InvalidInputError("host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all")
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port = {port}: must be in [0, 65535]")
     for host in hosts:
@@ -189,7 +202,7 @@ def check_address(*, port: int, hosts: Sequence[str], root_path: str, proxies: S
             raise InvalidInputError(
                 f"hosts: {host!r} is no name of a host, such as reward.example.org, without a port"
             )
-    if root_path and not PREFIX.fullmatch(root_path):
+    if root_path and (not PREFIX.fullmatch(root_path) or {".", ".."} & set(root_path.split("/"))):
         raise InvalidInputError(
             f"root_path = {root_path!r}: it begins with / and does not end with it, such as /reward, and has "
             f"letters, digits, '.', '_', '~' and '-' in between"
@@ -197,14 +210,15 @@ def check_address(*, port: int, hosts: Sequence[str], root_path: str, proxies: S
     for proxy in proxies:
         if not _is_network(proxy):
             raise InvalidInputError(
-                f"proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8"
+                f"proxies: {proxy!r} is neither an address nor a network, such as 10.0.0.0/8, with no "
+                f"bits set after the prefix"
             )
 
 
 def _is_network(name: str) -> bool:
     """Whether a name is an address or a network of them."""
     try:
-        ipaddress.ip_network(name, strict=False)
+        ipaddress.ip_network(name)
     except ValueError:
         return False
     return True

@@ -6,6 +6,7 @@ import json
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,62 @@ def test_tickets_that_do_not_exist_and_old_ones(adapted: TestClient, monkeypatch
     assert pulled(adapted, "nothing").status_code == 404
     monkeypatch.setattr(adapters, "KEPT_SECONDS", 0.0)
     assert pulled(adapted, ticket).status_code == 404
-    monkeypatch.setattr(adapters, "KEPT_RESULTS", 0)
-    assert adapted.post("/api/reward/enqueue", content=payload(LATENTS)).status_code == 503
+
+
+def test_what_nobody_has_fetched_is_kept(reward: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "KEPT_RESULTS", 2)
+    settings = ServerSettings(page=False, max_wait_ms=0.0, adapters=("cosmos-rl",))
+    with calling(create_app(settings, reward)) as client:
+        first, second = (
+            client.post("/api/reward/enqueue", content=payload(LATENTS)).json()["uuid"] for _ in range(2)
+        )
+        assert client.post("/api/reward/enqueue", content=payload(LATENTS)).status_code == 503
+        assert pulled(client, second).status_code == 200
+        assert client.post("/api/reward/enqueue", content=payload(LATENTS)).status_code == 200
+        assert pulled(client, first).status_code == 200
+        assert pulled(client, second).status_code == 404  # it had been fetched, and made room
+
+
+def test_callers_have_tickets_of_their_own(
+    reward: RewardModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(adapters, "KEPT_RESULTS", 1)
+    (tmp_path / "tokens.toml").write_text('[alice]\ntoken = "a"\n[bob]\ntoken = "b"\n')
+    settings = ServerSettings(
+        page=False, max_wait_ms=0.0, adapters=("cosmos-rl",), tokens=tmp_path / "tokens.toml"
+    )
+    with calling(create_app(settings, reward)) as client:
+
+        def post(route: str, token: str, **content: Any) -> Any:
+            headers = {"authorization": f"Bearer {token}"}
+            return client.post(f"/api/reward/{route}", headers=headers, **content)
+
+        ticket = post("enqueue", "a", content=payload(LATENTS)).json()["uuid"]
+        assert post("enqueue", "b", content=payload(LATENTS)).status_code == 200
+        assert post("enqueue", "a", content=payload(LATENTS)).status_code == 503
+        form = {"uuid": ticket, "type": "dina"}
+        assert post("pull", "b", data=form).status_code == 404
+        reply = post("pull", "a", data=form)
+        assert reply.status_code in (200, 400)
+        assert reply.json().get("request_id", reply.headers["x-request-id"]) == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"history": []},
+        {"history": [5]},
+        {"history": [{"text": "a"}]},
+        {"history": [{"text": None, "image_b64": ""}]},
+        {"history": [{"text": "a", "image_b64": "iVBORw0KGgo="}]},
+    ],
+)
+def test_unirl_tells_of_a_picture_that_is_alone_and_wrong(adapted: TestClient, wrong: dict[str, Any]) -> None:
+    wanted = [wrong | {"required_rewards": ["bundled"]}]
+    reply = adapted.post("/score", json={"requests": wanted})
+    assert reply.status_code == 200
+    assert reply.json()["results"] == [{"bundled": {"score": None}}]
+    assert reply.json()["errors"][0]["bundled"]
 
 
 def test_unirl_scores_pictures_and_tells_of_single_failures(

@@ -387,7 +387,8 @@ def test_other_origins_are_let_in_only_by_name(reward: RewardModel, client: Test
 
 
 def test_past_capacity_it_sheds(reward: RewardModel, tensors: Tensors) -> None:
-    with calling(create_app(ServerSettings(page=False, max_queue=1), reward)) as client:
+    app = create_app(ServerSettings(page=False, max_queue=2), reward)
+    with calling(app) as client, app.state.service.first.batcher.admit(1, 1.0):
         reply = post(client, tensors)  # two rows
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1

@@ -1,9 +1,13 @@
 """What operators need: settings from files and environment, several models and callers, proxies, reload."""
 
 import asyncio
+import errno
+import gc
 import hashlib
 import logging
 import re
+import threading
+import weakref
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +35,7 @@ from dina_lrm.serving.gate import Gate
 from dina_lrm.serving.metrics import Metrics, joined
 from dina_lrm.serving.server import Reloadable
 from dina_lrm.serving.settings import ServerSettings, settings_from
-from tests.unit.serving.conftest import HEADERS, calling, listening
+from tests.unit.serving.conftest import HEADERS, calling, form, listening
 
 Tensors = dict[str, Tensor]
 SETTINGS = ServerSettings(page=False, max_wait_ms=0.0)
@@ -74,6 +78,10 @@ def test_settings_come_from_a_file_and_the_environment_goes_before_it(tmp_path: 
         ('hosts = ["10.0.0.0/8"]', {}, "hosts: '10.0.0.0/8' is no name of a host"),
         ('cors_origins = ["*"]', {}, "cors_origins: '*' is no origin"),
         ('cors_origins = ["https://a.example/"]', {}, "is no origin, such as https://friend.example"),
+        ('root_path = "/.."', {}, "root_path = '/..'"),
+        ("", {"DINA_LRM_HOST": " "}, "host is empty"),
+        ('proxies = ["10.1.2.3/8"]', {}, "'10.1.2.3/8' is neither an address nor a network"),
+        ('model = ["a b=bundled"]', {}, "model: 'a b' cannot name 'bundled'"),
         ('root_path = "//evil"', {}, "root_path = '//evil'"),
         ('root_path = "/a b"', {}, "root_path = '/a b'"),
         ('token = "x"', {}, "give the token in the environment, as DINA_LRM_TOKEN"),
@@ -179,7 +187,7 @@ def test_our_client_names_a_model_in_its_address(reward: RewardModel, pictures: 
 def callers(tmp_path: Path) -> Path:
     file = tmp_path / "tokens.toml"
     digest = hashlib.sha256(b"bobs").hexdigest()
-    file.write_text(f'[alice]\ntoken = "alices"\nmax_queue = 1\n[bob]\ntoken_sha256 = "{digest}"\n')
+    file.write_text(f'[alice]\ntoken = "alices"\nmax_queue = 3\n[bob]\ntoken_sha256 = "{digest}"\n')
     return file
 
 
@@ -199,11 +207,13 @@ def test_callers_have_names_and_limits(
             assert ask("bobs").status_code == 200
         assert [vars(one)["caller"] for one in caplog.records if hasattr(one, "rows")] == ["bob"]
         assert ask("the first").status_code == 200
-        assert ask("alices").status_code == 200  # one request always is
+        assert ask("alices").status_code == 200
         alice = next(one for one in app.state.service.entrance._callers.all if one.name == "alice")
-        alice.rows = 1
+        alice.rows = 2
         refused = ask("alices")
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        alice.max_queue = 1  # of two rows, which would never fit
+        assert ask("alices").status_code == 413
         assert ask("bobs").status_code == 200
         text = client.get("/metrics", headers={"authorization": "Bearer bobs"}).text
         assert 'dina_lrm_caller_rows_total{caller="bob"} 4.0' in text
@@ -228,6 +238,29 @@ def test_wrong_tokens_files_are_named(tmp_path: Path, text: str, message: str) -
     (tmp_path / "tokens.toml").write_text(text)
     with pytest.raises(InvalidInputError, match=re.escape(message)):
         read_callers(None, tmp_path / "tokens.toml")
+
+
+def test_a_request_that_never_fits_into_the_queue_is_too_large(reward: RewardModel, tensors: Tensors) -> None:
+    with calling(create_app(replace(SETTINGS, max_queue=1), reward)) as client:
+        reply = client.post("/v1/score", content=save(tensors), headers=HEADERS)
+    assert reply.status_code == 413
+    assert "at most 1 are taken (max_queue)" in reply.json()["error"]
+
+
+def test_a_full_disk_is_told(
+    reward: RewardModel, pictures: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files of a form are kept on disk while it is read."""
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", full)
+    with calling(create_app(SETTINGS, reward)) as client:
+        reply = client.post("/v1/score/images", **form({"prompts": "a"}, images=pictures[:1]))
+        assert reply.status_code == 503
+        assert "disk is full" in reply.json()["error"]
+        assert client.get("/healthz").status_code == 200
 
 
 # --- proxies -----------------------------------------------------------------------------------------------
@@ -457,6 +490,46 @@ def gated() -> tuple[FastAPI, asyncio.Event]:
         closing=closing,
     )
     return app, closing
+
+
+@pytest.mark.parametrize("page", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Gradio's own event loop
+def test_a_server_that_has_ended_lets_go_of_its_model(page: bool) -> None:
+    """A reload would otherwise keep every model that was ever served in memory."""
+    app = create_app(replace(SETTINGS, page=page))
+    alive = weakref.ref(app.state.service.first.model)
+    with calling(app) as client:
+        assert client.get("/healthz").status_code == 200
+    del app
+    del client
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_reload_during_a_reload_is_done_after_it() -> None:
+    made = list[str]()
+
+    async def story() -> None:
+        hold = threading.Event()
+
+        def make() -> FastAPI:
+            made.append("made")
+            hold.wait()
+            return _app("next", [], asyncio.Event())
+
+        app = Reloadable(_app("first", [], asyncio.Event()), make)
+        app.reload()
+        while not made:
+            await asyncio.sleep(0.001)
+        app.reload()  # of what was changed since the first one read it
+        app.reload()
+        hold.set()
+        while len(made) < 2:
+            await asyncio.sleep(0.001)
+        await app._reloading
+
+    asyncio.run(story())
+    assert len(made) == 2
 
 
 def test_what_is_cut_off_at_the_end_is_told_to_come_again(gated: Any) -> None:

@@ -139,6 +139,15 @@ def test_an_empty_file_stays_empty(tmp_path: Path) -> None:
     assert (tmp_path / "votes.sqlite").read_bytes() == b""
 
 
+def test_what_is_read_is_not_written_over(store: VoteStore, items: Items) -> None:
+    give(store, ["a"])
+    before = items.path.read_bytes()
+    for export in (export_votes, export_single_votes):
+        with pytest.raises(InvalidInputError, match="is what is read"):
+            export(store.path, items.path)
+    assert items.path.read_bytes() == before
+
+
 def test_absent_votes_and_other_suffixes(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"absent\.sqlite"):
         export_votes(tmp_path / "absent.sqlite", tmp_path / "rows.jsonl")

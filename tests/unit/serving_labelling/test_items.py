@@ -54,7 +54,7 @@ def test_the_chosen_side_is_a_about_half_of_the_time(tmp_path: Path) -> None:
     [
         ({"prompt": " ", "images": ["a.png", "b.png"]}, "no prompt"),
         ({"images": ["a.png", "b.png"]}, "no prompt"),
-        ({"prompt": "p", "images": ["a.png"]}, "needs at least 2 pictures"),
+        ({"prompt": "p", "images": ["a.png"]}, "images: at least 2 pictures"),
         ({"prompt": "p", "images": ["a.png", "a.png"]}, "all different"),
         ({"prompt": "p", "images": "a.png"}, "a list is expected"),
         ({"prompt": "p", "images": ["a.png", "absent.png"]}, "missing file: images[1] = absent.png"),

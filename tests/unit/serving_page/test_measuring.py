@@ -83,8 +83,8 @@ def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
     ("name", "told"),
     [
         ("text", "fits.png: not a readable picture"),
-        ("huge", r"fits.png: 700 ?x ?700 pixels, at most 0.1 million are taken"),
-        ("bomb", r"fits.png: far more than the 0.1 million pixels that are taken"),
+        ("huge", r"fits.png: 700 ?x ?700 pixels, at most 0.4 million are taken"),
+        ("bomb", r"fits.png: far more than the 0.4 million pixels that are taken"),
         ("narrow", "fits.png of 64x2 pixels is too small"),
     ],
 )

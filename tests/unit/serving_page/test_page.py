@@ -186,7 +186,7 @@ def test_no_generator(reward: RewardModel) -> None:
         ("score", (None, PROMPT), "Picture: none is given"),
         ("score", ("fits", ""), "Prompt: empty"),
         ("score", ("text", PROMPT), "Picture: not a readable picture"),
-        ("score", ("bomb", PROMPT), "Picture: far more than the 16 million pixels that are taken"),
+        ("score", ("bomb", PROMPT), "Picture: far more than the 64 million pixels that are taken"),
         ("compare", ("fits", None, PROMPT), "Picture B: none is given"),
         ("compare", ("narrow", "fits", PROMPT), "Picture A of 64x2 pixels is too small"),
         ("rank", (None, PROMPT), f"Pictures: 0 given, 2 to {MAX_PICTURES} can be ranked"),

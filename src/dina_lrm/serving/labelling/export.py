@@ -121,6 +121,9 @@ def _read(votes: Path, output: Path, items: str | Path | None) -> tuple[Items, l
             raise InvalidInputError(f"{votes} holds no votes")
         found = read_items(path)
         store.bind(found)
+        for used in (votes, found.path):
+            if output.exists() and output.samefile(used):
+                raise InvalidInputError(f"{output} is what is read: name another file to write")
         return found, store.dated_votes()
     finally:
         store.close()

@@ -130,7 +130,7 @@ def _row(values: Mapping[str, Any] | BadRow, root: Path) -> tuple[_Row, list[Bad
     if faults and len(pictures) < 2:
         raise faults[0]
     if len(pictures) < 2 or any(same_picture(*two) for two in itertools.combinations(pictures, 2)):
-        raise BadRow(f"images: needs at least 2 pictures, all different: has {len(pictures)}")
+        raise BadRow(f"{' and '.join(given[0])}: at least 2 pictures, all different; has {len(pictures)}")
     return _Row(prompt, pictures, source if isinstance(source, str) else None), faults
 
 
