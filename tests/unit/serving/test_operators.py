@@ -493,10 +493,13 @@ def gated() -> tuple[FastAPI, asyncio.Event]:
 
 
 @pytest.mark.parametrize("page", [False, True])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Gradio's own event loop
 def test_a_server_that_has_ended_lets_go_of_its_model(page: bool) -> None:
     """A reload would otherwise keep every model that was ever served in memory."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)  # Gradio would make one, and never close it
     app = create_app(replace(SETTINGS, page=page))
+    asyncio.set_event_loop(None)
+    loop.close()
     alive = weakref.ref(app.state.service.first.model)
     with calling(app) as client:
         assert client.get("/healthz").status_code == 200
