@@ -495,11 +495,11 @@ def gated() -> tuple[FastAPI, asyncio.Event]:
 @pytest.mark.parametrize("page", [False, True])
 def test_a_server_that_has_ended_lets_go_of_its_model(page: bool) -> None:
     """A reload would otherwise keep every model that was ever served in memory."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)  # Gradio would make one, and never close it
-    app = create_app(replace(SETTINGS, page=page))
-    asyncio.set_event_loop(None)
-    loop.close()
+
+    async def made() -> FastAPI:  # inside a loop, because Gradio would make one, and never close it
+        return create_app(replace(SETTINGS, page=page))
+
+    app = asyncio.run(made())
     alive = weakref.ref(app.state.service.first.model)
     with calling(app) as client:
         assert client.get("/healthz").status_code == 200
