@@ -29,7 +29,7 @@ from dina_lrm.alignment.config import AlignConfig, MonitorConfig
 from dina_lrm.alignment.gold import paired_gain
 from dina_lrm.alignment.run import Run
 from dina_lrm.build.alignment import algorithm_of, alignment_prompts, gold_scores, latent_reward
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.evaluation.baselines import PixelNetwork
 from dina_lrm.evaluation.cost import counted_flops
 from dina_lrm.recipes.alignment import alignment_recipe

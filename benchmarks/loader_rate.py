@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import tyro
 
-from dina_lrm.data.shards.read import FORMAT, LatentShards, PromptRow, prompt_hash, write_pairs, write_prompts
+from dina_lrm.data.shards.read import LatentShards
+from dina_lrm.data.shards.write import FORMAT, PromptRow, prompt_hash, write_pairs, write_prompts
 from dina_lrm.training.loader import AHEAD
 
 SHAPE = (16, 128, 128)

@@ -20,7 +20,7 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import prediction_error
 from dina_lrm.core.noise import MatchedLevel
 from dina_lrm.core.preference import diffusion_dpo_loss
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rollout import first_noise

@@ -18,8 +18,8 @@ from dina_lrm.alignment.config import ReflConfig
 from dina_lrm.alignment.run import Measures, Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import clean_and_noise, prediction_error
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.core.transitions import transition
-from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.policy import Grid
 from dina_lrm.sampling.rewards import checked

@@ -30,7 +30,7 @@ from torch import Tensor
 from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, parting
 from dina_lrm.alignment.processes import AlignmentError, Processes
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming, recover_folder, replaced_folder, write_whole
 from dina_lrm.runs import optimizer as optim

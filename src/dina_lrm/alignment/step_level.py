@@ -18,8 +18,8 @@ from dina_lrm.alignment.config import StepDpoConfig
 from dina_lrm.alignment.run import Measures, Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.preference import step_dpo_loss
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.core.transitions import gaussian_log_prob
-from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rewards import LatentReward, RewardSum, checked
 from dina_lrm.sampling.rollout import first_noise, step_at, transition_at

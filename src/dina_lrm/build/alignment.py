@@ -21,7 +21,8 @@ from dina_lrm.sampling.rewards import LatentReward, Reward, RewardSum, ServerRew
 from dina_lrm.alignment.run import Run, RunResult, Update
 from dina_lrm.alignment.step_level import StepDpo
 from dina_lrm.remote.client import Client, is_address
-from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.data.latents import (LatentPairs)
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.pairs import load_image
 from dina_lrm.data.shards.read import LatentShards, PairSet
 from dina_lrm.errors import InvalidInputError

@@ -22,17 +22,15 @@ from dina_lrm.training.config import ModelConfig, TrainConfig
 from dina_lrm.core.attention import faster_precision
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.sources.hub import read_hub
-from dina_lrm.data.latents import LatentPairs, mix_seeds
+from dina_lrm.data.latents import (LatentPairs)
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.pairs import image_name
-from dina_lrm.data.prepare.run import (
-    Prepared,
-    PrepareSettings,
-    prepare,
-    prompt_rows,
-    unwanted,
-)
+from dina_lrm.data.prepare.run import (prepare, prompt_rows, unwanted)
+from dina_lrm.data.prepare.settings import Prepared
+from dina_lrm.data.prepare.settings import PrepareSettings
 from dina_lrm.data.rows import PATTERNS
-from dina_lrm.data.shards.read import LatentShards, PairSet, no_shards, set_aside
+from dina_lrm.data.shards.read import (LatentShards, PairSet, set_aside)
+from dina_lrm.data.shards.columns import no_shards
 from dina_lrm.data.sources.registry import read_source, source_files, source_length
 from dina_lrm.data.split import SourcePart, fold_prompt, split_source
 from dina_lrm.errors import InvalidInputError

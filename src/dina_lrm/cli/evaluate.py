@@ -208,7 +208,8 @@ def refuse_ignored(options: Evaluate) -> None:
 def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
     """The pairs of --pairs; new shapes pairs without it, and for a file that does not exist yet."""
     from dina_lrm.build.training import open_shards, shapes_pairs
-    from dina_lrm.data.latents import LatentPairs, mix_seeds
+    from dina_lrm.core.seeds import mix_seeds
+    from dina_lrm.data.latents import LatentPairs
 
     given = options.pairs
     if given is not None and given.is_dir():

@@ -16,7 +16,7 @@ from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, prin
 from dina_lrm.cli.options import JsonFlag, find_device
 
 if TYPE_CHECKING:
-    from dina_lrm.data.prepare.run import Prepared
+    from dina_lrm.data.prepare.settings import Prepared
     from dina_lrm.data.split import SourcePart
 
 SHOWN = 12

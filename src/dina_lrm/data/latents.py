@@ -5,30 +5,25 @@ Each image is encoded once, however many pairs it is in, and each prompt once, h
 batches is a pure function of (seed, step), so resuming a run is arithmetic and no loader has a state.
 """
 
-import functools
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dina_lrm.core.noise import seeded_generator, torch_seed
 from dina_lrm.core.tensors import Latents
-from dina_lrm.data.pairs import PreferencePair, Reject, load_image
+from dina_lrm.data.order import batch_indices, distinct_images, drawn_prompts
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import written_aside
 
-__all__ = ["LatentPairs", "PairBatch", "batch_indices", "encode_pairs", "mix_seeds"]
+__all__ = ["LatentPairs", "PairBatch"]
 
 _FORMAT = "dina-lrm latent pairs 1"
 
@@ -298,202 +293,4 @@ def _equal_tokens(parts: Sequence[LatentPairs]) -> Sequence[LatentPairs]:
 # --- order -------------------------------------------------------------------------------------------------
 
 
-def mix_seeds(*parts: int) -> int:
-    """One 63-bit seed from several, so that (0, 1) and (1, 0) give unrelated streams.
-
-    >>> mix_seeds(0, 1) != mix_seeds(1, 0)
-    True
-    """
-    word = np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0]
-    return int(word >> np.uint64(1))
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))
-
-
-def first_occurrences(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the first occurrence of each distinct row, and for every row which of these it equals.
-
-    >>> first_occurrences(torch.tensor([7, 7, 3, 7, 3]))
-    (tensor([2, 0]), tensor([1, 1, 0, 1, 0]))
-    """
-    member = values.unique(dim=0, return_inverse=True)[1]
-    first = torch.full((int(member.max()) + 1,), len(values))
-    return first.scatter_reduce_(0, member, torch.arange(len(values)), "amin"), member
-
-
-def distinct_images(chosen: Tensor, rejected: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`PairBatch.distinct` and `position` of a batch: an image counts once for each noise draw.
-
-    Args:
-        chosen, rejected: number of the image on either side of each pair.
-        draws: which draw each pair uses; None: one of its own.
-    """
-    own = torch.arange(len(chosen)) if draws is None else draws
-    return first_occurrences(torch.stack([own.repeat(2), torch.cat([chosen, rejected])], dim=1))
-
-
-def drawn_prompts(prompt_index: Int64[Tensor, " pair"], fraction: float, seed: int) -> Tensor:
-    """Which pairs belong to prompts that are drawn, about `fraction` of all."""
-    prompts = prompt_index.unique()
-    order = torch.randperm(len(prompts), generator=seeded_generator(seed))
-    return torch.isin(prompt_index, prompts[order[: round(fraction * len(prompts))]])
-
-
-def batch_indices(
-    num_pairs: int, batch_size: int, *, seed: int, step: int, groups: Int64[Tensor, " pair"] | None = None
-) -> Int64[Tensor, " batch"]:
-    """Which pairs are in the batch of `step`: a pure function, the same on every machine and worker.
-
-    Epochs follow one another without a gap, each in an order of its own, so a batch may hold the end of
-    one and the start of the next, and every pair is seen exactly once per epoch:
-    position p = step * batch_size + i is entry p mod num_pairs of the order of epoch p div num_pairs.
-    With `groups`, such as prompts, the groups are shuffled, and the pairs of one stay together.
-    """
-    if num_pairs < 1:
-        raise InvalidInputError("there are no pairs to draw a batch from")
-
-    def epoch_order(epoch: int) -> Tensor:
-        if groups is None:
-            return _permutation(num_pairs, seed, epoch)
-        return _permutation(int(groups.max()) + 1, seed, epoch)[groups].argsort(stable=True)
-
-    start, stop = step * batch_size, (step + 1) * batch_size
-    parts = [
-        epoch_order(epoch)[max(start - epoch * num_pairs, 0) : stop - epoch * num_pairs]
-        for epoch in range(start // num_pairs, (stop - 1) // num_pairs + 1)
-    ]
-    return torch.cat(parts)
-
-
 # --- encoding ----------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class _Encodes(Protocol):
-    """What `encode_pairs` needs of a reward model."""
-
-    def encode_prompts(self, prompts: list[str]) -> Any: ...
-
-    def encode_images(self, images: Any, *, sample: bool = False, seed: Any = None) -> Any: ...
-
-
-def encode_pairs(
-    model: _Encodes,
-    pairs: Sequence[PreferencePair],
-    *,
-    bayes: Sequence[float] | None = None,
-    size: tuple[int, int] | None = None,
-    sample: bool = False,
-    seed: int = 0,
-    batch_size: int = 32,
-    dtype: torch.dtype = torch.float16,
-    rejects: list[Reject] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> LatentPairs:
-    """Pairs of pictures of one size to latents in memory; prompts and pictures are encoded once each.
-
-    Pictures of any size are encoded by `build.prepare_source`, which is `dina-lrm prepare`.
-
-    Args:
-        model: a `RewardModel` over a full pipeline.
-        pairs: what to encode.
-        bayes: P(chosen is preferred) of each pair, where the raters are simulated.
-        size: (height, width) in pixels to crop and resize to. None keeps sizes and then needs one size.
-        sample, seed: take a sample of the VAE's posterior, seeded per image, instead of its mean.
-        batch_size: images per VAE call.
-        dtype: storage of the latents.
-        rejects: pairs whose image cannot be decoded or whose latent is not finite are appended here with
-            their index and left out. None: they are an error.
-        on_progress: called with (images done, images in all).
-    """
-    if bayes is not None and len(bayes) != len(pairs):
-        raise InvalidInputError(f"bayes has {len(bayes)} entries for {len(pairs)} pairs")
-
-    rows: dict[Any, int] = {}  # image identity -> row
-    sources: list[Any] = []
-
-    def row_of(source: Any) -> int:
-        key = id(source) if isinstance(source, Image.Image) else source
-        if key not in rows:
-            rows[key] = len(sources)
-            sources.append(source)
-        return rows[key]
-
-    chosen = [row_of(pair.chosen) for pair in pairs]
-    rejected = [row_of(pair.rejected) for pair in pairs]
-
-    problems: dict[int, str] = {}
-    encoded: dict[int, Tensor] = {}
-    sizes: Counter[tuple[int, int]] = Counter()
-    for start in range(0, len(sources), batch_size):
-        images: list[Image.Image] = []
-        kept: list[int] = []
-        for row in range(start, min(start + batch_size, len(sources))):
-            try:
-                image = load_image(sources[row])
-            except InvalidInputError as error:
-                problems[row] = str(error)
-                continue
-            if size is not None:
-                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-            sizes[(image.height, image.width)] += 1
-            images.append(image)
-            kept.append(row)
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width}x{height}" for height, width in sizes)
-            raise InvalidInputError(
-                f"pictures of {len(sizes)} sizes ({listed}) do not fit one table of latents: encode_pairs "
-                "takes one size, or size=(height, width) to crop to; `dina-lrm prepare`, and training on "
-                "rows, take any sizes"
-            )
-        if images:
-            seeds = [torch_seed(mix_seeds(seed, row)) for row in kept] if sample else None
-            latents = model.encode_images(images, sample=sample, seed=seeds)
-            for row, latent in zip(kept, latents.detach().cpu().to(dtype), strict=True):
-                if bool(torch.isfinite(latent).all()):
-                    encoded[row] = latent
-                else:
-                    problems[row] = "latent is not finite"
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(sources)), len(sources))
-
-    good = [i for i in range(len(pairs)) if chosen[i] in encoded and rejected[i] in encoded]
-    if len(good) < len(pairs):
-        bad = [i for i in range(len(pairs)) if chosen[i] not in encoded or rejected[i] not in encoded]
-        listed = [
-            Reject(row=i, reason=problems.get(chosen[i]) or problems[rejected[i]], prompt=pairs[i].prompt)
-            for i in bad
-        ]
-        if rejects is None:
-            raise InvalidInputError(
-                f"{len(bad)} of {len(pairs)} pairs cannot be encoded, first: {listed[0].reason}"
-            )
-        rejects.extend(listed)
-    if not good:
-        raise InvalidInputError(f"none of {len(pairs)} pairs can be encoded")
-
-    prompts = list(dict.fromkeys(pairs[i].prompt for i in good))
-    prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
-    conditioning = model.encode_prompts(prompts)
-    table = sorted(encoded)
-    position = {row: index for index, row in enumerate(table)}
-
-    def stored(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().cpu().contiguous()
-
-    return LatentPairs(
-        latents=torch.stack([encoded[row] for row in table]),
-        prompts=prompts,
-        prompt_embeds=stored(conditioning.prompt_embeds),
-        pooled_prompt_embeds=stored(conditioning.pooled_prompt_embeds),
-        attention_mask=stored(getattr(conditioning, "attention_mask", None)),
-        prompt_index=torch.tensor([prompt_row[pairs[i].prompt] for i in good]),
-        chosen=torch.tensor([position[chosen[i]] for i in good]),
-        rejected=torch.tensor([position[rejected[i]] for i in good]),
-        target=torch.tensor([pairs[i].target for i in good], dtype=torch.float32),
-        bayes=None if bayes is None else torch.tensor([float(bayes[i]) for i in good], dtype=torch.float32),
-        latent_space=getattr(model, "latent_space", None),
-    )

@@ -17,7 +17,8 @@ from torch import Tensor
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import average_levels
 from dina_lrm.core.noise import seeded_noise, torch_seed
-from dina_lrm.data.latents import first_occurrences, mix_seeds
+from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.data.order import first_occurrences
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import (

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm.core.noise import torch_seed
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.pairs import ImageSource, load_image
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.cost import MeasuredCost, counted_flops, peak_memory_bytes, reset_peak_memory

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise, torch_seed
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.core.tensors import Latents
 from dina_lrm.core.transitions import Rule, Transition, gaussian_log_prob, transition
-from dina_lrm.data.latents import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.policy import Grid, Policy
 

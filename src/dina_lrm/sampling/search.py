@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import win_probability
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.sampling.policy import Grid, Policy

@@ -22,7 +22,8 @@ import numpy as np
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from dina_lrm.data.latents import LatentPairs, encode_pairs
+from dina_lrm.data.encode import encode_pairs
+from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import generate

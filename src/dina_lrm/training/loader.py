@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dina_lrm.core.noise import NoiseSchedule, seeded_noise
-from dina_lrm.data.latents import PairBatch, first_occurrences
+from dina_lrm.data.latents import PairBatch
+from dina_lrm.data.order import first_occurrences
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.step import draw_step

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dina_lrm.backbones.backbone import call, checkpointed
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import sample_noise_levels, torch_seed
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.core.tensors import NoiseLevel, Score
-from dina_lrm.data.latents import PairBatch, mix_seeds
+from dina_lrm.data.latents import PairBatch
 from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training.config import TrainConfig

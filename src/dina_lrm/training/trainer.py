@@ -35,8 +35,8 @@ from dina_lrm.core.attention import float32_masters, matrix_precision
 from dina_lrm.core.calibration import better_than_chance, determined_scale
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.core.sharding import is_cut, local
-from dina_lrm.data.latents import mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.files import recover_folder, replaced_folder, write_whole

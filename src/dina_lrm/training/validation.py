@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.core.noise import seeded_noise, torch_seed
-from dina_lrm.data.latents import mix_seeds
+from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.training.step import PairScorer
 

@@ -15,8 +15,8 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import Reject
 from dina_lrm.data.prepare import run as preparing
-from dina_lrm.data.prepare.run import PrepareSettings
-from dina_lrm.data.shards.read import shard_rejects
+from dina_lrm.data.prepare.settings import PrepareSettings
+from dina_lrm.data.shards.columns import shard_rejects
 from dina_lrm.errors import InvalidInputError
 
 SETTINGS: dict[str, Any] = {

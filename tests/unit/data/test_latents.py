@@ -10,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.data.latents import LatentPairs, batch_indices, encode_pairs, mix_seeds
+from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.data.encode import encode_pairs
+from dina_lrm.data.latents import LatentPairs
+from dina_lrm.data.order import batch_indices
 from dina_lrm.data.pairs import PreferencePair, Reject
 from dina_lrm.data.shards.read import set_aside
 from dina_lrm.errors import InvalidInputError

@@ -20,7 +20,9 @@ from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent
 from dina_lrm.data.prepare import run as preparing
 from dina_lrm.data.prepare.run import prompt_rows
-from dina_lrm.data.shards.read import FORMAT, LatentShards, PromptRow, stack_prompts
+from dina_lrm.data.shards.prompts import stack_prompts
+from dina_lrm.data.shards.read import LatentShards
+from dina_lrm.data.shards.write import FORMAT, PromptRow
 from dina_lrm.data.sources.registry import read_source, source_length
 from dina_lrm.errors import InvalidInputError
 from tests.tiny import PROMPT
@@ -607,7 +609,7 @@ def test_damage_is_told(damage: str, message: str, prepared: tuple[Path, Path, A
 
 
 def test_embeddings_that_overflow_float16_are_an_error(tmp_path: Path) -> None:
-    from dina_lrm.data.shards.read import write_prompts
+    from dina_lrm.data.shards.write import write_prompts
 
     row = PromptRow(prompt_embeds=torch.full((2, 3), 1e6), pooled_prompt_embeds=None, attention_mask=None)
     with pytest.raises(InvalidInputError, match="'a prompt' is not finite in float16"):
