@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import tyro
 
-from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.build.pairs import shapes_pairs
+from dina_lrm.build.training import reward_model
 from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs

@@ -21,7 +21,8 @@ import tyro
 
 from dina_lrm.alignment.config import MonitorConfig, ReflConfig
 from dina_lrm.build.alignment import run_alignment
-from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.build.pairs import shapes_pairs
+from dina_lrm.build.training import reward_model
 from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.recipes import training as recipes
 from dina_lrm.recipes.alignment import alignment_recipe

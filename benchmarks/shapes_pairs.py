@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from dina_lrm.build.training import reward_model, shapes_pairs
+from dina_lrm.build.pairs import shapes_pairs
+from dina_lrm.build.training import reward_model
 from dina_lrm.recipes import training as recipes
 
 

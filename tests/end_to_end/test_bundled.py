@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dina_lrm
-from dina_lrm.build.training import shapes_pairs
+from dina_lrm.build.pairs import shapes_pairs
 from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.shapes.pipeline import bundled_pipeline_folder

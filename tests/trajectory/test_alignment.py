@@ -24,7 +24,8 @@ from dina_lrm.alignment.config import (
     StepDpoConfig,
 )
 from dina_lrm.alignment.dpo import Dpo
-from dina_lrm.alignment.run import AlignmentError, Run, RunResult
+from dina_lrm.alignment.record import RunResult
+from dina_lrm.alignment.run import AlignmentError, Run
 from dina_lrm.build.alignment import algorithm_of
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from dina_lrm.build.training import prepare_source, run_training
+from dina_lrm.build.pairs import prepare_source
+from dina_lrm.build.training import run_training
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.models.reward_model import RewardModel
@@ -28,8 +29,8 @@ from dina_lrm.recipes.training import recipe
 from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from dina_lrm.training.loader import step_parts
+from dina_lrm.training.result import TrainResult
 from dina_lrm.training.step import PairScorer
-from dina_lrm.training.trainer import TrainResult
 from dina_lrm.training.validation import levels_label, validation_margins
 
 PROMPTS = ("a red circle", "a blue square", "two yellow triangle", "a small green ellipse")

@@ -20,8 +20,9 @@ from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs.config import OptimizerConfig, from_dict
 from dina_lrm.training.config import DataConfig, LossConfig, NoiseConfig, TrainConfig, ValidationConfig
+from dina_lrm.training.result import TrainResult
 from dina_lrm.training.step import PairScorer, draw_step, loss_level
-from dina_lrm.training.trainer import StepMetrics, TrainResult, train
+from dina_lrm.training.trainer import StepMetrics, train
 
 TEXT_TOKENS = 6
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.remote.client import is_address
+from dina_lrm.remote.transport import is_address
 from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.sampling.rollout import SamplerConfig
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import GrpoConfig
-from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.alignment.record import Measures
+from dina_lrm.alignment.run import Run
 from dina_lrm.core.preference import (
     clipped_policy_loss,
     group_advantages,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import ReflConfig
-from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.alignment.record import Measures
+from dina_lrm.alignment.run import Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import clean_and_noise, prediction_error
 from dina_lrm.core.seeds import mix_seeds

@@ -17,11 +17,10 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,6 +29,7 @@ from torch import Tensor
 from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, parting
 from dina_lrm.alignment.processes import AlignmentError, Processes
+from dina_lrm.alignment.record import Measures, RunResult, append_line, diversity, lines_until
 from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming, recover_folder, replaced_folder, write_whole
@@ -41,26 +41,13 @@ from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.rewards import Reward, checked
 from dina_lrm.sampling.rollout import Trajectory, rollout, sample
 
-__all__ = ["AlignmentError", "Run", "RunResult", "Update"]
+__all__ = ["AlignmentError", "Run", "Update"]
 
-Measures = dict[str, float]
 Update = Callable[["Run", int], Measures]
 """One update of an algorithm: learns through `Run.learn`, and gives what it measured."""
 
 _PROMPTS, _SEEDS, _EVALUATION, _DIVERSITY = 41, 42, 43, 44
 DIVERSITY_SAMPLES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """How a run ended. The policy holds the average weights."""
-
-    steps: int
-    seconds: float
-    stopped_by: str
-    """"steps" or "parting"."""
-    evaluations: tuple[Evaluation, ...]
-    history: tuple[Measures, ...]
 
 
 class Run:
@@ -349,7 +336,7 @@ class Run:
                 gold=gold,
                 missing=missing,
                 distance=distance,
-                diversity=_diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
+                diversity=diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
             )
             parted = parting([*self.evaluations, evaluation], window=config.monitor.window)
             evaluation = replace(evaluation, parted=parted)
@@ -383,7 +370,7 @@ class Run:
         if best_evaluation(self.evaluations) is evaluation and self.step > 0:
             with self.averaged(), replaced_folder(self.output / "best") as best:
                 self.policy.save_lora(best)
-        _append(self.output / "evaluations.jsonl", asdict(evaluation))
+        append_line(self.output / "evaluations.jsonl", asdict(evaluation))
         if self.on_evaluation is not None:
             self.on_evaluation(self, self.evaluations, pictures)
 
@@ -393,7 +380,7 @@ class Run:
         self.history.append(measures)
         if self._writes:
             assert self.output is not None
-            _append(self.output / "metrics.jsonl", measures)
+            append_line(self.output / "metrics.jsonl", measures)
 
     def checkpoint(self, name: str) -> None:
         """OUTPUT/NAME: the average weights as a LoRA file, and all that a resumed run needs."""
@@ -425,7 +412,7 @@ class Run:
                 last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="prompts"
             )
             self.step, self.seconds_before = position.step, position.seconds
-            for record in _lines_until(self.output / "evaluations.jsonl", self.step):
+            for record in lines_until(self.output / "evaluations.jsonl", self.step):
                 gold = {
                     name: None if values is None else tuple(values)
                     for name, values in record.pop("gold").items()
@@ -443,38 +430,13 @@ class Run:
         assert self.output is not None
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             file = self.output / name
-            kept = _lines_until(file, self.step) if self.step and file.exists() else []
+            kept = lines_until(file, self.step) if self.step and file.exists() else []
             if file.exists():
                 write_whole(file, "".join(json.dumps(one) + "\n" for one in kept).encode())
             if name == "metrics.jsonl":
                 self.history = kept
 
 
-def _append(file: Path, record: Mapping[str, Any]) -> None:
-    """One line of JSON more."""
-    with naming(file), file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
-    """Records up to an update; a last line that was cut off while it was written is none."""
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    records = [json.loads(line) for line in whole.splitlines()]
-    return [one for one in records if one["step"] <= step]
-
-
 _MAY_CHANGE = frozenset(
     "num_steps output resume checkpoint_every cpu monitor max_loss_rows gradient_limit".split()
 )
-
-
-def _diversity(latents: Tensor) -> float:
-    """Root mean square difference of samples (prompt, sample, ...) of one prompt, mean over prompts."""
-    flat = latents.float().flatten(2)
-    count = flat.shape[1]
-    distances = [
-        (flat[:, i] - flat[:, j]).square().mean(dim=1).sqrt()
-        for i in range(count)
-        for j in range(i + 1, count)
-    ]
-    return float(torch.stack(distances).mean())

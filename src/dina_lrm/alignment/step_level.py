@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dina_lrm.alignment.config import StepDpoConfig
-from dina_lrm.alignment.run import Measures, Run
+from dina_lrm.alignment.record import Measures
+from dina_lrm.alignment.run import Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.preference import step_dpo_loss
 from dina_lrm.core.seeds import mix_seeds

@@ -18,9 +18,11 @@ from dina_lrm.sampling.policy import Policy
 from dina_lrm.alignment.processes import Processes
 from dina_lrm.alignment.refl import Refl
 from dina_lrm.sampling.rewards import LatentReward, Reward, RewardSum, ServerReward
-from dina_lrm.alignment.run import Run, RunResult, Update
+from dina_lrm.alignment.run import (Run, Update)
+from dina_lrm.alignment.record import RunResult
 from dina_lrm.alignment.step_level import StepDpo
-from dina_lrm.remote.client import Client, is_address
+from dina_lrm.remote.client import (Client)
+from dina_lrm.remote.transport import is_address
 from dina_lrm.data.latents import (LatentPairs)
 from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.data.pairs import load_image

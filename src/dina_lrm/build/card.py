@@ -9,7 +9,7 @@ from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness, rel
 from dina_lrm.checkpoints.dina import library_versions
 from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.models.scoring import perceived_variance
-from dina_lrm.training.trainer import TrainResult
+from dina_lrm.training.result import TrainResult
 from dina_lrm.training.validation import Levels, ValidationMargins, levels_label
 
 __all__ = ["training_card"]

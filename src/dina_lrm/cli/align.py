@@ -14,7 +14,7 @@ from dina_lrm.cli.train import resuming
 
 if TYPE_CHECKING:
     from dina_lrm.alignment.config import AlignConfig
-    from dina_lrm.alignment.run import RunResult
+    from dina_lrm.alignment.record import RunResult
 
 
 def main(arguments: Sequence[str]) -> int:

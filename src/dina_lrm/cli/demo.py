@@ -23,7 +23,7 @@ from dina_lrm.cli.options import JsonFlag, parse
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
     from dina_lrm.data.latents import LatentPairs
-    from dina_lrm.reporting.demo import DemoResults, LearningCurve, MeasuredReward, Ranking
+    from dina_lrm.reporting.demo_results import DemoResults, LearningCurve, MeasuredReward, Ranking
     from dina_lrm.training.config import TrainConfig
 
 SAMPLERS = ((20, 4.0), (20, 4.0), (20, 4.0), (12, 4.0), (12, 2.0), (8, 4.0), (8, 1.5), (5, 3.0))
@@ -116,7 +116,7 @@ def run_demo(options: Demo) -> "DemoResults":
     import torch
 
     from dina_lrm.evaluation.benchmarks import EvaluationResult, evaluate_latent_pairs
-    from dina_lrm.reporting.demo import DemoResults, MeasuredReward
+    from dina_lrm.reporting.demo_results import DemoResults, MeasuredReward
 
     watch = Stopwatch()
     with watch.stage("loading the libraries and the bundled models") as amount:
@@ -230,7 +230,7 @@ def train_fresh(
 ) -> "tuple[RewardModel, LearningCurve, float]":
     """A reward from a random head, trained until the time is up; with its curve and the seconds it took."""
     from dina_lrm import RewardModel
-    from dina_lrm.reporting.demo import LearningCurve
+    from dina_lrm.reporting.demo_results import LearningCurve
     from dina_lrm.training.trainer import train
 
     config = demo_recipe(options, len(train_pairs))
@@ -284,7 +284,7 @@ def rank_pictures(
     model: "RewardModel", captions: Sequence[str], groups: Sequence[Sequence[tuple[str, Any]]]
 ) -> "list[Ranking]":
     """Each caption's pictures in the reward's order, with the gold judge's opinion."""
-    from dina_lrm.reporting.demo import JudgedPicture, Ranking
+    from dina_lrm.reporting.demo_results import JudgedPicture, Ranking
     from dina_lrm.scaling.settings import Viewing
     from dina_lrm.shapes.judge import judge
 
@@ -357,7 +357,7 @@ def peak_memory_bytes() -> int:
 
 def summarize(results: "DemoResults") -> dict[str, Any]:
     """The figures of the report, for programs."""
-    from dina_lrm.reporting.demo import best_of_group, rank_correlation
+    from dina_lrm.reporting.demo_results import best_of_group, rank_correlation
 
     def summary_of(reward: "MeasuredReward") -> dict[str, Any]:
         default = reward.result.default

@@ -96,7 +96,7 @@ def prepare(options: Prepare) -> int:
     parts = {"": None} if options.test_fraction is None else split(options)
     devices = find_devices(options.device, options.processes)
 
-    from dina_lrm.build.training import prepare_source
+    from dina_lrm.build.pairs import prepare_source
     from dina_lrm.data.sources.registry import source_length
 
     names = ("source", "root", "pipeline", "split", "max_pixels", "mixed_sizes", "ties", "min_confidence")
@@ -140,7 +140,7 @@ def split(options: Prepare) -> "dict[str, SourcePart | None]":
     """The parts, for folders that are not yet, or hold the same."""
     if (options.output / "prepare.json").exists():
         raise UsageError(f"{options.output} holds latents without a split: give --output another folder")
-    from dina_lrm.build.training import source_parts
+    from dina_lrm.build.pairs import source_parts
 
     log(f"splitting {options.source} in {options.root}")
     assert options.root is not None

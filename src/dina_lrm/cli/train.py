@@ -24,7 +24,7 @@ from dina_lrm.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from dina_lrm.training.config import TrainConfig
-    from dina_lrm.training.trainer import TrainResult
+    from dina_lrm.training.result import TrainResult
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dina_lrm.data.pairs import ImageSource, PreferencePair, Reject, load_image, same_picture
-from dina_lrm.data.rows import BadRow, shown
+from dina_lrm.data.row import BadRow, shown
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault
 

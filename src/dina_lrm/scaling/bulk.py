@@ -14,62 +14,39 @@ function of the input, and its checkpoints (`CheckpointConfig`) look neither at 
     OUTPUT/rows-000000.jsonl    an input file that had to be converted (.csv, .json, .gz)
 """
 
-import hashlib
 import json
 import os
-import posixpath
-import re
 import socket
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import pyarrow
 import pyarrow.parquet
 
 from dina_lrm.errors import DinaError, InvalidInputError, PromptWarning
-from dina_lrm.files import write_whole, written_aside
 from dina_lrm.scaling.changes import Marks, changes
 from dina_lrm.scaling.cluster import check_device, connected, living_machines, share, whole_path
-from dina_lrm.scaling.places import filesystem, is_local
+from dina_lrm.scaling.folder import BulkFolder, BulkSummary, as_json, manifest_of, read_parts, weights_digest
+from dina_lrm.scaling.json_rows import converted_lines
+from dina_lrm.scaling.places import filesystem
+from dina_lrm.scaling.plan import Part, Plan
 from dina_lrm.scaling.rows import Result, results_of_rows
 from dina_lrm.scaling.settings import BulkJob, Scoring
-from dina_lrm.scaling.sources import Part, Plan, converted_lines, make_plan, read_part
+from dina_lrm.scaling.sources import make_plan, read_part
 
 if TYPE_CHECKING:
-    from dina_lrm.checkpoints.contents import Checkpoint
     from dina_lrm.models.reward_model import RewardModel
 
-__all__ = ["BulkFolder", "BulkJob", "BulkSummary", "Scoring", "score_dataset"]
+__all__ = ["BulkJob", "Scoring", "score_dataset"]
 
-FORMAT = "dina-lrm scores"
-FORMAT_VERSION = 2
 RETRIES_PER_PART = 3
 """How often a part may bring its worker down before the run gives up."""
 SIGN_OF_LIFE_SECONDS = 20.0
 """Longest silence towards `on_progress` while workers are busy."""
-
-
-@dataclass(frozen=True)
-class BulkSummary:
-    """How a run has ended."""
-
-    rows: int
-    scored: int
-    rejected: int
-    output: str
-    rejects: str | None
-    """None: there are no rejects."""
-    parts: int
-    parts_found: int
-    """Parts that an earlier run had done."""
-    workers_replaced: int
-    """Workers that died on the way."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ def score_dataset(
     levels = job.scoring.noise_levels or tuple(checkpoint.config.noise_levels)
     job = replace(job, scoring=replace(job.scoring, noise_levels=levels))
     with folder.locked():
-        folder.prepare(_manifest(job, plan, _weights_digest(checkpoint)), overwrite)
+        folder.prepare(manifest_of(job, plan, weights_digest(checkpoint)), overwrite)
         for path, name in plan.converted:
             folder.write_stream(name, converted_lines(path))
         kept = _parts_kept(folder, plan, retry_rejects)
@@ -155,7 +132,7 @@ def score_dataset(
             parts_found=len(plan.parts) - len(missing),
             workers_replaced=replaced,
         )
-        folder.write("summary.json", _json({"rows": plan.rows, "scored": done_well, "rejected": rejected}))
+        folder.write("summary.json", as_json({"rows": plan.rows, "scored": done_well, "rejected": rejected}))
     return summary
 
 
@@ -280,131 +257,13 @@ def _with_ray(
 # --- the output --------------------------------------------------------------------------------------------
 
 
-class BulkFolder:
-    """The output. A file in it is there whole or not at all: renamed into place, as object stores do it
-    themselves."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.fs, self.path = filesystem(url)
-        self.is_local = is_local(self.fs)
-
-    def location(self, name: str) -> str:
-        return posixpath.join(self.url, name)
-
-    def locked(self) -> AbstractContextManager[Any]:
-        """One run at a time, where files can be locked."""
-        if not self.is_local:
-            return nullcontext()
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(Path(self.path) / ".lock")
-        try:
-            return lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise InvalidInputError(f"another run is writing to {self.url!r}") from error
-
-    def names(self) -> set[str]:
-        try:
-            self.fs.invalidate_cache()
-            return {posixpath.basename(str(name)) for name in self.fs.ls(self.path, detail=False)}
-        except FileNotFoundError:
-            return set()
-
-    def write(self, name: str, content: bytes) -> None:
-        if self.is_local:
-            write_whole(Path(self.path) / name, content)
-        else:
-            self.fs.pipe_file(posixpath.join(self.path, name), content)
-
-    def write_stream(self, name: str, lines: Iterable[bytes]) -> None:
-        if self.is_local:
-            with written_aside(Path(self.path) / name) as aside, aside.open("wb") as file:
-                file.writelines(lines)
-        else:
-            with self.fs.open(posixpath.join(self.path, name), "wb") as file:
-                for line in lines:
-                    file.write(line)  # pyright: ignore[reportArgumentType]
-
-    def open(self, name: str) -> Any:
-        return self.fs.open(posixpath.join(self.path, name), "rb")
-
-    def remove(self, name: str) -> None:
-        self.fs.rm_file(posixpath.join(self.path, name))
-
-    def prepare(self, manifest: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder this run's, or check that it is."""
-        found = self.names() - {".lock"}
-        if "manifest.json" not in found:
-            if found:
-                raise InvalidInputError(
-                    f"{self.url!r} holds other files, such as {min(found)!r}: give a new folder"
-                )
-        elif overwrite:
-            for name in found:
-                if _OURS.fullmatch(name) and name != "manifest.json":
-                    self.remove(name)
-        else:
-            with self.open("manifest.json") as file:
-                there = json.load(file)
-            if different := sorted(key for key in manifest if there.get(key) != manifest[key]):
-                raise InvalidInputError(
-                    f"{self.url!r} is of a run with another {', '.join(different)}; repeat that run's "
-                    "options, or --overwrite"
-                )
-            for name in found:
-                if name.endswith(".partial"):  # of a worker that was killed
-                    self.remove(name)
-            return
-        self.write("manifest.json", _json(manifest))
-
-
-_OURS = re.compile(
-    r"(part-\d{6,}\.parquet|rows-\d{6,}\.jsonl|summary\.json|rejects\.jsonl|manifest\.json)(\.\d+\.partial)?"
-)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _manifest(job: BulkJob, plan: Plan, weights: str) -> dict[str, Any]:
-    """What the results depend on, and how they are cut into files."""
-    files = [asdict(file) | {"path": posixpath.basename(file.path)} for file in plan.files]
-    settings = asdict(job.scoring) | {"noise_levels": list(job.scoring.noise_levels)}
-    del settings["batch_size"]
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "input": files,
-        "rows_per_part": job.rows_per_part,
-        "task": job.task.name,
-        "model": job.reward.model,
-        "weights_sha256": weights,
-        "pipeline": job.reward.pipeline,
-        "dtype": job.reward.dtype,
-        **settings,
-    }
-
-
-def _weights_digest(checkpoint: "Checkpoint") -> str:
-    """Digest of what was trained: the same name may stand for other weights tomorrow."""
-    import torch
-
-    digest = hashlib.sha256()
-    for tensors in (checkpoint.head, checkpoint.logistic, checkpoint.adapter, checkpoint.backbone):
-        for name, tensor in sorted((tensors or {}).items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _parts_kept(folder: BulkFolder, plan: Plan, retry_rejects: bool) -> dict[Part, bool]:
     """Parts that are not to be done again, and whether they have rejects."""
     there = folder.names()
     kept: dict[Part, bool] = {}
     for part in plan.parts:
         if part.name in there:
-            rejects = _read(folder, part, ["error"])["error"]
+            rejects = read_parts(folder, part, ["error"])["error"]
             kept[part] = rejects.null_count < len(rejects)
     return {part: rejects for part, rejects in kept.items() if not (rejects and retry_rejects)}
 
@@ -415,7 +274,7 @@ def _check_pictures(
     """That those of parts that are kept are as they were."""
     found: list[tuple[str, Part]] = []
     for part in kept:
-        metadata = _read(folder, part, []).schema.metadata or {}
+        metadata = read_parts(folder, part, []).schema.metadata or {}
         try:
             found += [(change, part) for change in changes(plan, part, metadata)]
         except InvalidInputError as error:
@@ -432,20 +291,11 @@ def _check_pictures(
     )
 
 
-def _read(folder: BulkFolder, part: Part, columns: list[str]) -> pyarrow.Table:
-    try:
-        with folder.open(part.name) as file:
-            return pyarrow.parquet.read_table(file, columns=columns)
-    except pyarrow.ArrowException as error:
-        where = folder.location(part.name)
-        raise InvalidInputError(f"{where!r} is damaged: delete it, and repeat the run") from error
-
-
 def _check_and_list_rejects(folder: BulkFolder, plan: Plan) -> tuple[int, int]:
     """See that every row is there once, and write the rejects down; returns rows scored and rejected."""
     rejects: list[str] = []
     for part in plan.parts:
-        table = _read(folder, part, ["row", *plan.task.columns, "error"])
+        table = read_parts(folder, part, ["row", *plan.task.columns, "error"])
         if table["row"].to_pylist() != list(range(part.first_row, part.first_row + part.rows)):
             where = folder.location(part.name)
             raise InvalidInputError(f"{where!r} has other rows than it should: delete it, and repeat the run")

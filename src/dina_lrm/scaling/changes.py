@@ -16,8 +16,9 @@ import fsspec
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.scaling.places import NOT_TOLD, filesystem, is_local, mark_of, open_file
+from dina_lrm.scaling.plan import Part, Plan
 from dina_lrm.scaling.rows import Row
-from dina_lrm.scaling.sources import Part, Plan, read_part
+from dina_lrm.scaling.sources import read_part
 
 __all__ = ["Marks", "changes"]
 

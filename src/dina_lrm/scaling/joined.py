@@ -16,7 +16,8 @@ import pyarrow.parquet
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault, written_aside
-from dina_lrm.scaling.bulk import BulkJob, BulkSummary, score_dataset
+from dina_lrm.scaling.bulk import BulkJob, score_dataset
+from dina_lrm.scaling.folder import BulkSummary
 
 if TYPE_CHECKING:
     from dina_lrm.models.reward_model import RewardModel

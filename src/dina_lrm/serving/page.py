@@ -7,8 +7,6 @@ All work on the model goes through `run`, one short piece after another, so that
 Nothing is loaded from another host; what may be asked of Gradio stands in `page_routes`.
 """
 
-import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -18,15 +16,27 @@ from typing import Any, TypeVar
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
-from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from torch import Tensor
 
-from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
 from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Run, check_settings, sample_stepwise
 from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
+from dina_lrm.serving.page_parts import (
+    CAPTIONS,
+    FILE_TYPES,
+    MAX_FILE_BYTES,
+    answer,
+    example_buttons,
+    example_files,
+    path_of,
+    picture_box,
+    prompt_box,
+    rendered,
+    waiting,
+)
 from dina_lrm.serving.page_routes import PageBlocks, PageRoutes
 from dina_lrm.serving.views import (
     LevelScores,
@@ -42,33 +52,22 @@ from dina_lrm.serving.views import (
     score_view,
 )
 from dina_lrm.shapes.pipeline import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
-from dina_lrm.shapes.render import blur, render
-from dina_lrm.shapes.scenes import parse_caption, sample_scene
+from dina_lrm.shapes.render import blur
 
 __all__ = ["MAX_PICTURES", "build_page", "mount_page"]
 
-log = logging.getLogger("dina_lrm.serving")
 
 MAX_PICTURES = 64
 """Of one ranking."""
-MAX_FILE_BYTES = 32 * 2**20
-"""Of one upload."""
 MAX_WAITING = 64
 """Visitors' requests that wait at once."""
 KEPT_SECONDS = 3600
 """How long uploads lie on the server's disk."""
 STRIP_LENGTH = 8
 """Pictures shown on the way to a sample."""
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 
-CAPTIONS = (
-    "a red circle on a gray background",
-    "a big blue square above a yellow triangle on a white background",
-    "a green cross to the left of a purple circle on a black background",
-)
 
 T = TypeVar("T")
-Handler = Callable[..., Iterator[Any]]
 
 
 def one_at_a_time() -> Run:
@@ -174,18 +173,18 @@ def _beside(name: str) -> str:
 def _score_tab(measurer: Measurer) -> None:
     with gr.Row():
         with gr.Column():
-            picture = _picture_box("Picture", 280)
-            prompt = _prompt_box(measurer)
+            picture = picture_box("Picture", 280)
+            prompt = prompt_box(measurer)
             button = gr.Button("Score", variant="primary")
         with gr.Column():
-            result = gr.HTML(_waiting("The score, and what it is at every noise level, comes here."))
-    examples = _example_buttons(
-        [(caption, (_rendered(caption), caption)) for caption in CAPTIONS]
-        + [("a picture that does not fit", (_rendered(CAPTIONS[1]), CAPTIONS[0]))]
+            result = gr.HTML(waiting("The score, and what it is at every noise level, comes here."))
+    examples = example_buttons(
+        [(caption, (rendered(caption), caption)) for caption in CAPTIONS]
+        + [("a picture that does not fit", (rendered(CAPTIONS[1]), CAPTIONS[0]))]
     )
 
     def score(upload: Any, text: Any) -> Iterator[str]:
-        pixels, notes = measurer.open(_path(upload), "Picture")
+        pixels, notes = measurer.open(path_of(upload), "Picture")
         encoded = measurer.prompt(text)
         notes += encoded.notes
         latents = measurer.latents(pixels, "Picture")
@@ -194,7 +193,7 @@ def _score_tab(measurer: Measurer) -> None:
         scores = [measured(measurer.draws(latents, encoded, (level,))) for level in LEVELS]
         yield score_view(total, measurer.model_levels, LevelScores(LEVELS, scores), notes)
 
-    _answer(score, button, prompt, examples, inputs=[picture, prompt], outputs=[result])
+    answer(score, button, prompt, examples, inputs=[picture, prompt], outputs=[result])
 
 
 def _compare_tab(measurer: Measurer) -> None:
@@ -203,24 +202,24 @@ def _compare_tab(measurer: Measurer) -> None:
     with gr.Row():
         with gr.Column():
             with gr.Row():
-                picture_a = _picture_box("Picture A", 220, 120)
-                picture_b = _picture_box("Picture B", 220, 120)
-            prompt = _prompt_box(measurer)
+                picture_a = picture_box("Picture A", 220, 120)
+                picture_b = picture_box("Picture B", 220, 120)
+            prompt = prompt_box(measurer)
             button = gr.Button("Compare", variant="primary")
         with gr.Column():
-            result = gr.HTML(_waiting("The probability that A is preferred comes here."))
-    examples = _example_buttons(
+            result = gr.HTML(waiting("The probability that A is preferred comes here."))
+    examples = example_buttons(
         [
-            ("sharp or blurred", (_rendered(first), blur(_rendered(first), 0.6, rng), first)),
+            ("sharp or blurred", (rendered(first), blur(rendered(first), 0.6, rng), first)),
             (
                 "above or below",
                 (
-                    _rendered(second),
-                    _rendered("a yellow triangle above a big blue square on a white background"),
+                    rendered(second),
+                    rendered("a yellow triangle above a big blue square on a white background"),
                     second,
                 ),
             ),
-            ("two that fit", (_rendered(third), _rendered(third, seed=1), third)),
+            ("two that fit", (rendered(third), rendered(third, seed=1), third)),
         ]
     )
 
@@ -228,7 +227,7 @@ def _compare_tab(measurer: Measurer) -> None:
         levels, model = measurer.model_levels, measurer.model
         names = ("Picture A", "Picture B")
         uploads = (upload_a, upload_b)
-        pictures = [measurer.open(_path(one), name) for one, name in zip(uploads, names, strict=True)]
+        pictures = [measurer.open(path_of(one), name) for one, name in zip(uploads, names, strict=True)]
         encoded = measurer.prompt(text)
         notes = [note for _, of_picture in pictures for note in of_picture] + encoded.notes
         latents = [measurer.latents(one, name) for (one, _), name in zip(pictures, names, strict=True)]
@@ -242,7 +241,7 @@ def _compare_tab(measurer: Measurer) -> None:
         leads = [measured(a - b) for a, b in (draws((level,)) for level in LEVELS)]
         yield comparison_view(probability, (score_a, score_b), levels, LevelScores(LEVELS, leads), notes)
 
-    _answer(compare, button, prompt, examples, inputs=[picture_a, picture_b, prompt], outputs=[result])
+    answer(compare, button, prompt, examples, inputs=[picture_a, picture_b, prompt], outputs=[result])
 
 
 def _rank_tab(measurer: Measurer) -> None:
@@ -255,10 +254,10 @@ def _rank_tab(measurer: Measurer) -> None:
                 height=220,
                 elem_classes="reward-files",
             )
-            prompt = _prompt_box(measurer)
+            prompt = prompt_box(measurer)
             button = gr.Button("Rank", variant="primary")
         with gr.Column():
-            status = gr.HTML(_waiting("The pictures come here, best first."))
+            status = gr.HTML(waiting("The pictures come here, best first."))
             gallery = gr.Gallery(
                 label="Best first",
                 columns=3,
@@ -272,10 +271,10 @@ def _rank_tab(measurer: Measurer) -> None:
                 visible=False,
             )
             table = gr.HTML()
-    examples = _example_buttons([("four pictures", (lambda: _example_files(files), CAPTIONS[0]))])
+    examples = example_buttons([("four pictures", (lambda: example_files(files), CAPTIONS[0]))])
 
     def rank(uploads: Any, text: Any) -> Iterator[tuple[Any, Any, Any]]:
-        paths = [path for path in map(_path, uploads or []) if path is not None]
+        paths = [path for path in map(path_of, uploads or []) if path is not None]
         if not 2 <= len(paths) <= MAX_PICTURES:
             raise InvalidInputError(f"Pictures: {len(paths)} given, 2 to {MAX_PICTURES} can be ranked")
         encoded = measurer.prompt(text)
@@ -288,7 +287,7 @@ def _rank_tab(measurer: Measurer) -> None:
             latents = measurer.latents(picture, name)
             draws = measurer.draws(latents, encoded, measurer.model_levels)
             found.append((draws, name, pil_picture(picture, max_side=512)))
-            yield _waiting(f"{len(found)} of {len(paths)} scored."), gr.skip(), gr.skip()
+            yield waiting(f"{len(found)} of {len(paths)} scored."), gr.skip(), gr.skip()
         found.sort(key=lambda one: -one[0].mean().item())
         ranking = [
             Ranked(name, measured(draws), place)
@@ -299,12 +298,12 @@ def _rank_tab(measurer: Measurer) -> None:
             for (*_, picture), place, one in zip(found, place_names(ranking), ranking, strict=True)
         ]
         yield (
-            _waiting(f"{len(found)} pictures, best first:"),
+            waiting(f"{len(found)} pictures, best first:"),
             gr.update(value=shown, visible=True),
             ranking_view(ranking, measurer.model_levels, notes),
         )
 
-    _answer(
+    answer(
         rank,
         button,
         prompt,
@@ -318,7 +317,7 @@ def _rank_tab(measurer: Measurer) -> None:
 def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
     with gr.Row():
         with gr.Column():
-            prompt = _prompt_box(measurer, CAPTIONS[0])
+            prompt = prompt_box(measurer, CAPTIONS[0])
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=100)
                 steps = gr.Slider(
@@ -341,9 +340,9 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
                 visible=False,
             )
         with gr.Column():
-            status = gr.HTML(_waiting("The picture and its reward on the way come here."))
+            status = gr.HTML(waiting("The picture and its reward on the way come here."))
             chart = gr.HTML()
-    examples = _example_buttons([(caption, (caption,)) for caption in CAPTIONS])
+    examples = example_buttons([(caption, (caption,)) for caption in CAPTIONS])
 
     def generate(
         text: str | None, seed: float, steps: float, guidance: float
@@ -371,7 +370,7 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
             if state.step in shown:
                 strip.append(Strip(state.step + 1, state.sigma, measurer.decoded(latents)))
                 yield (
-                    _waiting(f"Step {state.step + 1} of {steps}."),
+                    waiting(f"Step {state.step + 1} of {steps}."),
                     gr.update(visible=False),
                     sampling_view(
                         sigmas,
@@ -391,7 +390,7 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
             gr.skip(),
         )
 
-    events = _answer(
+    events = answer(
         generate,
         button,
         prompt,
@@ -401,143 +400,7 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
         cleared=(gr.update(visible=False), ""),
         uploads=False,
     )
-    stop.click(lambda: _waiting("Stopped."), None, status, cancels=events, api_visibility="private")
+    stop.click(lambda: waiting("Stopped."), None, status, cancels=events, api_visibility="private")
 
 
 # --- pieces of the page ------------------------------------------------------------------------------------
-
-
-def _picture_box(label: str, height: int, min_width: int = 160) -> gr.Image:
-    return gr.Image(
-        label=label,
-        height=height,
-        min_width=min_width,
-        type="filepath",
-        format="png",
-        sources=["upload", "clipboard"],
-        buttons=["fullscreen"],
-        elem_classes="reward-picture",
-        alt_text=label,
-    )
-
-
-def _path(upload: Any) -> str | None:
-    """Where an upload lies on the server's disk."""
-    return None if upload is None else upload.get("path")
-
-
-def _prompt_box(measurer: Measurer, value: str | None = None) -> gr.Textbox:
-    return gr.Textbox(
-        value,
-        label="Prompt",
-        placeholder="What the picture should show",
-        lines=1,
-        max_lines=4,
-        max_length=measurer.max_prompt_length,
-    )
-
-
-def _example_buttons(examples: Sequence[tuple[str, Sequence[Any]]]) -> list[tuple[gr.Button, Sequence[Any]]]:
-    """Buttons that fill in the inputs of a tab; a function among the values is called for its value."""
-    with gr.Row(elem_classes="reward-examples"):
-        gr.HTML('<p class="reward-muted">Try an example:</p>', min_width=120)
-        return [(gr.Button(label, size="sm", min_width=120), values) for label, values in examples]
-
-
-def _answer(
-    handler: Handler,
-    button: gr.Button,
-    prompt: gr.Textbox,
-    examples: Sequence[tuple[gr.Button, Sequence[Any]]],
-    *,
-    inputs: list[Any],
-    outputs: list[Any],
-    cleared: Sequence[Any] = (),
-    uploads: bool = True,
-) -> list[Any]:
-    """The handler answers the button, Enter in the prompt, and each example once that is filled in.
-
-    Args:
-        outputs: the first is markup.
-        cleared: see `_told`.
-        uploads: the inputs come as Gradio received them, files as {"path": ...} in its folder of uploads;
-            Gradio itself would open pictures of any size.
-
-    Returns:
-        The events, to be cancelled.
-    """
-    options: dict[str, Any] = {
-        "fn": _told(handler, cleared),
-        "inputs": inputs,
-        "outputs": outputs,
-        "preprocess": not uploads,
-        "api_visibility": "private",
-        "concurrency_id": handler.__name__,
-        "show_progress": "minimal",
-    }
-    events = [gr.on([button.click, prompt.submit], **options)]
-    for example, values in examples:
-        filled = example.click(
-            functools.partial(_values, values),
-            None,
-            inputs[: len(values)],
-            api_visibility="private",
-            show_progress="hidden",
-        )
-        events += [filled, filled.success(**options)]
-    return events
-
-
-def _values(values: Sequence[Any]) -> Any:
-    found = [value() if callable(value) else value for value in values]
-    return found if len(found) > 1 else found[0]
-
-
-def _told(handler: Handler, cleared: Sequence[Any]) -> Handler:
-    """The handler, with its errors told to the visitor: what was wrong with the input, or that it is a fault
-    of the server, which the log explains. They come in place of the result, and as a passing message that is
-    seen wherever the page is scrolled to.
-
-    Args:
-        cleared: what the outputs after the first become then.
-    """
-
-    @functools.wraps(handler)
-    def told(*values: Any) -> Iterator[Any]:
-        try:
-            yield from handler(*values)
-            return
-        except DinaError as error:
-            text = escape(str(error))
-        except Exception:
-            log.exception("the page failed")
-            text = "A fault of the server; its log tells more."
-        gr.Warning(text, duration=20)
-        alert = f'<p class="reward-alert" role="alert">{text}</p>'
-        yield (alert, *cleared) if cleared else alert
-
-    return told
-
-
-def _waiting(text: str) -> str:
-    return f'<p class="reward-muted" role="status">{text}</p>'
-
-
-def _rendered(caption: str, seed: int = 0) -> Image.Image:
-    """A picture that fits a caption of the shapes grammar."""
-    return render(sample_scene(np.random.default_rng(seed), parse_caption(caption)))
-
-
-def _example_files(files: gr.File) -> list[str]:
-    """Files of four pictures, two of which fit the first caption."""
-    rng = np.random.default_rng(0)
-    pictures = {
-        "fits": _rendered(CAPTIONS[0]),
-        "blurred": blur(_rendered(CAPTIONS[0], seed=1), 0.6, rng),
-        "triangle": _rendered("a red triangle on a gray background"),
-        "blue": _rendered("a blue circle on a white background"),
-    }
-    return [
-        save_pil_to_cache(picture, cache_dir=files.GRADIO_CACHE, name=name, format="png")
-        for name, picture in pictures.items()
-    ]

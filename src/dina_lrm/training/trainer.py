@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from torch import Tensor
 from dina_lrm.checkpoints.config import Calibration
 from dina_lrm.checkpoints.dina import OWNED, fill_checkpoint
 from dina_lrm.core.attention import float32_masters, matrix_precision
-from dina_lrm.core.calibration import better_than_chance, determined_scale
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.seeds import mix_seeds
@@ -49,39 +48,16 @@ from dina_lrm.runs.interrupt import Interrupt, Interrupted
 from dina_lrm.runs.progress import Reporter, StepMetrics, Window
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.loader import StepLoader, step_parts
+from dina_lrm.training.result import TrainResult, calibrated
 from dina_lrm.training.step import PairScorer, loss_level
 from dina_lrm.training.validation import (
-    Levels,
     ValidationMargins,
     fixed_sample,
     levels_label,
     validation_margins,
 )
 
-__all__ = ["StepMetrics", "TrainResult", "check_batch_size", "train"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainResult:
-    """How a run ended. The model itself was trained in place."""
-
-    steps: int
-    seconds: float
-    stopped_by: str
-    """"steps", "time_budget" or "patience"."""
-    best_step: int | None
-    best_accuracy: float | None
-    """Best candidate on the validation pairs used while training."""
-    noise_levels: tuple[float, ...] | None
-    """The model's new default for scoring, chosen on all validation pairs. None: it keeps its default."""
-    calibration_scale: float | None
-    uncalibrated: str | None
-    """Why validation pairs gave no calibration; None where they did, and where there are none."""
-    validation: dict[str, float]
-    """Accuracy of every candidate on all validation pairs, at the end."""
-    margins: ValidationMargins | None
-    """What that accuracy is of."""
-    history: list[StepMetrics]
+__all__ = ["StepMetrics", "check_batch_size", "train"]
 
 
 # --- the run -----------------------------------------------------------------------------------------------
@@ -490,7 +466,7 @@ class _Run:
                 for piece, value in zip(self._pieces(), weights, strict=True):
                     piece.copy_(value)
         margins = None if self.validation_pairs is None else self._margins(self.validation_pairs)
-        levels, scale, uncalibrated = (None, None, None) if margins is None else _calibrated(margins)
+        levels, scale, uncalibrated = (None, None, None) if margins is None else calibrated(margins)
         self.model.config = replace(
             self.model.config,
             noise_levels=levels or self.model.config.noise_levels,
@@ -533,22 +509,6 @@ def _labelled(pairs: PairSet, config: TrainConfig) -> PairSet:
         return pairs
     majority = torch.where(pairs.target == 0.5, pairs.target, (pairs.target > 0.5).to(pairs.target.dtype))
     return replace(pairs, target=majority)
-
-
-def _calibrated(margins: ValidationMargins) -> tuple[Levels | None, float | None, str | None]:
-    """The best candidate, its scale, and why one of them is missing."""
-    accuracies, target = margins.accuracy, margins.target
-    levels = max(accuracies, key=lambda one: (accuracies[one], -len(one)))  # a tie: the cheaper
-    counted = int((target != 0.5).sum())
-    right = round(accuracies[levels] * counted) if counted else 0
-    if not better_than_chance(right, counted):
-        why = f"the best candidate has {right} of {counted} validation pairs right, which a coin may get too"
-        return None, None, f"{why}: no noise level was chosen and no calibration is stored"
-    scale = determined_scale(margins.by_levels[levels], target)
-    if scale is None:
-        why = f"{counted} validation pairs, {right} of them right, do not determine a scale of probabilities"
-        return levels, None, f"{why}: no calibration is stored"
-    return levels, scale, None
 
 
 _MAY_CHANGE = frozenset(

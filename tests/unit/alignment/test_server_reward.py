@@ -23,7 +23,7 @@ from dina_lrm.alignment.config import (
     SamplerConfig,
     StepDpoConfig,
 )
-from dina_lrm.alignment.run import RunResult
+from dina_lrm.alignment.record import RunResult
 from dina_lrm.build.alignment import latent_reward, run_alignment
 from dina_lrm.cli.main import main
 from dina_lrm.errors import ScoringError

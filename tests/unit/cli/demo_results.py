@@ -8,7 +8,7 @@ from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.benchmarks import BayesReference, EvaluationResult
 from dina_lrm.evaluation.metrics import Interval
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, measure
-from dina_lrm.reporting.demo import DemoResults, JudgedPicture, LearningCurve, MeasuredReward, Ranking
+from dina_lrm.reporting.demo_results import DemoResults, JudgedPicture, LearningCurve, MeasuredReward, Ranking
 
 CAPTIONS = (
     "a red circle on a gray background",

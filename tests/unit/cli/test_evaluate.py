@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.build.training import open_shards, prepare_source
+from dina_lrm.build.pairs import open_shards, prepare_source
 from dina_lrm.cli import evaluate, main
 from dina_lrm.cli.options import ModelOptions
 from dina_lrm.data.latents import LatentPairs

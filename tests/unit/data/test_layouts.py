@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from dina_lrm.cli import main as cli
-from dina_lrm.cli.evaluate import Evaluate
+from dina_lrm.cli.evaluate_options import Evaluate
 from dina_lrm.cli.inspect import Inspect
 from dina_lrm.cli.prepare import Prepare
 from dina_lrm.data.comparisons import Comparison

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.build.training import pair_encoder, prepare_source
+from dina_lrm.build.pairs import pair_encoder, prepare_source
 from dina_lrm.cli import main as cli
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent
 from dina_lrm.data.prepare import run as preparing
-from dina_lrm.data.prepare.run import prompt_rows
+from dina_lrm.data.prepare.shard import prompt_rows
 from dina_lrm.data.shards.prompts import stack_prompts
 from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.data.shards.write import FORMAT, PromptRow

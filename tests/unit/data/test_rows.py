@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from dina_lrm.data.rows import MAX_ROW_BYTES, BadRow, count_rows, rows_of_file
+from dina_lrm.data.row import BadRow
+from dina_lrm.data.rows import MAX_ROW_BYTES, count_rows, rows_of_file
 from dina_lrm.errors import InvalidInputError
 
 ROWS: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dina_lrm.build.training import source_parts
+from dina_lrm.build.pairs import source_parts
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.sources.registry import read_source
 from dina_lrm.data.split import fold_prompt, held_out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_lrm.cli.evaluate import percent
+from dina_lrm.cli.evaluate_options import percent
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import PreferencePair, Reject, StoredLatent, image_name
 from dina_lrm.errors import InvalidInputError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dina_lrm.build.training import raw_source, reward_model, run_training
+from dina_lrm.build.pairs import raw_source
+from dina_lrm.build.training import reward_model, run_training
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs.config import OptimizerConfig

@@ -3,7 +3,7 @@
 import torch
 
 from dina_lrm.core.calibration import fit_scale
-from dina_lrm.training.trainer import _calibrated
+from dina_lrm.training.result import calibrated
 from dina_lrm.training.validation import ValidationMargins
 
 
@@ -17,20 +17,20 @@ def margins(**by_levels: list[float]) -> ValidationMargins:
 
 def test_the_best_level_and_its_scale() -> None:
     right, wrong = [1.0] * 30, [-0.5] * 10
-    levels, scale, missing = _calibrated(margins(s0_2=[-1.0] * 40, s0_6=right + wrong))
+    levels, scale, missing = calibrated(margins(s0_2=[-1.0] * 40, s0_6=right + wrong))
     assert levels == (0.6,)
     assert scale == fit_scale(torch.tensor(right + wrong), torch.ones(40))
     assert missing is None
 
 
 def test_a_coin_chooses_nothing() -> None:
-    levels, scale, missing = _calibrated(margins(s0_2=[1.0] * 22 + [-1.0] * 18, s0_6=[-1.0] * 40))
+    levels, scale, missing = calibrated(margins(s0_2=[1.0] * 22 + [-1.0] * 18, s0_6=[-1.0] * 40))
     assert (levels, scale) == (None, None)
     assert "22 of 40 validation pairs right, which a coin may get too" in str(missing)
 
 
 def test_pairs_that_are_all_right_choose_a_level_and_no_scale() -> None:
     """The likelihood of their votes wants scale 0: the fit would end at its bound."""
-    levels, scale, missing = _calibrated(margins(s0_2=[1.0] * 40))
+    levels, scale, missing = calibrated(margins(s0_2=[1.0] * 40))
     assert (levels, scale) == ((0.2,), None)
     assert "do not determine a scale" in str(missing)

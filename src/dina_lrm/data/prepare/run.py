@@ -10,57 +10,36 @@ What a run goes on with has to be what it was begun with: the digests of the sou
 a part keeps the digests of its pictures, which are read again before the run goes on.
 """
 
-import contextlib
 import errno
-import functools
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import signal
-import sys
-import threading
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
-import numpy as np
-import torch
-from torch import Tensor
 
-from dina_lrm.data.buckets import Size, needs_padding, pair_bucket, place
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import (
-    ImageSource,
     Reject,
-    StoredLatent,
-    image_name,
-    image_size,
-    load_image,
     reasons,
     write_rejects,
 )
-from dina_lrm.data.prepare.settings import LoadEncoder, PairEncoder, Prepared, PrepareSettings
+from dina_lrm.data.prepare.settings import LoadEncoder, Prepared, PrepareSettings
+from dina_lrm.data.prepare.workers import make_prompts, make_shard, process_pool, signals_held
 from dina_lrm.data.shards.columns import shard_pictures, shard_prompts, shard_rejects
-from dina_lrm.data.shards.write import FORMAT, PromptRow, prompt_hash, write_pairs, write_prompts
-from dina_lrm.data.sources.own_rows import TIE
-from dina_lrm.errors import InvalidInputError, PromptWarning, RunError
+from dina_lrm.data.shards.write import FORMAT, prompt_hash
+from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.files import content_digest, write_whole
-from dina_lrm.images import rgb_tensor
 
-__all__ = ["prepare", "unwanted"]
+__all__ = ["prepare"]
 
-PICTURES_PER_CALL = 16
-PROMPTS_PER_CALL = 16
 PROMPTS_PER_FILE = 512
 READERS = 8
 """Threads that read pictures again."""
@@ -132,14 +111,14 @@ class _Preparation:
     def run(self, stream: Iterable[Comparison | Reject]) -> Prepared:
         size = self.settings.pairs_per_shard
         self._check_pictures()
-        with _processes(self.load_encoder, self.devices, self.root) as pool:
-            shards = self._make("pairs", pool, _make_shard, _cut(stream, size))
+        with process_pool(self.load_encoder, self.devices, self.root) as pool:
+            shards = self._make("pairs", pool, make_shard, _cut(stream, size))
             self._need_pairs(shards)
             num_cut = 0
             tables: list[Path] = []
             if self.settings.embeddings:
                 tables = self._make(
-                    "prompts", pool, _make_prompts, _cut(self._prompts(shards), PROMPTS_PER_FILE)
+                    "prompts", pool, make_prompts, _cut(self._prompts(shards), PROMPTS_PER_FILE)
                 )
                 num_cut = self.num_cut
         return self._finish(shards, tables, num_cut)
@@ -220,7 +199,7 @@ class _Preparation:
                     done, found = done + len(part), found + len(part)
                     self._tell(kind, done, found)
                     continue
-                with _signals_held():  # which a process that is started here inherits
+                with signals_held():  # which a process that is started here inherits
                     future = pool.submit(task, part, file, self.settings)
                 running.append((future, len(part)))
                 while len(running) >= 2 * len(self.devices):
@@ -327,17 +306,6 @@ def _check_files(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             )
 
 
-def unwanted(
-    item: Comparison, *, ties: Literal["reject", "half"], min_confidence: float | None
-) -> str | None:
-    """Why a comparison is not asked for, or None."""
-    if item.pair.tie and ties == "reject":
-        return TIE
-    if min_confidence is not None and item.confidence is not None and item.confidence < min_confidence:
-        return f"confidence: {item.confidence:g} is under {min_confidence:g}"
-    return None
-
-
 def _cut(stream: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(stream)
     while part := list(islice(items, size)):
@@ -375,288 +343,4 @@ def _card(settings: PrepareSettings, prepared: Prepared) -> str:
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Worker:
-    """What a process holds."""
-
-    encoder: PairEncoder
-    device: torch.device
-    root: Path
-    """Pictures are named relative to it."""
-
-
-_worker: _Worker | None = None
-
-
-@contextlib.contextmanager
-def _processes(
-    load_encoder: LoadEncoder, devices: Sequence[str], root: Path
-) -> Iterator[ProcessPoolExecutor]:
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    # One process imports the libraries, and all others have them from it.
-    source = load_encoder.func if isinstance(load_encoder, functools.partial) else load_encoder
-    context.set_forkserver_preload([source.__module__, "diffusers.models", "transformers.models.auto"])
-    names = context.SimpleQueue()
-    for device in devices:
-        names.put(device)
-    pool = ProcessPoolExecutor(
-        len(devices), mp_context=context, initializer=_start_worker, initargs=(load_encoder, names, root)
-    )
-    try:
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        # A part takes long, and what of it is done is lost anyway.
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        pool.shutdown(cancel_futures=True)
-        raise
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the block has ended. The parent alone answers them, and ends its
-    processes: a terminal sends Ctrl-C to all."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(load_encoder: LoadEncoder, names: Any, root: Path) -> None:
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    device = names.get()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
-    else:
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-    _worker = _Worker(load_encoder(device), torch.device(device), root)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its children."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _make_shard(items: Sequence[Comparison | Reject], file: Path, settings: PrepareSettings) -> int:
-    assert _worker is not None
-    _Shard(items, settings, _worker).write(file)
-    return 0
-
-
-def _make_prompts(prompts: Sequence[str], file: Path, settings: PrepareSettings) -> int:
-    """Returns how many prompts the encoders warned about."""
-    assert _worker is not None
-    rows: list[PromptRow] = []
-    warned: set[str] = set()
-    for start in range(0, len(prompts), PROMPTS_PER_CALL):
-        some = prompts[start : start + PROMPTS_PER_CALL]
-        with warnings.catch_warnings(record=True) as told, torch.no_grad():
-            warnings.simplefilter("always", PromptWarning)
-            conditioning = _worker.encoder.encode_prompts(some, _worker.device)
-        warned |= {str(one.message) for one in told if issubclass(one.category, PromptWarning)}
-        rows += prompt_rows(conditioning)
-    write_prompts(file, prompts, rows, dtype=getattr(torch, settings.prompt_dtype))
-    return len(warned)
-
-
-def prompt_rows(conditioning: Any) -> list[PromptRow]:
-    """One row a prompt, on the CPU, without the padding at its end."""
-    mask, pooled = conditioning.attention_mask, conditioning.pooled_prompt_embeds
-    rows = []
-    for index, embeds in enumerate(conditioning.prompt_embeds.detach().float().cpu()):
-        own = None if mask is None else mask[index].cpu().long()
-        length = len(embeds) if own is None else int(own.nonzero().max()) + 1
-        rows.append(
-            PromptRow(
-                prompt_embeds=embeds[:length],
-                pooled_prompt_embeds=None if pooled is None else pooled[index].detach().float().cpu(),
-                attention_mask=None if own is None else own[:length],
-            )
-        )
-    return rows
-
-
 # --- one shard ---------------------------------------------------------------------------------------------
-
-
-class _Shard:
-    """A part of the stream on its way to a file. Every item ends as a row or as a reject."""
-
-    def __init__(
-        self, items: Sequence[Comparison | Reject], settings: PrepareSettings, worker: _Worker
-    ) -> None:
-        self.items, self.settings, self.worker = items, settings, worker
-        self.rejects: dict[int, Reject] = {}
-        self.sizes: dict[ImageSource, Size | str] = {}
-        self.digests: dict[ImageSource, str | None] = {}
-
-    def write(self, file: Path) -> None:
-        wanted: dict[Size, list[int]] = {}
-        stored: list[int] = []
-        for index, item in enumerate(self.items):
-            if isinstance(item, Reject):
-                self.rejects[index] = item
-                continue
-            asked = {"ties": self.settings.ties, "min_confidence": self.settings.min_confidence}
-            if (fault := unwanted(item, **asked)) is not None:
-                self._reject(index, fault)
-            elif isinstance(item.pair.chosen, StoredLatent):
-                stored.append(index)
-            else:
-                bucket = self._bucket(item)
-                if isinstance(bucket, str):
-                    self._reject(index, bucket)
-                else:
-                    wanted.setdefault(bucket, []).append(index)
-        by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        for bucket in sorted(wanted):
-            for row in self._encoded(bucket, wanted[bucket]):
-                by_shape.setdefault(tuple(row["latent_shape"]), []).append(row)
-        for row in self._stored(stored):
-            by_shape.setdefault(tuple(row["latent_shape"]), []).append(row)
-        size = self.settings.pairs_per_row_group
-        groups = [
-            by_shape[shape][start : start + size]
-            for shape in sorted(by_shape)
-            for start in range(0, len(by_shape[shape]), size)
-        ]
-        rejects = [asdict(self.rejects[index]) for index in sorted(self.rejects)]
-        pictures = {self._name(one): digest for one, digest in self.digests.items() if isinstance(one, Path)}
-        write_pairs(file, groups, rejects=rejects, num_items=len(self.items), pictures=pictures)
-
-    def _reject(self, index: int, reason: str) -> None:
-        self.rejects[index] = self._comparison(index).reject(reason)
-
-    def _bucket(self, item: Comparison) -> Size | str:
-        """Size of both sides, or what is wrong."""
-        pair = item.pair
-        sizes = [self._size(side) for side in (pair.chosen, pair.rejected)]
-        for size in sizes:
-            if isinstance(size, str):
-                return size
-        if self.digests[pair.chosen] == self.digests[pair.rejected]:  # both have a size, so both were read
-            return f"same picture: on both sides, {self._name(pair.chosen)}"
-        first, second = (size for size in sizes if not isinstance(size, str))
-        bucket = pair_bucket(first, second)
-        if self.settings.mixed_sizes == "reject" and any(needs_padding(s, bucket) for s in (first, second)):
-            return f"aspect ratios differ: {first[1]}x{first[0]} and {second[1]}x{second[0]}"
-        return bucket
-
-    def _size(self, image: ImageSource) -> Size | str:
-        if image not in self.sizes:
-            # Before it is decoded: if it is replaced meanwhile, the next run finds another digest.
-            match image:
-                case Path():
-                    self.digests[image] = content_digest(image)
-                case bytes():
-                    self.digests[image] = hashlib.sha256(image).hexdigest()
-            try:
-                height, width = image_size(image)
-                self.sizes[image] = self.worker.encoder.picture_size(height, width)
-            except InvalidInputError as error:
-                self.sizes[image] = self._reason(image, error)
-        return self.sizes[image]
-
-    def _encoded(self, bucket: Size, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Rows of the pairs of one bucket; every picture is encoded once."""
-        sides: dict[ImageSource, None] = {}
-        for index in indices:
-            pair = self._comparison(index).pair
-            sides |= dict.fromkeys((pair.chosen, pair.rejected))
-        latents: dict[ImageSource, np.ndarray | str] = {}
-        images = list(sides)
-        for start in range(0, len(images), PICTURES_PER_CALL):
-            pictures: dict[ImageSource, Tensor] = {}
-            for image in images[start : start + PICTURES_PER_CALL]:
-                try:
-                    own = self._size(image)
-                    assert not isinstance(own, str)
-                    pictures[image] = place(rgb_tensor(load_image(image)), bucket, own)
-                except InvalidInputError as error:
-                    latents[image] = self._reason(image, error)
-            if not pictures:
-                continue
-            with torch.no_grad():
-                encoded = self.worker.encoder.encode_images(list(pictures.values()), self.worker.device)
-            for image, latent in zip(pictures, encoded, strict=True):
-                half = latent.cpu().to(torch.float16)
-                finite = bool(torch.isfinite(half).all())
-                latents[image] = half.numpy() if finite else f"latent is not finite: {self._name(image)}"
-        for index in indices:
-            pair = self._comparison(index).pair
-            yield from self._row(index, latents[pair.chosen], latents[pair.rejected])
-
-    def _stored(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Rows of pairs that come as latents."""
-        for index in indices:
-            pair, sides = self._comparison(index).pair, []
-            for side in (pair.chosen, pair.rejected):
-                assert isinstance(side, StoredLatent)
-                try:
-                    half = side.array().astype(np.float16)
-                    sides.append(half if np.isfinite(half).all() else "latent is not finite: in float16")
-                except InvalidInputError as error:
-                    sides.append(str(error))
-            shapes = {side.shape for side in sides if not isinstance(side, str)}
-            if len(shapes) > 1:
-                sides[0] = f"latents differ in shape: {sorted(shapes)}"
-            yield from self._row(index, *sides)
-
-    def _row(
-        self, index: int, chosen: np.ndarray | str, rejected: np.ndarray | str
-    ) -> Iterator[dict[str, Any]]:
-        for side in (chosen, rejected):
-            if isinstance(side, str):
-                self._reject(index, side)
-                return
-        assert not isinstance(chosen, str)
-        assert not isinstance(rejected, str)
-        item = self._comparison(index)
-        pair = item.pair
-        yield {
-            "prompt": pair.prompt,
-            "prompt_hash": prompt_hash(pair.prompt),
-            "target": pair.target,
-            "votes_chosen": pair.votes_chosen,
-            "votes_rejected": pair.votes_rejected,
-            "confidence": item.confidence,
-            "source": pair.source,
-            "file": item.file,
-            "row": item.row,
-            "chosen": self._name(pair.chosen),
-            "rejected": self._name(pair.rejected),
-            "latent_shape": list(chosen.shape),
-            "latents_chosen": np.ascontiguousarray(chosen).tobytes(),
-            "latents_rejected": np.ascontiguousarray(rejected).tobytes(),
-        }
-
-    def _reason(self, image: ImageSource, error: InvalidInputError) -> str:
-        """With the picture's name from the root; what it is too small for is said under one heading."""
-        text = str(error).replace(str(image), self._name(image)) if isinstance(image, Path) else str(error)
-        known = text.startswith(("missing file", "no file", "unreadable image", "no picture"))
-        return text if known else f"size: {self._name(image)}: {text}"
-
-    def _name(self, image: ImageSource) -> str:
-        if isinstance(image, Path):
-            root = self.worker.root
-            return image_name(image.relative_to(root) if image.is_relative_to(root) else image)
-        if isinstance(image, StoredLatent):
-            return image.name
-        assert isinstance(image, bytes)
-        return f"sha256:{hashlib.sha256(image).hexdigest()[:32]}"
-
-    def _comparison(self, index: int) -> Comparison:
-        item = self.items[index]
-        assert isinstance(item, Comparison)
-        return item

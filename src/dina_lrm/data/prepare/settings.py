@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from dina_lrm.data.buckets import Size
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.sources.own_rows import TIE
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["PairEncoder", "PrepareSettings", "Prepared"]
+__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "unwanted"]
 
 
 @runtime_checkable
@@ -79,3 +81,14 @@ class Prepared:
     buckets: dict[str, int]
     """Pairs by latent shape."""
     num_bytes: int
+
+
+def unwanted(
+    item: Comparison, *, ties: Literal["reject", "half"], min_confidence: float | None
+) -> str | None:
+    """Why a comparison is not asked for, or None."""
+    if item.pair.tie and ties == "reject":
+        return TIE
+    if min_confidence is not None and item.confidence is not None and item.confidence < min_confidence:
+        return f"confidence: {item.confidence:g} is under {min_confidence:g}"
+    return None

@@ -24,7 +24,7 @@ CACHE_BYTES = 2 << 30
 SMALL_COLUMNS = ["prompt", "target", "chosen", "rejected", "latent_shape"]
 
 
-class _RowGroups:
+class RowGroups:
     """Row groups of several files, the last used kept in memory."""
 
     def __init__(self, columns: Sequence[str], cache_bytes: int = CACHE_BYTES) -> None:
@@ -37,7 +37,7 @@ class _RowGroups:
         key = file, group
         with self.lock:
             if key not in self.tables:
-                table = _open(file).read_row_group(group, columns=self.columns).combine_chunks()
+                table = open_file(file).read_row_group(group, columns=self.columns).combine_chunks()
                 while self.tables and sum(t.nbytes for t in self.tables.values()) > self.cache_bytes:
                     self.tables.popitem(last=False)
                 self.tables[key] = table
@@ -45,7 +45,7 @@ class _RowGroups:
             return self.tables[key]
 
 
-def _open(file: Path) -> Any:
+def open_file(file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -61,29 +61,29 @@ def _open(file: Path) -> Any:
 
 def shard_rejects(file: Path) -> tuple[list[dict[str, Any]], int]:
     """Rejects of the part that a shard covers, and the number of items of that part."""
-    metadata = _open(file).schema_arrow.metadata
+    metadata = open_file(file).schema_arrow.metadata
     return json.loads(metadata[b"rejects"]), int(metadata[b"num_items"])
 
 
 def shard_pictures(file: Path) -> dict[str, str | None]:
     """Digests of the picture files behind a shard, see `write_pairs`."""
-    return json.loads(_open(file).schema_arrow.metadata.get(b"pictures", b"{}"))
+    return json.loads(open_file(file).schema_arrow.metadata.get(b"pictures", b"{}"))
 
 
 def shard_prompts(file: Path) -> list[str]:
     """Distinct prompts of a shard, in order of appearance."""
-    column = _open(file).read(columns=["prompt"]).column("prompt")
+    column = open_file(file).read(columns=["prompt"]).column("prompt")
     return list(dict.fromkeys(column.to_pylist()))
 
 
-def _halves(content: Any) -> Tensor:
+def halves(content: Any) -> Tensor:
     """float16 numbers of a buffer, without a copy: valid as long as its table is."""
     import pyarrow as pa
 
     return torch.from_dlpack(pa.Array.from_buffers(pa.float16(), content.size // 2, [None, content]))
 
 
-def _tensor(content: Any, dtype: np.dtype, shape: Sequence[int]) -> Tensor:
+def tensor_of(content: Any, dtype: np.dtype, shape: Sequence[int]) -> Tensor:
     """A copy, since the buffer belongs to the cache."""
     return torch.from_numpy(np.frombuffer(content, dtype=dtype).reshape(shape).astype(np.float32))
 
@@ -100,7 +100,7 @@ def no_shards(folder: Path) -> str:
     return f"{folder} holds no latent shards: no manifest.json"
 
 
-class _Columns:
+class Columns:
     """The small columns of all shards, gathered."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class _Columns:
         self.parts: list[dict[str, np.ndarray]] = []
 
     def add(self, file: Path) -> None:
-        opened = _open(file)
+        opened = open_file(file)
         for group in range(opened.num_row_groups):
             table = opened.read_row_group(group, columns=SMALL_COLUMNS)
             shapes = {tuple(shape) for shape in table.column("latent_shape").to_pylist()}

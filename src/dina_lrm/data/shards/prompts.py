@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dina_lrm.data.shards.columns import CACHE_BYTES, _open, _RowGroups, _tensor
+from dina_lrm.data.shards.columns import CACHE_BYTES, RowGroups, open_file, tensor_of
 from dina_lrm.data.shards.write import PromptRow, prompt_hash
 from dina_lrm.errors import InvalidInputError
 
@@ -19,11 +19,11 @@ class PromptTable:
 
     def __init__(self, files: Sequence[Path], cache_bytes: int = CACHE_BYTES) -> None:
         names = ["prompt_embeds", "embeds_shape", "pooled_prompt_embeds", "attention_mask"]
-        self.read = _RowGroups(names, cache_bytes)
+        self.read = RowGroups(names, cache_bytes)
         self.places: dict[str, tuple[Path, int, int]] = {}
         self.dtypes: dict[Path, np.dtype] = {}
         for file in files:
-            opened = _open(file)
+            opened = open_file(file)
             self.dtypes[file] = np.dtype(opened.schema_arrow.metadata[b"dtype"].decode())
             for group in range(opened.num_row_groups):
                 hashes = opened.read_row_group(group, columns=["prompt_hash"]).column(0).to_pylist()
@@ -42,7 +42,7 @@ class PromptTable:
 
         def tensor(name: str, shape: Sequence[int]) -> Tensor | None:
             cell = cells[name]
-            return _tensor(cell.as_buffer(), self.dtypes[file], shape) if cell.is_valid else None
+            return tensor_of(cell.as_buffer(), self.dtypes[file], shape) if cell.is_valid else None
 
         embeds = tensor("prompt_embeds", cells["embeds_shape"].as_py())
         assert embeds is not None

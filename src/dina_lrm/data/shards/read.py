@@ -25,7 +25,7 @@ from torch import Tensor
 from dina_lrm.data.buckets import BucketOrder, same_bucket
 from dina_lrm.data.latents import LatentPairs, PairBatch
 from dina_lrm.data.order import distinct_images, drawn_prompts, first_occurrences
-from dina_lrm.data.shards.columns import CACHE_BYTES, _Columns, _halves, _RowGroups, no_shards
+from dina_lrm.data.shards.columns import CACHE_BYTES, Columns, RowGroups, halves, no_shards
 from dina_lrm.data.shards.prompts import PromptTable, stack_prompts
 from dina_lrm.data.shards.write import FORMAT, PromptRow
 from dina_lrm.data.split import fold_prompt, held_out
@@ -75,7 +75,7 @@ class LatentShards:
     num_rejects: int
     """Comparisons of the source that could not be used; rejects.jsonl lists them."""
     latent_space: str | None = None
-    _read: _RowGroups = field(default_factory=lambda: _RowGroups(["latents_chosen", "latents_rejected"]))
+    _read: RowGroups = field(default_factory=lambda: RowGroups(["latents_chosen", "latents_rejected"]))
     _orders: dict[Any, BucketOrder] = field(default_factory=dict)
 
     @classmethod
@@ -117,7 +117,7 @@ class LatentShards:
             read_prompts = encode
         else:
             raise InvalidInputError(f"{folder} was prepared without embeddings: give a way to encode prompts")
-        columns = _Columns()
+        columns = Columns()
         for name in names:
             if name.startswith("pairs/"):
                 columns.add(folder / name)
@@ -128,7 +128,7 @@ class LatentShards:
             settings=manifest["settings"],
             num_rejects=sum(manifest["counts"]["rejects"].values()),
             latent_space=manifest["settings"].get("latent_space"),
-            _read=_RowGroups(["latents_chosen", "latents_rejected"], cache_bytes),
+            _read=RowGroups(["latents_chosen", "latents_rejected"], cache_bytes),
             **columns.tensors(),
         )
 
@@ -203,7 +203,7 @@ class LatentShards:
         ):
             table = self._read(*self.places[group])
             for side, name in enumerate(("latents_chosen", "latents_rejected")):
-                latents[side, entry].copy_(_halves(table.column(name)[row].as_buffer()).view(shape))
+                latents[side, entry].copy_(halves(table.column(name)[row].as_buffer()).view(shape))
         distinct, position = distinct_images(self.chosen[pairs], self.rejected[pairs], draws)
         texts = [self.prompts[one] for one in self.prompt_index[pairs].tolist()]
         unique = list(dict.fromkeys(texts))

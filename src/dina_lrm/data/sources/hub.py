@@ -6,7 +6,7 @@ from typing import Any
 
 from dina_lrm.data.comparisons import Check, Comparison, Row
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.rows import BadRow, checked_row
+from dina_lrm.data.row import BadRow, checked_row
 from dina_lrm.data.sources.layouts import Source
 from dina_lrm.data.sources.registry import LOCAL, read_source, source_files, source_split
 from dina_lrm.errors import HubError, InvalidInputError

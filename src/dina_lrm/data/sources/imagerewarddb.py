@@ -18,7 +18,8 @@ from typing import Any
 
 from dina_lrm.data.comparisons import Check, Comparison, Row, number, prompt_text
 from dina_lrm.data.pairs import ImageSource, Reject
-from dina_lrm.data.rows import BadRow, FileRow, rows_of_file, rows_of_list, shown
+from dina_lrm.data.row import BadRow, FileRow, shown
+from dina_lrm.data.rows import rows_of_file, rows_of_list
 
 __all__ = ["count_part", "part_files", "read_part"]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dina_lrm.data.comparisons import Comparison, ReadRow, Row, Votes, number, share, votes_of
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.rows import BadRow, shown
+from dina_lrm.data.row import BadRow, shown
 
 __all__ = ["SOURCES", "Hub", "Source"]
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from dina_lrm.data.comparisons import Check, Comparison, ReadRow, Row, number, votes_of
 from dina_lrm.data.pairs import PreferencePair, Reject, write_rejects
-from dina_lrm.data.rows import BadRow, rows_of_file
+from dina_lrm.data.row import BadRow
+from dina_lrm.data.rows import rows_of_file
 
 __all__ = ["TIE", "PairRows", "own_row", "read_file", "read_pairs"]
 

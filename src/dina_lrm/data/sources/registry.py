@@ -30,7 +30,8 @@ from typing import Any
 
 from dina_lrm.data.comparisons import Check, Comparison, Row, Votes, share, votes_of
 from dina_lrm.data.pairs import Reject, StoredLatent
-from dina_lrm.data.rows import FORMS, PATTERNS, BadRow, checked_row, count_rows, is_rows_file
+from dina_lrm.data.row import BadRow, checked_row
+from dina_lrm.data.rows import FORMS, PATTERNS, count_rows, is_rows_file
 from dina_lrm.data.sources.imagerewarddb import count_part, part_files, read_part
 from dina_lrm.data.sources.layouts import SOURCES, Source
 from dina_lrm.data.sources.own_rows import own_row, read_file

@@ -20,7 +20,7 @@ from PIL import Image
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.evaluation.baselines.scorer import checked_pairs, picture
-from dina_lrm.remote.client import retrying_transport
+from dina_lrm.remote.transport import retrying_transport
 
 __all__ = ["UNIFIED_REWARD", "VISUAL_QUALITY_R1", "Question", "ServerScorer"]
 

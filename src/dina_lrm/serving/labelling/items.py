@@ -19,7 +19,8 @@ from PIL import Image
 
 from dina_lrm.data.comparisons import image_cell, prompt_text
 from dina_lrm.data.pairs import ImageSource, Reject, image_name, reasons, same_picture
-from dina_lrm.data.rows import BadRow, FileRow, checked_row, rows_of_file
+from dina_lrm.data.row import BadRow, FileRow, checked_row
+from dina_lrm.data.rows import rows_of_file
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import file_fault, not_a_file
 
