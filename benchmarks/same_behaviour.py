@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
 
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
 COMMANDS = (
@@ -37,7 +38,7 @@ COMMANDS = (
     + [f"align {algorithm} shapes" for algorithm in ("refl", "grpo", "dpo", "step-dpo")]
 )
 FILES = (".safetensors", ".parquet", ".jsonl")
-"""What runs leave and is the same every time; JSON files beside them hold times."""
+"""What runs leave; JSON files beside them hold times and places."""
 
 
 def digest(content: bytes) -> str:
@@ -45,8 +46,8 @@ def digest(content: bytes) -> str:
 
 
 def call(folder: Path, *arguments: str) -> str:
-    """Output of a command; each has one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    """Output of a command; each has one thread, and writes sets of names in one order."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONHASHSEED": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "dina_lrm", *arguments],
         cwd=folder,
@@ -69,7 +70,28 @@ def tell_files(name: str, folder: Path) -> None:
     """Every file that a run has left, by name."""
     for file in sorted(folder.rglob("*")):
         if file.suffix in FILES and not file.is_symlink():
-            tell(f"{name}/{file.relative_to(folder)}", file.read_bytes())
+            tell(f"{name}/{file.relative_to(folder)}", content_of(file))
+
+
+def content_of(file: Path) -> bytes:
+    """What a file says: safetensors writes its metadata in any order, and metrics have times among them."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="np") as opened:
+            parts = [json.dumps(sorted((opened.metadata() or {}).items())).encode()]
+            for name in sorted(opened.keys()):
+                tensor = opened.get_slice(name)
+                parts += [name.encode(), str((tensor.get_dtype(), tensor.get_shape())).encode()]
+        header, size = file.read_bytes(), 8
+        size += int.from_bytes(header[:8], "little")
+        return b"".join(parts) + header[size:]
+    if file.name in ("metrics.jsonl", "evaluations.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return json.dumps([{name: row[name] for name in row if not is_time(name)} for row in rows]).encode()
+    return file.read_bytes()
+
+
+def is_time(name: str) -> bool:
+    return "second" in name or "per_" in name
 
 
 def draw(folder: Path) -> list[str]:
