@@ -21,14 +21,12 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import prediction_error
 from dina_lrm.core.noise import MatchedLevel
 from dina_lrm.core.preference import diffusion_dpo_loss
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rollout import first_noise
 
 __all__ = ["Dpo"]
-
-_LEVELS, _NOISE, _PAIRS = 61, 62, 63
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,9 @@ class Dpo:
         count, size = len(self.pairs), self.config.batch_size
         chosen = []
         for place in range(step * size + run.processes.index, (step + 1) * size, run.processes.count):
-            generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, _PAIRS, place // count))
+            generator = torch.Generator().manual_seed(
+                mix_seeds(self.config.seed, Stream.DPO_PAIRS, place // count)
+            )
             chosen.append(int(torch.randperm(count, generator=generator)[place % count]))
         shapes = {tuple(self.pairs.batch(torch.tensor([one])).latents_chosen.shape[1:]) for one in chosen}
         if len(shapes) > 1:
@@ -113,7 +113,7 @@ class Dpo:
             batch.latents_rejected,
             batch.target,
             conditioning,
-            [mix_seeds(self.config.seed, _NOISE, step, one) for one in chosen],
+            [mix_seeds(self.config.seed, Stream.DPO_NOISE, step, one) for one in chosen],
             torch.ones(len(chosen), dtype=torch.bool),
         )
         return pairs, {}
@@ -127,7 +127,7 @@ class Dpo:
             number: of each of this process's pairs among the `total` of all processes.
         """
         config, policy = self.config, run.policy
-        generator = torch.Generator().manual_seed(mix_seeds(config.seed, _LEVELS, step, repeat, 0))
+        generator = torch.Generator().manual_seed(mix_seeds(config.seed, Stream.DPO_LEVEL, step, repeat, 0))
         spread = (torch.randperm(total, generator=generator) + torch.rand(total, generator=generator)) / total
         sums = torch.zeros(2)
         for rows in run.chunks(len(pairs.seeds)):
@@ -135,7 +135,7 @@ class Dpo:
             index = torch.arange(rows.start, rows.stop, device=policy.device)
             own = pairs.conditioning.index_select(index)
             level = policy.schedule.match(spread[number[rows]].to(policy.device))
-            seeds = [mix_seeds(seed, _NOISE, repeat) for seed in pairs.seeds[rows]]
+            seeds = [mix_seeds(seed, Stream.DPO_NOISE, repeat) for seed in pairs.seeds[rows]]
             noise = first_noise(pairs.chosen.shape[1:], seeds).to(policy.device)
 
             def errors(

@@ -19,7 +19,7 @@ from dina_lrm.alignment.record import Measures
 from dina_lrm.alignment.run import Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import clean_and_noise, prediction_error
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.core.transitions import transition
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.policy import Grid
@@ -27,8 +27,6 @@ from dina_lrm.sampling.rewards import checked
 from dina_lrm.sampling.rollout import deterministic, first_noise, transition_at
 
 __all__ = ["Refl"]
-
-_STOP, _PRETRAIN, _LEVEL, _NOISE = 51, 52, 53, 54
 
 
 class Refl:
@@ -48,7 +46,7 @@ class Refl:
     def __call__(self, run: Run, step: int) -> Measures:
         config = self.config
         prompts, seeds = run.draw(step)
-        generator = torch.Generator().manual_seed(mix_seeds(config.seed, _STOP, step))
+        generator = torch.Generator().manual_seed(mix_seeds(config.seed, Stream.REFL_STOP, step))
         stop = int(torch.randint(config.random_stop + 1, (), generator=generator))
         rewards: list[Tensor] = []
         divergence = pretraining = 0.0
@@ -111,12 +109,16 @@ class Refl:
     def _pretraining_loss(self, run: Run, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Error of the network's prediction on noisy latents of the reference, as in its own training."""
         policy = run.policy
-        fresh = [mix_seeds(seed, _PRETRAIN) for seed in seeds]
+        fresh = [mix_seeds(seed, Stream.PRETRAINING) for seed in seeds]
         with policy.reference():
             clean = run.sample(prompts, fresh)
         # From each picture's own seed, so that it does not matter what it is batched with.
-        noise = first_noise(clean.shape[1:], [mix_seeds(seed, _NOISE) for seed in fresh]).to(policy.device)
-        generators = [torch.Generator().manual_seed(mix_seeds(seed, _LEVEL)) for seed in fresh]
+        noise = first_noise(
+            clean.shape[1:], [mix_seeds(seed, Stream.PRETRAINING_NOISE) for seed in fresh]
+        ).to(policy.device)
+        generators = [
+            torch.Generator().manual_seed(mix_seeds(seed, Stream.PRETRAINING_LEVEL)) for seed in fresh
+        ]
         wanted = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         level = policy.schedule.match(wanted.to(policy.device))
         noisy = policy.schedule.add_noise(clean, noise, level.sigma)

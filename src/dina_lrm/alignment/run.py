@@ -30,7 +30,7 @@ from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, parting
 from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.alignment.record import Measures, RunResult, append_line, diversity, lines_until
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import naming, recover_folder, replaced_folder, write_whole
 from dina_lrm.runs import optimizer as optim
@@ -46,7 +46,6 @@ __all__ = ["AlignmentError", "Run", "Update"]
 Update = Callable[["Run", int], Measures]
 """One update of an algorithm: learns through `Run.learn`, and gives what it measured."""
 
-_PROMPTS, _SEEDS, _EVALUATION, _DIVERSITY = 41, 42, 43, 44
 DIVERSITY_SAMPLES = 4
 
 
@@ -222,7 +221,7 @@ class Run:
 
         Process p of P has the places p, p + P, ... of the batch.
         """
-        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, _PROMPTS, step))
+        generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, Stream.PROMPTS, step))
         count, size = len(self.prompts), self.config.batch_size
         rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
         chosen = torch.cat(rounds)[:size].tolist()
@@ -230,7 +229,7 @@ class Run:
         for place in range(self.processes.index, size, self.processes.count):
             for copy in range(per_prompt):
                 prompts.append(self.prompts[chosen[place]])
-                seeds.append(mix_seeds(self.config.seed, _SEEDS, step, place, copy))
+                seeds.append(mix_seeds(self.config.seed, Stream.SAMPLES, step, place, copy))
         return prompts, seeds
 
     def rollout(
@@ -313,9 +312,9 @@ class Run:
     def _evaluate(self) -> Evaluation:
         config, size = self.config, self.config.monitor.grid_size
         shown = self.held_out[:size]
-        seeds = [mix_seeds(config.seed, _EVALUATION, index) for index in range(len(self.held_out))]
+        seeds = [mix_seeds(config.seed, Stream.EVALUATION, index) for index in range(len(self.held_out))]
         more = [
-            mix_seeds(config.seed, _DIVERSITY, i, j)
+            mix_seeds(config.seed, Stream.DIVERSITY, i, j)
             for i in range(len(shown))
             for j in range(DIVERSITY_SAMPLES)
         ]

@@ -19,15 +19,13 @@ from dina_lrm.alignment.record import Measures
 from dina_lrm.alignment.run import Run
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.preference import step_dpo_loss
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.core.transitions import gaussian_log_prob
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rewards import LatentReward, RewardSum, checked
 from dina_lrm.sampling.rollout import first_noise, step_at, transition_at
 
 __all__ = ["StepDpo"]
-
-_BRANCH, _NEXT = 71, 72
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class StepDpo:
                 continue
             drawn = torch.stack(
                 [
-                    step_at(where, [mix_seeds(seed, _BRANCH, branch) for seed in seeds], at)[0]
+                    step_at(where, [mix_seeds(seed, Stream.BRANCH, branch) for seed in seeds], at)[0]
                     for branch in range(count)
                 ]
             )
@@ -104,7 +102,9 @@ class StepDpo:
             kept = (high > low).nonzero().flatten()
             after = drawn[best[kept], kept], drawn[worst[kept], kept]
             yield _StepPairs(at, kept, (state[kept], state[kept]), after)
-            generator = torch.Generator().manual_seed(mix_seeds(config.seed, _NEXT, run.step, at))
+            generator = torch.Generator().manual_seed(
+                mix_seeds(config.seed, Stream.NEXT_BRANCH, run.step, at)
+            )
             # Drawn for the whole batch, of which this process has some places.
             survivor = torch.randint(count, (config.batch_size,), generator=generator)
             own = survivor[run.processes.index :: run.processes.count].to(every.device)
@@ -113,7 +113,7 @@ class StepDpo:
     def _trajectories(
         self, run: Run, prompts: list[str], seeds: list[int], conditioning: Conditioning, gaps: list[float]
     ) -> Iterator[_StepPairs]:
-        steps = [[mix_seeds(seed, _BRANCH, side) for seed in seeds] for side in range(2)]
+        steps = [[mix_seeds(seed, Stream.BRANCH, side) for seed in seeds] for side in range(2)]
         paths = [run.rollout(prompts, seeds, step_seeds=side) for side in steps]
         scores = [run.score(path.clean, prompts, seeds) for path in paths]
         gaps.append(float((scores[0].float() - scores[1].float()).abs().mean()))

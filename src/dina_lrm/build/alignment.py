@@ -37,6 +37,8 @@ from dina_lrm.backbones.fingerprint import is_base_of
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.pipelines.source import PipelineSource
 
+from dina_lrm.core.seeds import Stream
+
 __all__ = [
     "algorithm_of",
     "alignment_prompts",
@@ -76,7 +78,7 @@ def alignment_prompts(config: AlignConfig) -> tuple[list[str], list[str]]:
         from dina_lrm.shapes.scenes import sample_caption
 
         def captions(seed: int, count: int, without: Sequence[str] = ()) -> list[str]:
-            rng = np.random.default_rng(mix_seeds(seed, 8))
+            rng = np.random.default_rng(mix_seeds(seed, Stream.CAPTIONS))
             found: dict[str, None] = {}
             while len(found) < count:
                 caption = sample_caption(rng).caption
@@ -240,7 +242,7 @@ def run_alignment(
         lora_alpha=config.policy.lora_alpha,
         max_text_tokens=config.policy.max_text_tokens,
         gradient_checkpointing=config.policy.gradient_checkpointing,
-        seed=mix_seeds(config.seed, 4),
+        seed=mix_seeds(config.seed, Stream.FIRST_WEIGHTS),
     )
     with ExitStack() as clients:
 

@@ -55,6 +55,8 @@ from dina_lrm.build.pairs import shapes_pairs
 from dina_lrm.build.pairs import RunPairs
 from dina_lrm.build.pairs import Log
 
+from dina_lrm.core.seeds import Stream
+
 __all__ = ["reward_model", "run_training"]
 
 
@@ -90,7 +92,7 @@ def reward_model(
         likelihood=likelihood,
         guidance=config.guidance,
         max_text_tokens=config.max_text_tokens,
-        seed=mix_seeds(seed, 4),
+        seed=mix_seeds(seed, Stream.FIRST_WEIGHTS),
     )
 
 

@@ -10,14 +10,12 @@ from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, prin
 from dina_lrm.cli.evaluate_options import Evaluate, default_output, percent, refuse_ignored, refuse_to_replace
 from dina_lrm.cli.evaluate_public import evaluate_public
 from dina_lrm.cli.options import parse_noise_levels
+from dina_lrm.core.seeds import Stream
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel
     from dina_lrm.data.shards.read import PairSet
     from dina_lrm.evaluation.benchmarks import EvaluationResult
-
-TEST_STREAM = 7
-"""Sets the test captions' seed apart from those of training and validation pairs."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,7 +84,9 @@ def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
     if given is not None and given.suffix != ".safetensors":
         raise UsageError(f"no folder of prepared pairs at {given}")
     log(f"making shapes pairs of {options.num_prompts} captions")
-    pairs = shapes_pairs(model, num_prompts=options.num_prompts, seed=mix_seeds(options.seed, TEST_STREAM))
+    pairs = shapes_pairs(
+        model, num_prompts=options.num_prompts, seed=mix_seeds(options.seed, Stream.TEST_PAIRS)
+    )
     if given is not None:
         pairs.save(given)
     return pairs

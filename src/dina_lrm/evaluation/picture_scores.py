@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm.core.noise import torch_seed
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.data.pairs import ImageSource, load_image
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.cost import MeasuredCost, counted_flops, peak_memory_bytes, reset_peak_memory
@@ -50,7 +50,7 @@ def reward_scores(model: RewardModel, settings: Sequence[Setting], *, seed: int 
                     prompts,
                     images,
                     list(setting.noise_levels),
-                    seed=seed if draw == 0 else torch_seed(mix_seeds(seed, 9, draw)),
+                    seed=seed if draw == 0 else torch_seed(mix_seeds(seed, Stream.MORE_DRAWS, draw)),
                     ensemble=setting.combine,
                 ).scores
                 for draw in range(setting.num_draws)

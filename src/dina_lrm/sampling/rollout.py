@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise, torch_seed
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.core.tensors import Latents
 from dina_lrm.core.transitions import Rule, Transition, gaussian_log_prob, transition
 from dina_lrm.errors import InvalidInputError
@@ -32,7 +32,6 @@ __all__ = [
     "transition_at",
 ]
 
-_STEP_STREAM = 31
 """Sets the noise of steps apart from the first noise of the same seed."""
 
 
@@ -135,7 +134,7 @@ def step_at(where: Transition, seeds: Sequence[int], step: int) -> tuple[Tensor,
     """The next state and its log-probability (batch,), with noise from (seed, step)."""
     if not bool((where.std > 0).any()):
         return where.mean, torch.zeros_like(where.std)
-    noise = first_noise(where.mean.shape[1:], [mix_seeds(seed, _STEP_STREAM, step) for seed in seeds])
+    noise = first_noise(where.mean.shape[1:], [mix_seeds(seed, Stream.SAMPLER_STEP, step) for seed in seeds])
     std = where.std.reshape(-1, *[1] * (where.mean.ndim - 1))
     state = where.mean + std * noise.to(where.mean)
     return state, gaussian_log_prob(state, where)

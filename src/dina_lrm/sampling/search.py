@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import win_probability
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.sampling.policy import Grid, Policy
@@ -42,8 +42,6 @@ LOOK_LEVEL = 0.4
 
 DRAFT_STEPS = 10
 """Of the grid that candidates are compared on."""
-
-_CANDIDATE = 81
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _prepared(
             f"the reward is for another generator: it reads latents of {model.latent_space}, the pipeline "
             f"has {policy.encoders.latent_space}"
         )
-    seeds = [mix_seeds(seed, _CANDIDATE, index) for index in range(samples)]
+    seeds = [mix_seeds(seed, Stream.CANDIDATE, index) for index in range(samples)]
     return policy.encode([prompt]), model.encode_prompts(prompt), seeds
 
 

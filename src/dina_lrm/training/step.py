@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dina_lrm.backbones.backbone import call, checkpointed
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import sample_noise_levels, torch_seed
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.core.tensors import NoiseLevel, Score
 from dina_lrm.data.latents import PairBatch
 from dina_lrm.models.head import HeadTokens
@@ -42,7 +42,7 @@ class StepDraws:
 
 def draw_step(config: TrainConfig, step: int) -> StepDraws:
     """Noise levels and noise seeds of a step: a function of (config.seed, step) and of nothing else."""
-    generator = torch.Generator().manual_seed(mix_seeds(config.seed, 0, step))
+    generator = torch.Generator().manual_seed(mix_seeds(config.seed, Stream.TRAINING_STEP, step))
     seeds = torch.randint(2**62, (config.batch_size,), generator=generator).tolist()
     seeds = [torch_seed(seed) for seed in seeds]
     num_levels = 1

@@ -34,7 +34,7 @@ from dina_lrm.checkpoints.dina import OWNED, fill_checkpoint
 from dina_lrm.core.attention import float32_masters, matrix_precision
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.core.sharding import is_cut, local
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
@@ -306,7 +306,7 @@ class _Run:
         """One step over all accumulated parts; returns the gradient's norm before clipping."""
         config, accelerator = self.config, self.accelerator
         # Dropout too follows from the position, so no random state needs to be stored.
-        torch.manual_seed(mix_seeds(config.seed, 2, self.step, accelerator.process_index))
+        torch.manual_seed(mix_seeds(config.seed, Stream.DROPOUT, self.step, accelerator.process_index))
         loss_config = config.loss
         for part in loader.parts(self.step):
             part = part.to(self.device)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dina_lrm.core.noise import seeded_noise, torch_seed
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.training.step import PairScorer
 
@@ -82,7 +82,7 @@ def validation_margins(
         prompts = pairs.prompt_index[rows]
         batch = pairs.batch(rows, draws=prompts).to(device)
         shape = tuple(batch.latents_chosen.shape[1:])
-        seeds = [torch_seed(mix_seeds(seed, 1, prompt)) for prompt in prompts.tolist()]
+        seeds = [torch_seed(mix_seeds(seed, Stream.VALIDATION_NOISE, prompt)) for prompt in prompts.tolist()]
         noise = seeded_noise(shape, seeds)[0].to(device)
         with precision():
             found = scorer.margins(batch, noise, matched)
@@ -117,7 +117,7 @@ def fixed_sample(pairs: PairSet, num: int, *, seed: int) -> PairSet:
     """At most `num` pairs, always the same ones, in their order."""
     if len(pairs) <= num:
         return pairs
-    generator = torch.Generator().manual_seed(mix_seeds(seed, 3))
+    generator = torch.Generator().manual_seed(mix_seeds(seed, Stream.VALIDATION_SAMPLE))
     return pairs.subset(torch.randperm(len(pairs), generator=generator)[:num].sort().values)
 
 
