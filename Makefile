@@ -42,7 +42,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-base
 
 install: $(VENV)/.installed-dev  ## the package, editable, with the development tools
 
-demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/demo/report.html (five minutes, offline)
+demo: $(VENV)/.installed-base  ## generate, train, measure, rank; writes runs/demo/report.html (offline)
 	$(BIN)/python -m dina_lrm demo --output $(REPORT)
 
 test: lint types layers unit  ## what a change is tried with: seven minutes on two cores

@@ -46,8 +46,8 @@ def loggers_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Reference tensors of the paper's code: ../shared/golden beside the repository, or $DINA_LRM_GOLDEN."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    """Reference tensors of the paper's code: those of tests/golden, or of $DINA_LRM_GOLDEN."""
+    default = Path(__file__).resolve().parent / "golden"
     folder = Path(os.environ.get(GOLDEN_VARIABLE, default))
     if not (folder / "A_lora_dual").is_dir():
         pytest.skip(f"no golden tensors at {folder}: set {GOLDEN_VARIABLE} to their folder")

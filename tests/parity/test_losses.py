@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dina_lrm.core.likelihood import pairwise_loss, preference_log_likelihood
 
-GOLDEN = Path(os.environ.get("DINA_LRM_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
+GOLDEN = Path(os.environ.get("DINA_LRM_GOLDEN", Path(__file__).parents[1] / "golden"))
 CASE = GOLDEN / "F_losses"
 needs_golden = pytest.mark.skipif(
     not CASE.is_dir(), reason=f"no golden tensors at {CASE}; set DINA_LRM_GOLDEN to their folder"
