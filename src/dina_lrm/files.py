@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from dina_lrm.errors import InvalidInputError
 
 __all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "atomic_write",
     "content_digest",
     "file_digest",
     "file_fault",
@@ -27,9 +30,6 @@ __all__ = [
     "not_a_file",
     "readable_json",
     "recover_folder",
-    "replaced_folder",
-    "write_whole",
-    "written_aside",
 ]
 
 LISTED = 2000
@@ -55,7 +55,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes the place of `path` once the block has ended without error.
 
     The name holds the process id, so two processes that write the same file do not meet.
@@ -72,9 +72,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write `content`."""
-    with written_aside(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_bytes(content)
 
 
@@ -83,8 +83,7 @@ def content_digest(path: Path) -> str | None:
     if file_fault(path) is not None:
         return None
     try:
-        with path.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return file_digest(path)
     except OSError:
         return None
 
@@ -127,7 +126,7 @@ def not_a_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path, owned: Collection[str] | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path, owned: Collection[str] | None = None) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `target` once everything is on disk.
 
     Written beside the target, flushed, then renamed. Until the rename the old folder is untouched; if

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dina_lrm.files import naming, replaced_folder, write_whole
+from dina_lrm.files import atomic_folder, atomic_write, naming
 
 
 @contextmanager
@@ -38,12 +38,12 @@ def test_a_folder_that_does_not_fit_is_named_and_leaves_the_old_one(
     tmp_path: Path, owned: tuple[str, ...] | None
 ) -> None:
     target = tmp_path / "model"
-    with replaced_folder(target, owned) as aside:
+    with atomic_folder(target, owned) as aside:
         (aside / "a").write_text("old")
     with (
         no_file_above(50_000),
         pytest.raises(OSError, match="File too large") as caught,
-        replaced_folder(target, owned) as aside,
+        atomic_folder(target, owned) as aside,
     ):
         fill(aside)
     assert caught.value.filename == str(target)
@@ -53,9 +53,9 @@ def test_a_folder_that_does_not_fit_is_named_and_leaves_the_old_one(
 
 def test_a_file_that_does_not_fit_is_named_and_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
-    write_whole(target, b"old")
+    atomic_write(target, b"old")
     with no_file_above(50_000), pytest.raises(OSError, match="File too large") as caught:
-        write_whole(target, bytes(100_000))
+        atomic_write(target, bytes(100_000))
     assert caught.value.filename == str(target)
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

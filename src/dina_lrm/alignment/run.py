@@ -32,7 +32,7 @@ from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.alignment.record import Measures, RunResult, append_line, diversity, lines_until
 from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import naming, recover_folder, replaced_folder, write_whole
+from dina_lrm.files import atomic_folder, atomic_write, naming, recover_folder
 from dina_lrm.runs import optimizer as optim
 from dina_lrm.runs import state
 from dina_lrm.runs.config import to_dict
@@ -141,7 +141,7 @@ class Run:
         if self._writes:
             assert self.output is not None
             self._truncate_logs()
-            write_whole(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
+            atomic_write(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
         with warnings.catch_warnings():
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
@@ -367,7 +367,7 @@ class Run:
             for index, picture in enumerate(pictures):
                 picture.save(folder / f"{index:03d}.png")
         if best_evaluation(self.evaluations) is evaluation and self.step > 0:
-            with self.averaged(), replaced_folder(self.output / "best") as best:
+            with self.averaged(), atomic_folder(self.output / "best") as best:
                 self.policy.save_lora(best)
         append_line(self.output / "evaluations.jsonl", asdict(evaluation))
         if self.on_evaluation is not None:
@@ -396,7 +396,7 @@ class Run:
             data_fingerprint=self.fingerprint,
         )
 
-        with replaced_folder(self.output / name) as folder:
+        with atomic_folder(self.output / name) as folder:
             with self.averaged():
                 self.policy.save_lora(folder)
             state.save_state(folder, position, self.parameters, self.optimizer, self.average, None)
@@ -431,7 +431,7 @@ class Run:
             file = self.output / name
             kept = lines_until(file, self.step) if self.step and file.exists() else []
             if file.exists():
-                write_whole(file, "".join(json.dumps(one) + "\n" for one in kept).encode())
+                atomic_write(file, "".join(json.dumps(one) + "\n" for one in kept).encode())
             if name == "metrics.jsonl":
                 self.history = kept
 

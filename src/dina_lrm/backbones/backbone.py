@@ -9,8 +9,8 @@ first two of these methods. Packing, position ids and timestep conventions stay 
 unpacked latents `(batch, channel, height, width)`, a frame axis before height for video, already shifted and
 scaled, and sigma, with 0 clean and 1 pure noise. `docs/guides/backbones.md` shows how to add one.
 
-`walk` runs blocks through `run`, so that the same lines serve a plain call, gradient checkpointing, and the
-replay of what a sampling pipeline has computed already (`models/watch.py`).
+`forward_blocks` runs blocks through `run`, so that the same lines serve a plain call, gradient checkpointing,
+and the replay of what a sampling pipeline has computed already (`models/watch.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
     masks_text: ClassVar[bool] = False
     """Whether padded text tokens are masked. Where not, padding is seen, so its length must be fixed."""
     generator_rounds_time: ClassVar[bool] = False
-    """Whether diffusers rounds timesteps to the dtype of the tokens, which `walk` never does."""
+    """Whether diffusers rounds timesteps to the dtype of the tokens, which `forward_blocks` never does."""
     conditional_half: ClassVar[str | None] = None
     """Where a guided pipeline puts the conditional rows when it doubles its batch: "first" or "last".
     None: it makes two calls, the conditional one first."""
@@ -147,7 +147,8 @@ class Backbone(nn.Module):
         if shared is None:
             for name, child in parts.named_children():
                 self.add_module(name, child)
-            # One registry: whoever replaces a parameter here (`to`, FSDP2) replaces what `walk` reads there.
+            # One registry: whoever replaces a parameter here (`to`, FSDP2) replaces what `forward_blocks`
+            # reads there.
             self._parameters = parts._parameters
 
     # ------------------------------------------------------------------------------------- per family
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
         """What the generator's pipeline calls its transformer with for this state."""
         raise NotImplementedError
 
-    def walk(self, run: Run, *args: Any, **kwargs: Any) -> Iterator[Streams]:
+    def forward_blocks(self, run: Run, *args: Any, **kwargs: Any) -> Iterator[Streams]:
         """The transformer's forward pass: the streams before the first block, then after each block."""
         raise NotImplementedError
 
@@ -189,7 +190,7 @@ class Backbone(nn.Module):
         )
         images, texts = [], []
         last = max(*self.image_taps, *self.text_taps, 0)
-        for depth, streams in enumerate(self.walk(run, **arguments)):
+        for depth, streams in enumerate(self.forward_blocks(run, **arguments)):
             if depth in self.image_taps:
                 images.append(streams.image)
             if depth in self.text_taps:
@@ -234,7 +235,7 @@ class Backbone(nn.Module):
 
     @property
     def run_modules(self) -> list[nn.Module]:
-        """What `walk` hands to `run`, in order."""
+        """What `forward_blocks` hands to `run`, in order."""
         return self.kept_blocks
 
     @property

@@ -162,7 +162,7 @@ class FluxBackbone(Backbone):
             "guidance": guidance,
         }
 
-    def walk(
+    def forward_blocks(
         self,
         run: Run,
         hidden_states: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.pipelines.weights import check_state
 
 PUBLISHED_PREFIX = "base_model.model."

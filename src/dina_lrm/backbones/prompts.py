@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dina_lrm.backbones.sharing import apart
-from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.conditioning import Conditioning
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.errors import InvalidInputError, MissingComponentError, PromptWarning
 from dina_lrm.pipelines.libraries import diffusers_class, quiet_loading, quiet_tokenizing
 from dina_lrm.pipelines.source import PipelineSource

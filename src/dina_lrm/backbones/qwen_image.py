@@ -157,7 +157,7 @@ class QwenImageBackbone(Backbone):
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
 
-    def walk(
+    def forward_blocks(
         self,
         run: Run,
         hidden_states: Tensor,

@@ -175,7 +175,7 @@ class SD3Backbone(Backbone):
             "timestep": timestep,
         }
 
-    def walk(
+    def forward_blocks(
         self,
         run: Run,
         hidden_states: Tensor,

@@ -238,7 +238,7 @@ class UNetBackbone(Backbone):
             "added_cond_kwargs": added,
         }
 
-    def walk(
+    def forward_blocks(
         self,
         run: Run,
         sample: Tensor,

@@ -146,7 +146,7 @@ class WanBackbone(Backbone):
             "timestep": timestep,
         }
 
-    def walk(
+    def forward_blocks(
         self, run: Run, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
     ) -> Iterator[Streams]:
         parts = self.parts

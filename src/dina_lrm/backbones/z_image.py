@@ -149,7 +149,9 @@ class ZImageBackbone(Backbone):
         )
         return {"x": list(latents.unsqueeze(2)), "t": (1000 - timestep) / 1000, "cap_feats": rows}
 
-    def walk(self, run: Run, x: list[Tensor], t: Tensor, cap_feats: list[Tensor]) -> Iterator[Streams]:
+    def forward_blocks(
+        self, run: Run, x: list[Tensor], t: Tensor, cap_feats: list[Tensor]
+    ) -> Iterator[Streams]:
         parts, device = self.parts, x[0].device
         patch = self.architecture.all_patch_size[0]
         temb = parts.t_embedder(t * parts.t_scale).type_as(x[0])

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from dina_lrm.build.card import training_card
 from dina_lrm.training.config import ModelConfig, TrainConfig
-from dina_lrm.core.attention import faster_precision
+from dina_lrm.core.precision import faster_precision
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.sources.hub import read_hub
 from dina_lrm.data.latents import (LatentPairs)

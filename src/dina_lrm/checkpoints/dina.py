@@ -19,7 +19,7 @@ from typing import Any
 from dina_lrm.checkpoints import published
 from dina_lrm.checkpoints.contents import Checkpoint, parse_config, read_adapter, write_adapter
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.files import file_digest, readable_json, replaced_folder
+from dina_lrm.files import atomic_folder, file_digest, readable_json
 from dina_lrm.pipelines.hub import download, is_hub_id
 from dina_lrm.pipelines.source import BUNDLED, DENOISERS, bundled_folder, local_folder, read_json
 from dina_lrm.pipelines.weights import listed, read_metadata, read_safetensors
@@ -90,7 +90,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, layout: str) -> None:
     """Write atomically; an existing checkpoint is replaced only once the new one is complete on disk."""
     if layout not in LAYOUTS:
         raise InvalidInputError(f'layout = {layout!r}: it must be "dina" or "published"')
-    with replaced_folder(folder, OWNED) as aside:
+    with atomic_folder(folder, OWNED) as aside:
         fill_checkpoint(aside, checkpoint, layout)
 
 

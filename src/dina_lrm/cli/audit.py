@@ -11,7 +11,7 @@ import tyro
 
 from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
-from dina_lrm.files import write_whole
+from dina_lrm.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found.overlaps)
-        write_whole(options.output, lines.encode())
+        atomic_write(options.output, lines.encode())
         log(f"{len(found.overlaps)} overlaps listed in {options.output}")
     bias = found.position_bias
     if options.as_json:

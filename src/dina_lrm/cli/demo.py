@@ -260,7 +260,7 @@ def train_fresh(
 def demo_recipe(options: Demo, num_pairs: int) -> "TrainConfig":
     """The quick recipe within the demo's time, with a point of the curve every few seconds; a batch is never
     larger than there are pairs."""
-    from dina_lrm.core.attention import faster_precision
+    from dina_lrm.core.precision import faster_precision
     from dina_lrm.recipes.training import shapes_quick
 
     base = shapes_quick()

@@ -175,16 +175,16 @@ def counted(progress: WorkProgress) -> Callable[..., None]:
 
 def write(options: Search, pictures: "Sequence[Image]", result: "SearchResult") -> list[Path]:
     """The pictures and search.json."""
-    from dina_lrm.files import write_whole, written_aside
+    from dina_lrm.files import atomic_path, atomic_write
 
     for old in options.output.glob("[0-9][0-9][0-9].png"):  # of a search that kept more
         old.unlink()
     files = [options.output / f"{index:03d}.png" for index in range(len(pictures))]
     for file, picture in zip(files, pictures, strict=True):
-        with written_aside(file) as aside:
+        with atomic_path(file) as aside:
             picture.save(aside, format="PNG")
     record = summary(options, result) | {"files": [file.name for file in files]}
-    write_whole(options.output / "search.json", (json.dumps(record, indent=2) + "\n").encode())
+    atomic_write(options.output / "search.json", (json.dumps(record, indent=2) + "\n").encode())
     return files
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dina_lrm.core.tensors import Latents
 from dina_lrm.data.order import batch_indices, distinct_images, drawn_prompts
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import written_aside
+from dina_lrm.files import atomic_path
 
 __all__ = ["LatentPairs", "PairBatch"]
 
@@ -212,7 +212,7 @@ class LatentPairs:
         metadata = {"format": _FORMAT, "prompts": json.dumps(self.prompts)}
         if self.latent_space is not None:
             metadata["latent_space"] = self.latent_space
-        with written_aside(Path(path)) as partial:
+        with atomic_path(Path(path)) as partial:
             save_file(tensors, partial, metadata=metadata)
 
     @classmethod

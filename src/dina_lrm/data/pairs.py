@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import file_fault, written_aside
+from dina_lrm.files import atomic_path, file_fault
 from dina_lrm.images import picture_file, upright_rgb
 
 __all__ = [
@@ -123,7 +123,7 @@ def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
     """List rejects as jsonl: row, reason, line, prompt, file. The file appears whole or not at all."""
     # Half of a character, as a file's name may hold, becomes the escape that JSON has for it.
     escape = "backslashreplace"
-    with written_aside(Path(path)) as partial, partial.open("w", encoding="utf-8", errors=escape) as file:
+    with atomic_path(Path(path)) as partial, partial.open("w", encoding="utf-8", errors=escape) as file:
         for reject in rejects:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
 

@@ -19,7 +19,7 @@ from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import Interval, Ties, cluster_bootstrap, pair_correctness
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, SettingResult, noise_sweep
-from dina_lrm.files import write_whole, written_aside
+from dina_lrm.files import atomic_path, atomic_write
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = ["BayesReference", "EvaluationResult", "evaluate_latent_pairs"]
@@ -117,10 +117,10 @@ class EvaluationResult:
         """Write results.json, results.md and scores.parquet (one row a pair, raw scores of every setting)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(
+        atomic_write(
             folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
         )
-        write_whole(folder / "results.md", self.to_markdown().encode())
+        atomic_write(folder / "results.md", self.to_markdown().encode())
         self._write_scores(folder / "scores.parquet")
         return folder
 
@@ -137,7 +137,7 @@ class EvaluationResult:
         for label, scores in self.scores.items():
             columns[f"{label}: chosen"] = scores.chosen.mean(dim=0).numpy()
             columns[f"{label}: rejected"] = scores.rejected.mean(dim=0).numpy()
-        with written_aside(path) as partial:
+        with atomic_path(path) as partial:
             parquet.write_table(pyarrow.table(columns), partial)
 
 

@@ -25,7 +25,7 @@ from dina_lrm.evaluation.rules import (
     kendall_by_prompt,
     spearman_by_prompt,
 )
-from dina_lrm.files import write_whole, written_aside
+from dina_lrm.files import atomic_path, atomic_write
 
 __all__ = [
     "PublicResult",
@@ -187,12 +187,12 @@ class PublicResult:
             for side, values in zip(("chosen", "rejected"), sides, strict=True):
                 for draw, of_draw in enumerate(values):
                     columns[f"{label}: {side}" + (f" #{draw}" if len(values) > 1 else "")] = of_draw
-        with written_aside(folder / "scores.parquet") as aside:
+        with atomic_path(folder / "scores.parquet") as aside:
             parquet.write_table(pyarrow.table(columns), aside)
         if self.rejects:
             write_rejects(self.rejects, folder / "rejects.jsonl")
-        write_whole(folder / "results.md", self.to_markdown().encode())
-        write_whole(
+        atomic_write(folder / "results.md", self.to_markdown().encode())
+        atomic_write(
             folder / "results.json", (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode()
         )
         return folder

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dina_lrm.core.attention import without_autocast
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.models.placement import resolve_device, resolve_dtype

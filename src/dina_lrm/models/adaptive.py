@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dina_lrm.checkpoints.config import AdaptiveViews
 from dina_lrm.core.adaptive import stein_draws
-from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.likelihood import log_normal_cdf
 from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.head import HeadTokens
 from dina_lrm.models.scoring import RankedImage, ScoreOutput

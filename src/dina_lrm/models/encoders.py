@@ -18,9 +18,9 @@ from torch import Tensor
 from dina_lrm.backbones.architecture import Architecture
 from dina_lrm.backbones.families import backbone_of, read_architecture
 from dina_lrm.backbones.sharing import apart
-from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.images import as_picture, fit, fitted_size, image_label, image_list
 from dina_lrm.pipelines.libraries import diffusers_class, quiet_loading

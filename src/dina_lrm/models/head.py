@@ -14,8 +14,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import without_autocast
 from dina_lrm.core.ensemble import unfold_levels
+from dina_lrm.core.precision import without_autocast
 from dina_lrm.core.tensors import Features, Score
 from dina_lrm.errors import InvalidInputError
 

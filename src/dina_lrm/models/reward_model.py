@@ -14,10 +14,10 @@ from torch import Tensor
 from dina_lrm.backbones.prompts import check_prompts, prompt_list
 from dina_lrm.checkpoints.config import HeadConfig, LikelihoodConfig, Tuning
 from dina_lrm.checkpoints.dina import OWNED, read_checkpoint, write_checkpoint
-from dina_lrm.core.attention import without_autocast, without_inference_mode
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_generator, seeded_noise
+from dina_lrm.core.precision import without_autocast, without_inference_mode
 from dina_lrm.core.tensors import Latents
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.images import image_list

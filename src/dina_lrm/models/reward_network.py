@@ -18,11 +18,11 @@ from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, rows_for
 from dina_lrm.backbones.lora import LoraAdapter
 from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.checkpoints.contents import Checkpoint
-from dina_lrm.core.attention import without_inference_mode
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import average_levels
 from dina_lrm.core.noise import NoiseSchedule, seeded_noise
-from dina_lrm.core.sharding import whole
+from dina_lrm.core.precision import without_inference_mode
+from dina_lrm.core.sharding import full_tensor
 from dina_lrm.core.tensors import Latents, Score, check_tensor
 from dina_lrm.errors import InvalidInputError, UntrainedModelError
 from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
@@ -410,4 +410,4 @@ def _unmerge_first(model: RewardNetwork, *_: Any) -> None:
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in state.items()}
+    return {name: full_tensor(tensor) for name, tensor in state.items()}

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dina_lrm.backbones.backbone import BackboneFeatures, NoisyState
 from dina_lrm.backbones.lora import tuner_layers
-from dina_lrm.core.attention import without_inference_mode
+from dina_lrm.core.precision import without_inference_mode
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.pipelines.source import PipelineSource

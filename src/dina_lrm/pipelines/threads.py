@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from dina_lrm.core.attention import without_inference_mode
+from dina_lrm.core.precision import without_inference_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")

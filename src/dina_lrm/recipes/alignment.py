@@ -20,7 +20,7 @@ from dina_lrm.alignment.config import (
     SamplerConfig,
     StepDpoConfig,
 )
-from dina_lrm.core.attention import faster_precision
+from dina_lrm.core.precision import faster_precision
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.runs.config import OptimizerConfig
 

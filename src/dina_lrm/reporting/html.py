@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dina_lrm.files import write_whole
+from dina_lrm.files import atomic_write
 
 __all__ = [
     "Fact",
@@ -115,7 +115,7 @@ class Report:
 
 def write_html(report: Report, path: Path) -> None:
     """Render the report into a file, which appears there whole or not at all."""
-    write_whole(path, render_html(report).encode())
+    atomic_write(path, render_html(report).encode())
 
 
 def render_html(report: Report) -> str:

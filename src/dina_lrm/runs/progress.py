@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import write_whole
+from dina_lrm.files import atomic_write
 
 __all__ = ["Pace", "Reporter", "StepMetrics", "Window"]
 
@@ -165,7 +165,7 @@ class Reporter:
             return
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if step > 0 else []
         self.history = [metrics for line in lines if (metrics := _read(line)) and metrics.step <= step]
-        write_whole(self.log_file, "".join(_line(metrics) for metrics in self.history).encode())
+        atomic_write(self.log_file, "".join(_line(metrics) for metrics in self.history).encode())
 
     def __enter__(self) -> None:
         self.progress.start()

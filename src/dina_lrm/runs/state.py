@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dina_lrm.core.sharding import cut, is_cut, local, whole
+from dina_lrm.core.sharding import full_tensor, is_sharded, local, shard
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.files import write_whole
+from dina_lrm.files import atomic_write
 
 __all__ = ["Position", "check_same_run", "load_state", "save_state"]
 
@@ -53,26 +53,26 @@ def save_state(
 ) -> None:
     """Write the state into `folder`/training_state.
 
-    Where FSDP2 has cut the parameters, `average` and `best` hold pieces (`core.sharding.local`), every
+    Where FSDP2 has sharded the parameters, `average` and `best` hold shards (`core.sharding.local`), every
     process must call this, and the main one writes.
     """
-    tensors = {f"parameter.{name}": whole(value) for name, value in parameters.items()}
+    tensors = {f"parameter.{name}": full_tensor(value) for name, value in parameters.items()}
     for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": whole(value) for key, value in entries.items()}
+        tensors |= {f"optimizer.{index}.{key}": full_tensor(value) for key, value in entries.items()}
     for prefix, pieces in (("average", average and average.shadow_params), ("best", best)):
         if pieces is not None:
             tensors |= {
-                f"{prefix}.{name}": whole(piece, like=parameters[name])
+                f"{prefix}.{name}": full_tensor(piece, like=parameters[name])
                 for name, piece in zip(parameters, pieces, strict=True)
             }
-    if any(map(is_cut, parameters.values())) and torch.distributed.get_rank() != 0:
+    if any(map(is_sharded, parameters.values())) and torch.distributed.get_rank() != 0:
         return
     folder = folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: value.clone().contiguous() for name, value in tensors.items()}, folder / "tensors.safetensors"
     )
-    write_whole(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
+    atomic_write(folder / "position.json", json.dumps(asdict(position), indent=2).encode())
 
 
 def load_state(
@@ -80,7 +80,7 @@ def load_state(
 ) -> tuple[Position, list[Tensor] | None]:
     """Restore weights, optimizer and average in place; returns the position and the best weights so far.
 
-    Where FSDP2 has cut the parameters, each process reads everything and keeps its pieces; the number of
+    Where FSDP2 has sharded the parameters, each process reads everything and keeps its shards; the number of
     processes that saved does not matter.
     """
     folder = folder / FOLDER
@@ -105,13 +105,13 @@ def load_state(
     check("weights", weights)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local(parameter).copy_(local(cut(weights[name], parameter)))
+            local(parameter).copy_(local(shard(weights[name], parameter)))
 
     optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in named("optimizer.").items():
         index, entry = key.split(".", 1)
-        cut_value = value if entry == "step" else cut(value, optimized[int(index)])
+        cut_value = value if entry == "step" else shard(value, optimized[int(index)])
         entries.setdefault(int(index), {})[entry] = cut_value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -120,13 +120,13 @@ def load_state(
         check("averaged weights", shadow)
         device = average.shadow_params[0].device
         average.shadow_params = [
-            local(cut(shadow[name], parameter)).to(device) for name, parameter in parameters.items()
+            local(shard(shadow[name], parameter)).to(device) for name, parameter in parameters.items()
         ]
         average.optimization_step = max((int(entry["step"]) for entry in entries.values()), default=0)
     best = named("best.")
     if best:
         check("best weights", best)
-    pieces = [local(cut(best[name], parameter)) for name, parameter in parameters.items()] if best else None
+    pieces = [local(shard(best[name], parameter)) for name, parameter in parameters.items()] if best else None
     return position, pieces
 
 

@@ -19,10 +19,10 @@ from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone
 from dina_lrm.backbones.families import backbone_of, read_architecture
 from dina_lrm.backbones.lora import tuner_layers
 from dina_lrm.backbones.packing import unpack
-from dina_lrm.core.attention import float32_masters, matrix_precision
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import Prediction
 from dina_lrm.core.noise import NoiseSchedule, seeded_generator
+from dina_lrm.core.precision import float32_masters, matrix_precision
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.encoders import Encoders, pixels_per_latent
 from dina_lrm.pipelines.source import PipelineSource

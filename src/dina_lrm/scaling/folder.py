@@ -14,7 +14,7 @@ import filelock
 import pyarrow.parquet
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import write_whole, written_aside
+from dina_lrm.files import atomic_path, atomic_write
 from dina_lrm.scaling.places import filesystem, is_local
 from dina_lrm.scaling.plan import Part, Plan
 from dina_lrm.scaling.settings import BulkJob
@@ -81,13 +81,13 @@ class BulkFolder:
 
     def write(self, name: str, content: bytes) -> None:
         if self.is_local:
-            write_whole(Path(self.path) / name, content)
+            atomic_write(Path(self.path) / name, content)
         else:
             self.fs.pipe_file(posixpath.join(self.path, name), content)
 
     def write_stream(self, name: str, lines: Iterable[bytes]) -> None:
         if self.is_local:
-            with written_aside(Path(self.path) / name) as aside, aside.open("wb") as file:
+            with atomic_path(Path(self.path) / name) as aside, aside.open("wb") as file:
                 file.writelines(lines)
         else:
             with self.fs.open(posixpath.join(self.path, name), "wb") as file:

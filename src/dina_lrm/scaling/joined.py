@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import file_fault, written_aside
+from dina_lrm.files import atomic_path, file_fault
 from dina_lrm.scaling.bulk import BulkJob, score_dataset
 from dina_lrm.scaling.folder import BulkSummary
 
@@ -76,12 +76,12 @@ def score_to_file(
         retry_rejects=retry_rejects,
         on_progress=on_progress,
     )
-    with written_aside(target) as aside, _writer(aside, target.suffix) as write:
+    with atomic_path(target) as aside, _writer(aside, target.suffix) as write:
         for path in sorted(parts.glob("part-*.parquet")):
             write(pyarrow.parquet.read_table(path).replace_schema_metadata())
     rejects.unlink(missing_ok=True)
     if summary.rejects is not None:
-        with written_aside(rejects) as aside:
+        with atomic_path(rejects) as aside:
             shutil.copyfile(summary.rejects, aside)
     if not summary.rejected:
         shutil.rmtree(parts)

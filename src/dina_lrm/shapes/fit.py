@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor, nn
 
-from dina_lrm.core.attention import faster_precision, matrix_precision
+from dina_lrm.core.precision import faster_precision, matrix_precision
 
 Stage = Literal["vae", "clip", "text", "generator", "assemble"]
 

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
-from dina_lrm.core.attention import faster_precision, matrix_precision
+from dina_lrm.core.precision import faster_precision, matrix_precision
 from dina_lrm.shapes.networks import MAX_TOKENS
 
 NUM_INFERENCE_STEPS = 28

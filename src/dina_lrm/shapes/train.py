@@ -27,7 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from dina_lrm.core.attention import faster_precision, matrix_precision
+from dina_lrm.core.precision import faster_precision, matrix_precision
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.shapes import networks
 from dina_lrm.shapes.fit import Fit, PipelineTrainConfig

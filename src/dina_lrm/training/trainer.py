@@ -31,14 +31,14 @@ from torch import Tensor
 
 from dina_lrm.checkpoints.config import Calibration
 from dina_lrm.checkpoints.dina import OWNED, fill_checkpoint
-from dina_lrm.core.attention import float32_masters, matrix_precision
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
+from dina_lrm.core.precision import float32_masters, matrix_precision
 from dina_lrm.core.seeds import Stream, mix_seeds
-from dina_lrm.core.sharding import is_cut, local
+from dina_lrm.core.sharding import is_sharded, local
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
-from dina_lrm.files import recover_folder, replaced_folder, write_whole
+from dina_lrm.files import atomic_folder, atomic_write, recover_folder
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs import optimizer as optim
 from dina_lrm.runs import state
@@ -210,7 +210,7 @@ class _Run:
             self._resume()
         self.reporter.start(self.step)
         if self.output is not None and self.is_main:
-            write_whole(self.output / "train_config.json", json.dumps(to_dict(config), indent=2).encode())
+            atomic_write(self.output / "train_config.json", json.dumps(to_dict(config), indent=2).encode())
 
         stopped_by = "steps"
         devices = [self.device] if self.device.type == "cuda" else []
@@ -334,7 +334,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.step(self._pieces())
-        if is_cut(norm):
+        if is_sharded(norm):
             norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(float("nan"))
 
@@ -429,7 +429,7 @@ class _Run:
 
         last = self.output / "last"
         if self.is_main:
-            with replaced_folder(last) as aside:
+            with atomic_folder(last) as aside:
                 with self._averaged_weights():
                     fill_checkpoint(aside, self.model.checkpoint(self.step))
                 save_state(aside)

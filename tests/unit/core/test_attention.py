@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dina_lrm.core.attention import PlainAttention, faster_precision
+from dina_lrm.core.precision import PlainAttention, faster_precision
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])

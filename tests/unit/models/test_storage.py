@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dina_lrm.files import recover_folder, replaced_folder
+from dina_lrm.files import atomic_folder, recover_folder
 
 OWNED = ("config.json",)
 
@@ -41,7 +41,7 @@ def test_a_kill_at_any_rename_loses_nothing(
         rename(str(source), str(destination))
 
     def save(text: str) -> None:
-        with replaced_folder(target, OWNED) as aside:
+        with atomic_folder(target, OWNED) as aside:
             (aside / "config.json").write_text(text)
 
     monkeypatch.setattr(os, "rename", dying)
@@ -62,9 +62,9 @@ def test_a_kill_at_any_rename_loses_nothing(
 
 def test_a_folder_that_belongs_to_its_writer_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "last"
-    with replaced_folder(target) as aside:
+    with atomic_folder(target) as aside:
         (aside / "a").write_text("old")
-    with replaced_folder(target) as aside:
+    with atomic_folder(target) as aside:
         (aside / "b").write_text("new")
     assert contents(target) == {"b": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["last"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dina_lrm.core.attention import float32_masters
+from dina_lrm.core.precision import float32_masters
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.runs import optimizer as optim
 

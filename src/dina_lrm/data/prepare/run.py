@@ -36,7 +36,7 @@ from dina_lrm.data.prepare.workers import make_prompts, make_shard, process_pool
 from dina_lrm.data.shards.columns import shard_pictures, shard_prompts, shard_rejects
 from dina_lrm.data.shards.write import FORMAT, prompt_hash
 from dina_lrm.errors import InvalidInputError, RunError
-from dina_lrm.files import content_digest, write_whole
+from dina_lrm.files import atomic_write, content_digest
 
 __all__ = ["prepare"]
 
@@ -259,9 +259,9 @@ class _Preparation:
         write_rejects(rejects, self.output / "rejects.jsonl")
         counts = {key: value for key, value in asdict(prepared).items() if key != "num_cut_prompts"}
         card = _card(self.settings, prepared)
-        write_whole(self.output / "README.md", card.encode())
+        atomic_write(self.output / "README.md", card.encode())
         manifest = {"format": FORMAT, "settings": asdict(self.settings), "counts": counts, "digests": digests}
-        write_whole(self.output / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        atomic_write(self.output / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         return prepared
 
 
@@ -274,7 +274,7 @@ def _check_settings(file: Path, settings: PrepareSettings) -> None:
             raise InvalidInputError(
                 f"{file.parent} holds {others[0]!r} and nothing of `dina-lrm prepare`: choose another output"
             )
-        write_whole(file, (json.dumps(asdict(settings), indent=1) + "\n").encode())
+        atomic_write(file, (json.dumps(asdict(settings), indent=1) + "\n").encode())
         return
     try:
         before = json.loads(file.read_text())

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import written_aside
+from dina_lrm.files import atomic_path
 
 __all__ = ["PromptRow", "prompt_hash", "write_pairs", "write_prompts"]
 
@@ -85,7 +85,7 @@ def write_pairs(
         "write_statistics": ["row", "target"],
         "data_page_size": 64 << 20,
     }
-    with written_aside(path) as partial, parquet.ParquetWriter(partial, schema, **options) as writer:
+    with atomic_path(path) as partial, parquet.ParquetWriter(partial, schema, **options) as writer:
         for rows in groups:
             writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=len(rows))
 
@@ -147,7 +147,7 @@ def write_prompts(
     )
     largest = max(len(record["prompt_embeds"]) for record in records)
     with (
-        written_aside(path) as partial,
+        atomic_path(path) as partial,
         parquet.ParquetWriter(
             partial, schema, compression="NONE", use_dictionary=False, write_statistics=False
         ) as writer,

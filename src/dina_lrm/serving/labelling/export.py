@@ -10,7 +10,7 @@ from typing import Any
 
 from dina_lrm.data.pairs import ImageSource
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import written_aside
+from dina_lrm.files import atomic_path
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import Vote, VoteStore
 
@@ -149,7 +149,7 @@ def _rows(items: Items, counts: dict[int, Counter[str]]) -> Iterator[dict[str, A
 
 def _write(rows: list[dict[str, Any]], output: Path, pictures: tuple[str, str]) -> None:
     """Rows as .jsonl or .parquet; `pictures` are the columns that hold some."""
-    with written_aside(output) as partial:
+    with atomic_path(output) as partial:
         if output.suffix == ".jsonl":
             with partial.open("w", encoding="utf-8") as file:
                 for row in rows:
