@@ -371,7 +371,7 @@ def short_alignment() -> None:
 
 def short_measuring(captions: int = 6) -> None:
     """`dina-lrm evaluate` on few captions of the bundled world instead of 700."""
-    from dina_lrm.build import training as build
+    from dina_lrm.build import pairs as build
 
     full = build.shapes_pairs
     current().patch.setattr(build, "shapes_pairs", lambda *a, **k: full(*a, **{**k, "num_prompts": captions}))

@@ -26,7 +26,7 @@ from torch import Tensor
 import dina_lrm
 from dina_lrm import AsyncClient, Client, Conditioning, InvalidInputError, PromptWarning, RewardModel
 from dina_lrm.errors import ScoringError
-from dina_lrm.remote import client
+from dina_lrm.remote import calls
 from tests.local_server import answering
 
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
@@ -228,10 +228,10 @@ def test_a_body_stays_below_what_a_server_takes(
 ) -> None:
     latents, conditioning = rows(5)
     row_bytes = 4 * (16 * 8 * 8 + 5 * 12 + 6)
-    monkeypatch.setattr(client, "MAX_BODY_BYTES", 2 * row_bytes)
+    monkeypatch.setattr(calls, "MAX_BODY_BYTES", 2 * row_bytes)
     call(fake.url, "score_latents", latents, conditioning)
     assert [len(one.tensors["latents"]) for one in fake.requests] == [2, 2, 1]
-    monkeypatch.setattr(client, "MAX_BODY_BYTES", 1)
+    monkeypatch.setattr(calls, "MAX_BODY_BYTES", 1)
     fake.requests.clear()
     assert call(fake.url, "score", "a", pictures(3)).scores.tolist() == [1.0, 11.0, 21.0]
     assert len(fake.requests) == 3

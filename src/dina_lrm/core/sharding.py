@@ -1,7 +1,7 @@
 """Tensors that FSDP2 has sharded, and the way between a shard and the full tensor.
 
-What is not sharded passes through unchanged, so the same lines serve one process, DDP and FSDP2. `torch` calls
-a sharded tensor a DTensor; its class is imported where it is used, since that takes half a second.
+What is not sharded passes through unchanged, so the same lines serve one process, DDP and FSDP2. `torch`
+calls a sharded tensor a DTensor; its class is imported where it is used, since that takes half a second.
 """
 
 from typing import Any
@@ -38,8 +38,8 @@ def shard(tensor: Tensor, like: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """The full tensor, on the CPU of the main process.
 
-    Where it is sharded, every process must call this, in the same order of tensors, and all but the main process
-    get an empty tensor.
+    Where it is sharded, every process must call this, in the same order of tensors, and all but the main
+    process get an empty tensor.
 
     Args:
         like: given, `tensor` is the shard of something that is sharded as `like` is.

@@ -10,6 +10,7 @@ import torch
 
 from dina_lrm import RewardModel
 from dina_lrm.core.flow import clean_and_noise
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling import search
 from dina_lrm.sampling.policy import Policy
@@ -120,7 +121,7 @@ def test_guidance_raises_the_reward(policy: Policy, model: RewardModel) -> None:
 
 def test_the_pruner_does_in_a_pipeline_what_halving_does(policy: Policy, model: RewardModel) -> None:
     pipeline = policy.pipeline
-    seeds = [search.mix_seeds(0, search._CANDIDATE, index) for index in range(8)]
+    seeds = [mix_seeds(0, Stream.CANDIDATE, index) for index in range(8)]
     prune = search.Pruner(model, PROMPT, steps=6, first_check=2, every=2)
     latents = pipeline(
         prompt=PROMPT,

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dina_lrm.reporting import demo as demo_report
+from dina_lrm.reporting import demo_results
 from dina_lrm.reporting.html import render_html
 from tests.unit.cli.demo_results import make_demo_results
 
@@ -96,10 +97,10 @@ def test_best_of_group_by_hand(results):
     """Utilities (0.2, 0.8) and (0.6, 0.4), the favourite first: mean 0.5, favourites 0.4, best 0.7."""
     first, second = results.rankings[0].pictures[:2]
     rankings = [
-        demo_report.Ranking(
+        demo_results.Ranking(
             caption="a", pictures=[replace(first, utility=0.2), replace(second, utility=0.8)]
         ),
-        demo_report.Ranking(
+        demo_results.Ranking(
             caption="b", pictures=[replace(first, utility=0.6), replace(second, utility=0.4)]
         ),
     ]
@@ -113,7 +114,7 @@ def test_best_of_group_by_hand(results):
 
 def test_no_disagreement_is_said(results):
     first, second = results.rankings[0].pictures[:2]
-    ranking = demo_report.Ranking(
+    ranking = demo_results.Ranking(
         caption="a", pictures=[replace(first, utility=0.9), replace(second, utility=0.1)]
     )
     assert demo_report.worst_disagreement([ranking]) is None

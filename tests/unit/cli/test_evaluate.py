@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from dina_lrm.build.pairs import open_shards, prepare_source
-from dina_lrm.cli import evaluate, main
+from dina_lrm.cli import evaluate_public, main
+from dina_lrm.cli.evaluate_options import last_written
 from dina_lrm.cli.options import ModelOptions
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
@@ -47,7 +48,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **scorers: Scorer) -> None:
-    monkeypatch.setattr(evaluate, "scorer_function", lambda options, name, location: (scorers[name], None))
+    monkeypatch.setattr(
+        evaluate_public, "scorer_function", lambda options, name, location: (scorers[name], None)
+    )
 
 
 def test_a_later_model_that_stops_does_not_cost_an_earlier_one(
@@ -75,17 +78,17 @@ def test_a_later_model_that_stops_does_not_cost_an_earlier_one(
 
 
 def test_a_model_that_was_trained_on_is_another(tmp_path: Path) -> None:
-    assert evaluate.last_written(Path("org/model")) is None
+    assert last_written(Path("org/model")) is None
     weights = tmp_path / "checkpoint" / "head.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"1")
     os.utime(weights, ns=(5, 5))
-    assert evaluate.last_written(tmp_path) == 5
+    assert last_written(tmp_path) == 5
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text("{}")
-    assert evaluate.last_written(tmp_path) == 5
+    assert last_written(tmp_path) == 5
     os.utime(weights, ns=(7, 7))
-    assert evaluate.last_written(tmp_path) == 7
+    assert last_written(tmp_path) == 7
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from PIL import Image
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import Reject
-from dina_lrm.data.prepare import run as preparing
 from dina_lrm.data.prepare.settings import PrepareSettings
+from dina_lrm.data.prepare.shard import Shard, Worker
 from dina_lrm.data.shards.columns import shard_rejects
 from dina_lrm.errors import InvalidInputError
 
@@ -60,8 +60,8 @@ def shard(
     items: Sequence[Comparison | Reject], file: Path, *, root: Path | None = None, **settings: Any
 ) -> list[Reject]:
     """Write one shard in this process; returns its rejects."""
-    worker = preparing._Worker(ColourEncoder(), torch.device("cpu"), root or file.parent)
-    preparing._Shard(items, PrepareSettings(**SETTINGS | settings), worker).write(file)
+    worker = Worker(ColourEncoder(), torch.device("cpu"), root or file.parent)
+    Shard(items, PrepareSettings(**SETTINGS | settings), worker).write(file)
     rejects, num_items = shard_rejects(file)
     assert num_items == len(items)
     return [Reject(**reject) for reject in rejects]

@@ -636,7 +636,7 @@ def test_a_set_on_the_hub_is_streamed(
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from dina_lrm.build import training as build
+    from dina_lrm.build import pairs as build
     from dina_lrm.data.sources.hub import read_hub
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

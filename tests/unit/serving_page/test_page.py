@@ -19,7 +19,7 @@ from PIL import Image
 from dina_lrm import RewardModel
 from dina_lrm.errors import ScoringError
 from dina_lrm.serving import page as page_module
-from dina_lrm.serving import page_routes
+from dina_lrm.serving import page_parts, page_routes
 from dina_lrm.serving.page import MAX_PICTURES, build_page, mount_page
 from dina_lrm.shapes.pipeline import GUIDANCE_SCALE
 from tests.unit.serving_page.conftest import OTHER, PROMPT
@@ -230,7 +230,7 @@ def test_a_fault_is_logged_and_not_shown(
         raise RuntimeError("/a/secret/path")
 
     page = built(reward, run=broken)
-    page_module.log.propagate = True
+    page_parts.log.propagate = True
     with pytest.warns(UserWarning, match="A fault of the server"):
         (alert,) = handler(page, "score")(upload(files["fits"]), PROMPT)
     assert "secret" not in alert
@@ -409,7 +409,7 @@ def test_bad_values_print_no_traceback(
     client: TestClient, page: gr.Blocks, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are told in the answer, and are one record of the log."""
-    page_module.log.propagate = True
+    page_parts.log.propagate = True
     for data in ([PROMPT, "no number", 4, 4.0], [{"a": 1}, {}, [], None], [PROMPT, 0, 10**9, 4.0]):
         messages = join(client, page, "generate", data)
         done = next(one for one in messages if one["msg"] == "process_completed")
