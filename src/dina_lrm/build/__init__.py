@@ -1,0 +1,1 @@
+"""From settings to objects: what a run needs is loaded here, once."""
