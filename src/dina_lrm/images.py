@@ -199,7 +199,7 @@ def as_picture(image: Any, name: str = "image") -> Picture:
 
 
 def _from_array(image: np.ndarray, name: str) -> Picture:
-    """Of (height, width, channel) or (height, width), as OpenCV, Matplotlib and PIL hold pictures."""
+    """Take (height, width, channel) or (height, width), as OpenCV, Matplotlib and PIL hold pictures."""
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise InvalidInputError(
             f"{name} has shape {image.shape}: arrays must be (height, width, channel) with 1, 3 or 4 "

@@ -52,7 +52,7 @@ class Evaluation:
 
     step: int
     seconds: float
-    """Of training so far."""
+    """Seconds of training so far."""
     proxy: tuple[float, ...]
     """One score per prompt."""
     gold: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Evaluation:
     missing: dict[str, str] = field(default_factory=dict)
     """Why a gold score is missing, by name."""
     distance: float = 0.0
-    """Of the adapter from the reference, relative (`Policy.distance`)."""
+    """Relative distance of the adapter from the reference (`Policy.distance`)."""
     diversity: float = 0.0
     """Root mean square difference between latents of one prompt, mean over prompts; near 1.4 for unrelated
     latents of unit variance."""

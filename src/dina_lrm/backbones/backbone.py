@@ -105,7 +105,7 @@ class Backbone(nn.Module):
     prompt_encoder: ClassVar[type["PromptEncoder"]]
     architecture_class: ClassVar[type[Architecture]]
     default_scheduler: ClassVar[Mapping[str, Any]]
-    """Of the released models, for an architecture without a pipeline."""
+    """Scheduler of the released models, for an architecture without a pipeline."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """Adapted by name suffix."""
     lora_text_targets: ClassVar[tuple[str, ...]] = ()

@@ -14,30 +14,28 @@ from dina_lrm.alignment.config import AlignConfig, DpoConfig, GrpoConfig, ReflCo
 from dina_lrm.alignment.dpo import Dpo
 from dina_lrm.alignment.gold import Evaluation, Gold, curves, missing_since, paired_gain
 from dina_lrm.alignment.grpo import Grpo
-from dina_lrm.sampling.policy import Policy
 from dina_lrm.alignment.processes import Processes
-from dina_lrm.alignment.refl import Refl
-from dina_lrm.sampling.rewards import LatentReward, Reward, RewardSum, ServerReward
-from dina_lrm.alignment.run import (Run, Update)
 from dina_lrm.alignment.record import RunResult
+from dina_lrm.alignment.refl import Refl
+from dina_lrm.alignment.run import Run, Update
 from dina_lrm.alignment.step_level import StepDpo
-from dina_lrm.remote.client import (Client)
-from dina_lrm.remote.transport import is_address
-from dina_lrm.data.latents import (LatentPairs)
-from dina_lrm.core.seeds import mix_seeds
+from dina_lrm.backbones.families import read_architecture
+from dina_lrm.backbones.fingerprint import is_base_of
+from dina_lrm.checkpoints.dina import read_checkpoint
+from dina_lrm.core.seeds import Stream, mix_seeds
+from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import load_image
 from dina_lrm.data.shards.read import LatentShards, PairSet
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.reporting.alignment import AlignmentPoint, alignment_page
 from dina_lrm.evaluation.metrics import Interval
-from dina_lrm.checkpoints.dina import read_checkpoint
 from dina_lrm.models.encoders import pipeline_encoders
-from dina_lrm.backbones.families import read_architecture
-from dina_lrm.backbones.fingerprint import is_base_of
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.pipelines.source import PipelineSource
-
-from dina_lrm.core.seeds import Stream
+from dina_lrm.remote.client import Client
+from dina_lrm.remote.transport import is_address
+from dina_lrm.reporting.alignment import AlignmentPoint, alignment_page
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rewards import LatentReward, Reward, RewardSum, ServerReward
 
 __all__ = [
     "algorithm_of",

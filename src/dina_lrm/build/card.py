@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dina_lrm.training.config import TrainConfig
-from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness, reliability
-from dina_lrm.checkpoints.dina import library_versions
 from dina_lrm.checkpoints.config import RewardModelConfig
+from dina_lrm.checkpoints.dina import library_versions
+from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness, reliability
 from dina_lrm.models.scoring import perceived_variance
+from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.result import TrainResult
 from dina_lrm.training.validation import Levels, ValidationMargins, levels_label
 

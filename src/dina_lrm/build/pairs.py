@@ -1,53 +1,40 @@
 """Pairs of a run: prepared shards, rows that are encoded now, or the bundled world."""
 
-from collections.abc import Callable
-from dina_lrm.data.comparisons import Comparison
-from rich.console import Console
-from dina_lrm.models.encoders import Encoders
+import math
+import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dina_lrm.errors import InvalidInputError
-from dina_lrm.data.latents import LatentPairs
-from dina_lrm.data.shards.read import LatentShards
-from typing import Literal
-from dina_lrm.checkpoints.dina import OWNED
-from dina_lrm.data.rows import PATTERNS
-from dina_lrm.runs.progress import Pace
-from dina_lrm.data.shards.read import PairSet
-from accelerate import PartialState
+from functools import partial
 from pathlib import Path
-from dina_lrm.data.prepare.settings import PrepareSettings
-from dina_lrm.data.prepare.settings import Prepared
-from rich.progress import Progress
-from dina_lrm.models.reward_model import RewardModel
-from collections.abc import Sequence
-from dina_lrm.data.split import SourcePart
 from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import Progress
+
+from dina_lrm.checkpoints.dina import OWNED
+from dina_lrm.core.seeds import Stream, mix_seeds
+from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.latents import LatentPairs
+from dina_lrm.data.pairs import image_name
+from dina_lrm.data.prepare.run import prepare
+from dina_lrm.data.prepare.settings import Prepared, PrepareSettings, unwanted
+from dina_lrm.data.prepare.shard import prompt_rows
+from dina_lrm.data.rows import PATTERNS
+from dina_lrm.data.shards.columns import no_shards
+from dina_lrm.data.shards.read import LatentShards, PairSet, set_aside
+from dina_lrm.data.sources.hub import read_hub
+from dina_lrm.data.sources.registry import read_source, source_files, source_length
+from dina_lrm.data.split import SourcePart, fold_prompt, split_source
+from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import content_digest, file_fault, recover_folder
+from dina_lrm.models.encoders import Encoders, pipeline_encoders
+from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.runs.progress import Pace
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import check_batch_size
-from dina_lrm.files import content_digest
-from dina_lrm.files import file_fault
-from dina_lrm.data.split import fold_prompt
-from dina_lrm.data.pairs import image_name
-import math
-from dina_lrm.core.seeds import mix_seeds
-from dina_lrm.data.shards.columns import no_shards
-import os
-from functools import partial
-from dina_lrm.models.encoders import pipeline_encoders
-from dina_lrm.data.prepare.run import prepare
-from dina_lrm.data.prepare.shard import prompt_rows
-from dina_lrm.data.sources.hub import read_hub
-from dina_lrm.data.sources.registry import read_source
-from dina_lrm.files import recover_folder
-from dina_lrm.data.shards.read import set_aside
-from dina_lrm.data.sources.registry import source_files
-from dina_lrm.data.sources.registry import source_length
-from dina_lrm.data.split import split_source
-import torch
-from dina_lrm.training.trainer import train
-from dina_lrm.data.prepare.settings import unwanted
-
-from dina_lrm.core.seeds import Stream
 
 __all__ = ["latent_pairs", "open_shards", "pair_encoder", "prepare_source", "shapes_pairs", "source_parts"]
 
@@ -61,7 +48,7 @@ PAIRS_PER_SHARD = 1024
 
 
 PAIRS_PER_PROMPT = 6
-"""Of the shapes domain: four pictures of a caption, every two compared."""
+"""Pairs of the shapes domain: four pictures of a caption, every two compared."""
 
 
 def pair_encoder(
@@ -320,7 +307,9 @@ class RunPairs:
         """Training pairs, and validation pairs where there are to be any."""
         data, seed = self.config.data, self.config.seed
         assert self.train is not None
-        pairs = self._named("train", self.train, model, data.train_prompts, mix_seeds(seed, Stream.TRAINING_PAIRS))
+        pairs = self._named(
+            "train", self.train, model, data.train_prompts, mix_seeds(seed, Stream.TRAINING_PAIRS)
+        )
         source = data.validation
         if source == "auto" and self.train == "shapes":
             source = "shapes"
@@ -328,7 +317,9 @@ class RunPairs:
             self._tell("validation: none")
             return pairs, None
         if source != "auto":
-            held_out = self._named("validation", source, model, data.validation_prompts, mix_seeds(seed, Stream.VALIDATION_PAIRS))
+            held_out = self._named(
+                "validation", source, model, data.validation_prompts, mix_seeds(seed, Stream.VALIDATION_PAIRS)
+            )
             shared = used_prompts(pairs) & used_prompts(held_out)
             if shared:
                 count = f"{len(shared)} of its {held_out.num_prompts}"

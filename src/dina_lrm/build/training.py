@@ -3,63 +3,24 @@
 Modules and functions elsewhere take plain values, so each can be used without a config.
 """
 
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
-from rich.progress import Progress
 
 from dina_lrm.build.card import training_card
-from dina_lrm.training.config import ModelConfig, TrainConfig
-from dina_lrm.core.precision import faster_precision
-from dina_lrm.data.comparisons import Comparison
-from dina_lrm.data.sources.hub import read_hub
-from dina_lrm.data.latents import (LatentPairs)
-from dina_lrm.core.seeds import mix_seeds
-from dina_lrm.data.pairs import image_name
-from dina_lrm.data.prepare.run import (prepare)
-from dina_lrm.data.prepare.settings import unwanted
-from dina_lrm.data.prepare.shard import prompt_rows
-from dina_lrm.data.prepare.settings import Prepared
-from dina_lrm.data.prepare.settings import PrepareSettings
-from dina_lrm.data.rows import PATTERNS
-from dina_lrm.data.shards.read import (LatentShards, PairSet, set_aside)
-from dina_lrm.data.shards.columns import no_shards
-from dina_lrm.data.sources.registry import read_source, source_files, source_length
-from dina_lrm.data.split import SourcePart, fold_prompt, split_source
-from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import content_digest, file_fault
-from dina_lrm.checkpoints.dina import OWNED
+from dina_lrm.build.pairs import Log, RunPairs
 from dina_lrm.checkpoints.config import LikelihoodConfig
-from dina_lrm.models.encoders import Encoders, pipeline_encoders
+from dina_lrm.core.precision import faster_precision
+from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.files import recover_folder
-from dina_lrm.runs.progress import Pace
-from dina_lrm.training.trainer import (StepMetrics, check_batch_size, train)
+from dina_lrm.training.config import ModelConfig, TrainConfig
 from dina_lrm.training.result import TrainResult
-
-from dina_lrm.build.pairs import pair_encoder
-from dina_lrm.build.pairs import prepare_source
-from dina_lrm.build.pairs import source_parts
-from dina_lrm.build.pairs import latent_pairs
-from dina_lrm.build.pairs import open_shards
-from dina_lrm.build.pairs import shapes_pairs
-from dina_lrm.build.pairs import RunPairs
-from dina_lrm.build.pairs import Log
-
-from dina_lrm.core.seeds import Stream
+from dina_lrm.training.trainer import StepMetrics, train
 
 __all__ = ["reward_model", "run_training"]
-
-
 
 
 def reward_model(
@@ -94,22 +55,6 @@ def reward_model(
         max_text_tokens=config.max_text_tokens,
         seed=mix_seeds(seed, Stream.FIRST_WEIGHTS),
     )
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def run_training(
@@ -154,7 +99,3 @@ def run_training(
     if result.uncalibrated is not None:
         pairs.log(f"warning: {result.uncalibrated}")
     return model, result
-
-
-
-

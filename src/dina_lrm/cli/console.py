@@ -127,7 +127,7 @@ class WorkProgress:
         self.bar.stop()
 
     def tell(self, kind: str, done: int, found: int = 0, *, total: int | None = None) -> None:
-        """Of one kind of work, such as "pairs", so many are done, of which an earlier run had done `found`:
+        """Tell that so much of one kind of work, such as "pairs", is done, `found` of it by an earlier run:
         the rate is this run's."""
         total = self.totals.get(kind) if total is None else total
         now = time.perf_counter()

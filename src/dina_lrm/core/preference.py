@@ -30,7 +30,7 @@ class Groups(NamedTuple):
     centred: Float[Tensor, "prompt sample"]
     """r - mean of the prompt; exactly 0 where a prompt's rewards are equal."""
     std: Float[Tensor, " prompt"]
-    """Of the population."""
+    """Standard deviation of the population."""
     resolution: Float[Tensor, " prompt"]
     """Smallest relative step of the rewards' dtype, times the largest reward of the prompt."""
 
@@ -94,7 +94,7 @@ class ClippedLoss(NamedTuple):
     """A policy loss, and how it came about."""
 
     loss: Score
-    """Of each sample, to be averaged."""
+    """Loss of each sample, to be averaged."""
     clipped: Bool[Tensor, " batch"]
     """Where the ratio has left the trusted range, so that the sample pushes no further."""
 

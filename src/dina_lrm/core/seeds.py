@@ -23,7 +23,7 @@ class Stream(IntEnum):
     VALIDATION_SAMPLE = 3
     """Which pairs a validation looks at."""
     FIRST_WEIGHTS = 4
-    """Of head and adapters, of a reward or a policy."""
+    """First weights of head and adapters, of a reward or a policy."""
     TRAINING_PAIRS = 5
     VALIDATION_PAIRS = 6
     TEST_PAIRS = 7

@@ -44,7 +44,7 @@ class Transition(NamedTuple):
 
     mean: Latents
     std: Float[Tensor, " batch"]
-    """Of every element; 0 where the step is deterministic."""
+    """Standard deviation of every element; 0 where the step is deterministic."""
 
 
 def transition(

@@ -22,7 +22,7 @@ from dina_lrm.files import file_fault
 __all__ = ["Audit", "Inspection", "Overlap", "audit", "inspect"]
 
 PHASH_DISTANCE = 4
-"""Of 64 bits: pictures whose perceptual hashes differ in at most so many count as the same."""
+"""Bits of 64: pictures whose perceptual hashes differ in at most so many count as the same."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class Inspection:
     """Pairs with votes that all go one way."""
     pairs_with_confidence: int = 0
     confident: int = 0
-    """Of these, pairs of confidence 0.95 or more, which HPSv3 trains on."""
+    """Pairs among them of confidence 0.95 or more, which HPSv3 trains on."""
     repeated_pairs: int = 0
     """Comparisons of two pictures for a prompt that an earlier row compared already."""
     images: int = 0
@@ -171,11 +171,11 @@ class Audit:
     """What the tested set shares with another one, and how its sides are distributed."""
 
     prompts: int
-    """Of the tested set."""
+    """Prompts of the tested set."""
     shared_prompts: int
     """After folding case, spaces and punctuation."""
     images: int
-    """Of the tested set, readable."""
+    """Readable images of the tested set."""
     shared_files: int | None
     """Images with the same bytes in the other set; None: images were not looked at."""
     shared_pictures: int | None

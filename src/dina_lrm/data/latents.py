@@ -41,7 +41,7 @@ class PairBatch:
     distinct: Int64[Tensor, " distinct"]
     """Rows of [latents_chosen; latents_rejected] that have to be scored: an image once per noise draw."""
     position: Int64[Tensor, " sides"]
-    """Of each of the 2 x batch sides, where in `distinct` its image stands."""
+    """For each of the 2 x batch sides, where in `distinct` its image stands."""
 
     def __len__(self) -> int:
         return len(self.target)

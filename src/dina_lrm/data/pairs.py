@@ -39,7 +39,7 @@ class StoredLatent:
 
     content: bytes
     name: str = "latent"
-    """Of the picture it was encoded from."""
+    """Name of the picture it was encoded from."""
 
     def array(self) -> np.ndarray:
         """(channel, height, width), floating.

@@ -39,9 +39,9 @@ __all__ = [
 FORMS = ".jsonl, .json (a list), .csv or .parquet; the first three also with .gz"
 """What `rows_of_file` reads."""
 PATTERNS = ("*.jsonl", "*.json", "*.csv", "*.jsonl.gz", "*.json.gz", "*.csv.gz", "*.parquet")
-"""Of such files in a folder."""
+"""Names of such files in a folder."""
 MAX_ROW_BYTES = 16 << 20
-"""Of one row of text; pictures are files beside it, or lie in parquet."""
+"""Bytes of one row of text; pictures are files beside it, or lie in parquet."""
 CSV_JSON = ("votes_chosen", "votes_rejected", "width", "height", "images", "ranks")
 """Columns of CSV whose cells are numbers, or lists written as JSON; all others are text."""
 
@@ -221,8 +221,8 @@ def _listed(stream: Any) -> Iterator[Any]:
 
 
 def _items(text: io.TextIOBase) -> Iterator[Any]:
-    """Of a JSON list, one at a time. Not by ijson, which writes "?" for half of a character and keeps the
-    last of two equal keys, both unseen."""
+    """Items of a JSON list, one at a time. Not by ijson, which writes "?" for half of a character and keeps
+    the last of two equal keys, both unseen."""
     buffer, at = "", 0
 
     def more() -> bool:

@@ -73,7 +73,7 @@ class ViewOrder:
     nats: tuple[float, ...]
     """After each view, the negative log-likelihood of a pair's votes on that scale."""
     scores: PairScores
-    """Of the pairs that this was learned on, a row a view."""
+    """Scores of the pairs that this was learned on, a row a view."""
 
     @property
     def ensembles(self) -> list[tuple[float, ...]]:

@@ -33,7 +33,7 @@ class BayesReference:
     """What the best possible reward reaches on these pairs, known for simulated raters only."""
 
     accuracy: Interval
-    """Of the rule that prefers the truly likelier side, against the votes at hand."""
+    """Accuracy of the rule that prefers the truly likelier side, against the votes at hand."""
     expected_accuracy: Interval
     """Mean of max(p, 1 - p): the same rule against fresh votes."""
 

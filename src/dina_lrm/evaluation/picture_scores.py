@@ -85,9 +85,9 @@ class ScoredBatch:
     scores: dict[str, list[list[float]]]
     """(draw, picture) of the readable ones, by the name of what was computed."""
     seconds: float
-    """Of scoring, decoding aside."""
+    """Seconds of scoring, decoding aside."""
     flops: int | None
-    """Of one picture."""
+    """Floating-point operations to score one picture."""
     peak_memory_bytes: int
 
 
@@ -241,7 +241,7 @@ class PictureScores:
         return found
 
     def cost(self) -> MeasuredCost:
-        """Of all batches, those of earlier runs included."""
+        """Cost of all batches, those of earlier runs included."""
         return MeasuredCost(
             flops=self._flops,
             seconds=self._seconds / max(self._num_scored, 1),

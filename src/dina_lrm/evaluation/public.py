@@ -95,11 +95,11 @@ class PublicResult:
     """Every way of scoring; the first is the one above."""
     cost: MeasuredCost
     num_rows: int
-    """Of the source; a ranked list is one row and several comparisons."""
+    """Rows of the source; a ranked list is one row and several comparisons."""
     rejects: tuple[Reject, ...]
     comparisons: tuple[ScoredComparison, ...]
     scores: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    """Of the chosen and the rejected side, (draw, comparison) each, by setting."""
+    """Scores of the chosen and the rejected side, (draw, comparison) each, by setting."""
 
     @property
     def num_items(self) -> int:
@@ -107,13 +107,13 @@ class PublicResult:
         return len(self.comparisons) + len(self.rejects)
 
     def counts(self) -> str:
-        """Of rows and of comparisons, in words."""
+        """Say how many rows and comparisons there are."""
         rejected = f"{len(self.rejects):,} of {self.num_items:,} comparisons rejected"
         return f"{self.num_rows:,} rows, {rejected}"
 
     @property
     def score_chosen(self) -> NDArray[np.float64]:
-        """Of the first setting, averaged over draws."""
+        """Scores of the first setting, averaged over draws."""
         return next(iter(self.scores.values()))[0].mean(axis=0)
 
     @property

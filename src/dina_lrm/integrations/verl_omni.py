@@ -23,7 +23,7 @@ from dina_lrm.models.scoring import NoiseLevels
 MANAGERS_OWN = ("model_name", "reward_model_tokenizer", "reward_router_address")
 """Keywords that verl-omni's managers pass to every scorer."""
 SERVED_CHANNELS = 16
-"""Of a latent for a server, by which it is told from a picture."""
+"""Channels of a latent for a server, by which it is told from a picture."""
 
 
 def compute_score(

@@ -267,7 +267,7 @@ class RewardNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone; head and adapter are at least float32."""
+        """Dtype of the backbone; head and adapter are at least float32."""
         return self.backbone.weight.dtype
 
     def trainable_parameters(self) -> list[nn.Parameter]:

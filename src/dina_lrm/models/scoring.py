@@ -25,7 +25,7 @@ class ScoreOutput:
 
     scores: Score
     standard_errors: Score | None
-    """Of the mean over noise draws; None for a single draw."""
+    """Standard error of the mean over noise draws; None for a single draw."""
     num_draws: Tensor | None = None
     """(batch,) noise draws of each picture, where a target error decided it."""
 

@@ -29,7 +29,7 @@ SCORE_PATH = "/v1/score"
 
 
 MAX_BODY_BYTES = 48 * 2**20
-"""Of tensors or pictures in a request of several rows; a server takes 64 MiB unless told otherwise."""
+"""Bytes of tensors or pictures in a request of several rows; a server takes 64 MiB unless told otherwise."""
 
 
 _QUOTED = 300
@@ -47,7 +47,7 @@ class Call(Generic[T]):
     """What `httpx.Client.post` is given."""
     read: Callable[[httpx.Response], T]
     first_row: int = 0
-    """Of a batch that is sent in parts."""
+    """First row of a part, where a batch is sent in parts."""
 
 
 @dataclass(frozen=True)

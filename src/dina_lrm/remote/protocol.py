@@ -46,7 +46,7 @@ _SHAPES = {
     "seeds": "(batch,)",
 }
 FIELDS = tuple(_SHAPES)
-"""Of a request."""
+"""Tensors of a request."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +64,7 @@ class LatentRows:
     u: Tensor
     """(batch,) float32 noise levels in [0, 1]."""
     seeds: tuple[int, ...] | None
-    """Of the noise, one a row; None: fresh noise."""
+    """Seeds of the noise, one a row; None: fresh noise."""
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -41,7 +41,7 @@ class Ranking:
 class LearningCurve:
     steps: Sequence[int]
     accuracy: Sequence[float]
-    """Of each step's batch."""
+    """Accuracy on each step's batch."""
     validation_steps: Sequence[int]
     validation_accuracy: Mapping[str, Sequence[float]]
     """By noise level, at those steps."""

@@ -34,13 +34,13 @@ class StepMetrics:
     """Since the start of the run, stops not counted."""
     loss: float | None = None
     accuracy: float | None = None
-    """Of training pairs, at the noise levels drawn."""
+    """Accuracy on training pairs, at the noise levels drawn."""
     learning_rate: float | None = None
     gradient_norm: float | None = None
     """Before clipping, of the last step."""
     pairs_per_second: float | None = None
     data_wait_fraction: float | None = None
-    """Of the time of training, spent waiting for the next batch to be read."""
+    """Share of the time of training, spent waiting for the next batch to be read."""
     epoch: float | None = None
     validation: dict[str, float] | None = None
     """Accuracy of each candidate, "0.4" or "0.2+0.5+0.7", with averaged weights; set on validations only."""
@@ -72,7 +72,7 @@ class Pace:
         return True
 
     def rate(self, done: int) -> float:
-        """Of this run, a second."""
+        """Items a second in this run."""
         return (done - self.found) / max(time.perf_counter() - self.started, 1e-9)
 
     def left(self, done: int) -> str:

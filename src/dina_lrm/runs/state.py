@@ -40,7 +40,7 @@ class Position:
     config: dict[str, Any]
     """The resolved config."""
     data_fingerprint: str
-    """Of the training pairs."""
+    """Fingerprint of the training pairs."""
 
 
 def save_state(

@@ -97,7 +97,7 @@ class RewardSum:
         return torch.stack(found).sum(dim=0)
 
     def of_state(self, noisy_latents: Latents, prompts: Sequence[str], timestep: Tensor) -> Score:
-        """Of noisy states; all terms must be latent rewards.
+        """Scores of noisy states; all terms must be latent rewards.
 
         Raises:
             InvalidInputError: a term sees clean pictures only.

@@ -88,9 +88,9 @@ class Trajectory:
     states: Float[Tensor, "step_plus_1 batch channel height width"]
     """From pure noise to the clean latents."""
     means: Float[Tensor, "step batch channel height width"]
-    """Of the Gaussians that the states after the first were drawn from."""
+    """Means of the Gaussians that the states after the first were drawn from."""
     log_probs: Float[Tensor, "step batch"]
-    """Of the steps as drawn, mean over elements; 0 where they are deterministic."""
+    """Log-probabilities of the steps as drawn, mean over elements; 0 where they are deterministic."""
     grid: Grid
     steps: range
     """The stochastic ones."""

@@ -41,7 +41,7 @@ LOOK_LEVEL = 0.4
 """Noise level at which predicted clean latents are scored."""
 
 DRAFT_STEPS = 10
-"""Of the grid that candidates are compared on."""
+"""Steps of the grid that candidates are compared on."""
 
 
 @dataclass(frozen=True)

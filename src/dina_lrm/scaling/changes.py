@@ -23,7 +23,7 @@ from dina_lrm.scaling.sources import read_part
 __all__ = ["Marks", "changes"]
 
 KEY = b"dina_lrm.images"
-"""Of the metadata of a part's file."""
+"""Key in the metadata of a part's file."""
 READERS = 8
 ROWS_READ = 64
 """Rows of the input in memory at once."""

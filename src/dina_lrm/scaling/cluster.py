@@ -13,7 +13,8 @@ from dina_lrm.errors import InvalidInputError
 __all__ = ["check_device", "connected", "living_machines", "share", "whole_path"]
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Of a cluster of our own: pictures and scores do not travel through it, only parts' names and requests."""
+"""Bytes of the object store of a cluster of our own: pictures and scores do not travel through it, only
+names of parts, and requests."""
 PROCESSES_WITHOUT_GPU = 2
 
 

@@ -31,7 +31,7 @@ class SourceFile:
     sha256: str
     """Digest of what the plan read."""
     mark: str | None = None
-    """Of a table or a shard on an object store, whose pictures are read once only: see `places.mark_of`."""
+    """Mark of a table or shard on an object store, whose pictures are read once: see `places.mark_of`."""
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from dina_lrm.serving.service import PictureRow, Served, Service
 __all__ = ["add_adapters"]
 
 SEED = 0
-"""Of the noise; these clients name none."""
+"""Seed of the noise; these clients name none."""
 KEPT_RESULTS = 1024
-"""Of cosmos-rl's tickets, of each caller."""
+"""Tickets of cosmos-rl that are kept for each caller."""
 KEPT_SECONDS = 600.0
 """How long a result waits to be fetched."""
 COSMOS_BODY = (
@@ -66,7 +66,7 @@ def add_adapters(app: FastAPI, service: Service) -> None:
 
 
 class Ticket(BaseModel):
-    """Of a request whose scores are fetched later."""
+    """Ticket of a request whose scores are fetched later."""
 
     uuid: str
 
@@ -89,7 +89,7 @@ class _CosmosMeta(BaseModel):
 
 @dataclass
 class _Result:
-    """Of a ticket."""
+    """Result of a ticket, or the work on it."""
 
     working: "asyncio.Task[list[float]]"
     rewards: tuple[str, ...]

@@ -74,7 +74,7 @@ class Done(Generic[ResultT]):
 
     value: ResultT
     seconds: float
-    """Of the pass that it was in."""
+    """Seconds of the pass that it was in."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class MicroBatcher(Generic[UnitT, ResultT]):
         self._pace: dict[str, float] = {}
         """Seconds for a unit of work, by stage."""
         self._row_seconds = 0.05
-        """Of a row, from admission to answer divided by the rows beside it; for Retry-After."""
+        """Seconds of a row, from admission to answer divided by the rows beside it; for Retry-After."""
         self._changed = asyncio.Event()
         self._free = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -150,7 +150,7 @@ class MicroBatcher(Generic[UnitT, ResultT]):
 
     @property
     def work(self) -> float:
-        """Of the requests that were taken and are not done."""
+        """Work of the requests that were taken and are not done."""
         return self._admitted_work
 
     @property

@@ -29,7 +29,7 @@ __all__ = ["PlainRequests", "bounded_protocol", "descriptors_allow", "uvicorn_co
 log = logging.getLogger("uvicorn.error")
 
 HEADER_BYTES = 32 * 1024
-"""Of a request line with its headers."""
+"""Bytes of a request line with its headers."""
 KEEP_ALIVE_SECONDS = 75
 """How long a connection is kept that says nothing, after an answer."""
 ACCEPTED_AT_ONCE = 1

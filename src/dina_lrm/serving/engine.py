@@ -151,7 +151,7 @@ class Engine:
     # ------------------------------------------------------------------------------------- costs
 
     def image_tokens(self, latent_shape: Sequence[int]) -> int:
-        """Of a latent (channel, *frame, height, width)."""
+        """Image tokens of a latent (channel, *frame, height, width)."""
         count = 1
         for side in latent_shape[1:]:
             count *= side

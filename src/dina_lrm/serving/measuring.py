@@ -33,7 +33,7 @@ NUM_DRAWS = 8
 DECODED_TIMES = 4
 """How many times the pixels that are taken may be decoded to shrink a picture."""
 SEED = 0
-"""Of the noise: the page says the same of the same picture."""
+"""Seed of the noise: the page says the same of the same picture."""
 
 T = TypeVar("T")
 

@@ -58,7 +58,7 @@ __all__ = ["MAX_PICTURES", "build_page", "mount_page"]
 
 
 MAX_PICTURES = 64
-"""Of one ranking."""
+"""Pictures of one ranking."""
 MAX_WAITING = 64
 """Visitors' requests that wait at once."""
 KEPT_SECONDS = 3600

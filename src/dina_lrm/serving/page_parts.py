@@ -17,7 +17,7 @@ from dina_lrm.shapes.render import blur, render
 from dina_lrm.shapes.scenes import parse_caption, sample_scene
 
 MAX_FILE_BYTES = 32 * 2**20
-"""Of one upload."""
+"""Bytes of one upload."""
 
 
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]

@@ -48,11 +48,11 @@ POLICY = (
 """The browser refuses whatever is not from this server. Gradio's templates are compiled in the browser."""
 
 MAX_UPLOADED_BYTES = 2**30
-"""Of all uploads that lie on the server's disk at once; they go after an hour."""
+"""Bytes of all uploads that lie on the server's disk at once; they go after an hour."""
 PARTIAL_SECONDS = 60.0
 """An upload that has not grown for so long has ended; the server cuts slow ones off sooner."""
 MAX_CALL_BYTES = 256 * 1024
-"""Of the request that a click makes: texts, numbers, and names of uploads."""
+"""Bytes of the request that a click makes: texts, numbers, and names of uploads."""
 
 
 class PageBlocks(gr.Blocks):

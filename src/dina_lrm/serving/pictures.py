@@ -16,7 +16,7 @@ from dina_lrm.images import resized, upright_rgb
 __all__ = ["FORMATS", "EncodedPicture", "open_picture", "picture_header"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Of pictures that are taken from strangers."""
+"""Formats of pictures that are taken from strangers."""
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
 _ORIENTATION = 0x0112
@@ -33,7 +33,7 @@ class EncodedPicture:
     """As a viewer shows it, EXIF rotation applied."""
     width: int
     name: str
-    """Of the field of the request."""
+    """Field of the request, for messages."""
 
     @property
     def pixels(self) -> int:

@@ -146,7 +146,7 @@ class ErrorReply(BaseModel):
 
 
 class Status(BaseModel):
-    """Of the server."""
+    """State of the server."""
 
     status: str
     model: str

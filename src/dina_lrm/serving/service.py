@@ -32,9 +32,9 @@ __all__ = ["ClientGone", "PictureRow", "RowScore", "Served", "Service", "load_mo
 STALLED_SECONDS = 60.0
 """A model that is at one pass for so much longer than ten times what it should take is given up as dead."""
 ENCODED_BYTES = 256 * 2**20
-"""Of pictures that are decoded and wait to be encoded, of all requests together."""
+"""Bytes of pictures that are decoded and wait to be encoded, of all requests together."""
 DECODED_PIXELS = 16e6
-"""Of pictures that are being decoded at once: many small ones, or one large one."""
+"""Pixels of pictures that are being decoded at once: many small ones, or one large one."""
 PARTS_AT_ONCE = 2
 """Parts of a request that are under way at once: while one is scored, the next can be decoded."""
 
@@ -63,9 +63,9 @@ class RowScore:
     score: float
     standard_error: float | None
     encode_seconds: float
-    """Of the pass that encoded it: text encoders and VAE."""
+    """Seconds of the pass that encoded it: text encoders and VAE."""
     forward_seconds: float
-    """Of the passes that scored it: backbone and head."""
+    """Seconds of the passes that scored it: backbone and head."""
     notes: tuple[str, ...] = ()
 
 
@@ -181,7 +181,7 @@ class Served:
         return self.model.picture_size(picture.height, picture.width, picture.name)
 
     def encoded_bytes(self, picture: EncodedPicture) -> int:
-        """Of a picture that waits to be encoded: three colours in float32."""
+        """Bytes of a picture that waits to be encoded: three colours in float32."""
         height, width = self.size(picture)
         return 3 * 4 * height * width
 
@@ -445,7 +445,7 @@ async def _left(request: Request) -> None:
 
 
 def _digest(model: RewardModel) -> str:
-    """Of the weights that belong to the reward: head and adapter, or head and backbone."""
+    """Digest of the weights that belong to the reward: head and adapter, or head and backbone."""
     own = dict(model.head.state_dict())
     if model.adapter is not None:
         own |= {f"adapter.{index}": one for index, one in enumerate(model.adapter.parameters())}

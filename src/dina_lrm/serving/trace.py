@@ -16,7 +16,7 @@ class Trace:
     trace_id: str
     parent_id: str | None
     span_id: str
-    """Of this server's work on it."""
+    """Span of this server's work on it."""
     flags: str
 
     @property

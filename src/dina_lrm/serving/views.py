@@ -89,7 +89,7 @@ class Measured:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of 95 % for the mean under other noise draws, by Student's t."""
+        """Interval of 95 % for the mean under other noise draws, by Student's t."""
         reach = float(student.ppf(0.975, self.num_draws - 1)) * self.standard_error
         return self.value - reach, self.value + reach
 

@@ -95,7 +95,7 @@ class StepLoader:
         self.pool.shutdown(cancel_futures=True)
 
     def parts(self, step: int) -> list[StepPart]:
-        """Of this step, on the CPU."""
+        """Parts of a step, on the CPU."""
         start = time.perf_counter()
         wanted = range(step, min(step + AHEAD + 1, self.num_steps))
         self.made = {one: self.made.get(one) or self.pool.submit(self.make, one) for one in wanted}

@@ -44,7 +44,7 @@ class ValidationMargins:
 
     @property
     def accuracy(self) -> dict[Levels, float]:
-        """Of every candidate."""
+        """Accuracy of every candidate."""
         return {levels: accuracy(margin, self.target) for levels, margin in self.by_levels.items()}
 
 

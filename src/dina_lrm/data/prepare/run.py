@@ -297,7 +297,7 @@ def _short(value: Any) -> str:
 
 
 def _check_files(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Of the source."""
+    """Refuse to go on with a source whose files have changed."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             what = "is new" if name not in before else "is gone" if name not in now else "has changed"

@@ -52,7 +52,7 @@ class PrepareSettings:
     pairs_per_shard: int
     pairs_per_row_group: int
     files: dict[str, str]
-    """Of the source, with the digests of their content."""
+    """Files of the source, with the digests of their content."""
     part: dict[str, Any] | None = None
     """Which part of the source this is, where it is split (`data.split.SourcePart`)."""
 

@@ -71,7 +71,7 @@ class LatentShards:
     """SHA-256 of every shard."""
     read_prompts: Callable[[Sequence[str]], list[PromptRow]]
     settings: Mapping[str, Any]
-    """Of `dina-lrm prepare`, as the manifest states them."""
+    """Settings of `dina-lrm prepare`, as the manifest states them."""
     num_rejects: int
     """Comparisons of the source that could not be used; rejects.jsonl lists them."""
     latent_space: str | None = None

@@ -18,7 +18,7 @@ from dina_lrm.evaluation.baselines.weights import fill, load_part, loading, own_
 __all__ = ["ImageReward"]
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over ImageReward's own data: published with version 1.0."""
+"""Mean and deviation of the head's output over ImageReward's own data: published with version 1.0."""
 _MAX_TOKENS = 35
 _HEAD_WIDTHS = (1024, 128, 64, 16)
 _HEAD_WIDTH = 64

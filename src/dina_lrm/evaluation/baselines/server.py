@@ -33,7 +33,7 @@ class Question:
     """What is asked about a picture, and how the answer is read."""
 
     name: str
-    """Of the scorer, as in `SCORERS`."""
+    """Name of the scorer, as in `SCORERS`."""
     template: str
     """The text sent; every {prompt} in it is replaced by the prompt."""
     answer: str

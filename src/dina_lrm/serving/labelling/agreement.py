@@ -54,7 +54,7 @@ class Results:
     """Left, right or tie."""
     skips: int
     ties: Share | None
-    """Of the votes."""
+    """Share of ties among the votes."""
     left: Share | None
     """Left, of left and right. The sides are drawn at random, so a half is expected of raters who look at
     the pictures alone."""

@@ -59,7 +59,7 @@ _PAGES = {
 
 
 MAX_SECONDS = 366 * 86_400.0
-"""Of a vote: a page may be left open for long."""
+"""Longest time to a vote: a page may be left open for long."""
 
 
 class VoteRequest(BaseModel):

@@ -49,7 +49,7 @@ class Items:
     rejects: list[Reject]
     """Rows that give no pair and pictures that are not there, and why."""
     fingerprint: str
-    """Of prompts, names and sizes of pictures: votes belong to one such set of pairs."""
+    """Digest of prompts, names and sizes of pictures: votes belong to one such set of pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _folder(root: Path) -> Iterator[tuple[str, FileRow]]:
 
 
 def _digest(picture: ImageSource, root: Path) -> bytes:
-    """Of the name, which for a file is its place beside the rows and its size in bytes."""
+    """Digest of the name, which for a file is its place beside the rows and its size in bytes."""
     name = image_name(picture)
     if isinstance(picture, Path):
         inside = picture.relative_to(root) if picture.is_relative_to(root) else picture
