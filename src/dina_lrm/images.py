@@ -166,7 +166,7 @@ def as_pictures(images: Any) -> list[Picture]:
 
 
 def as_picture(image: Any, name: str = "image") -> Picture:
-    """See `as_pictures`; a PIL image is taken as `pictures.upright_rgb` takes it."""
+    """See `as_pictures`; a PIL image is taken as `upright_rgb` takes it."""
     if isinstance(image, Tensor):
         return _from_tensor(image, name)
     if isinstance(image, np.ndarray):

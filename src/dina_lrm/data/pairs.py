@@ -149,7 +149,7 @@ def row_place(row: int, line: int | None) -> str:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Decode an image as scoring does (`pictures.upright_rgb`); whatever fails is an `InvalidInputError` that
+    """Decode an image as scoring does (`upright_rgb`); whatever fails is an `InvalidInputError` that
     says what."""
     with _opened(source) as image:
         return upright_rgb(image)

@@ -67,7 +67,7 @@ def open_picture(
 ) -> Tensor:
     """A picture (3, height, width) in [0, 1] from bytes that may be anything.
 
-    The result is that of `models.images.fit`, bit for bit, but no picture of the full size is made in
+    The result is that of `images.fit`, bit for bit, but no picture of the full size is made in
     floating point: colours are shrunk one after another.
 
     Args:

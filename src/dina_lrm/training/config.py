@@ -1,8 +1,8 @@
 """What a training run is made of: small frozen dataclasses, one per concern, nested two deep.
 
-A run is one `TrainConfig`. The functions of `recipes.py` return complete ones, a variant is a
+A run is one `TrainConfig`. The functions of `recipes/training.py` return complete ones, a variant is a
 `dataclasses.replace`, the command line turns every field into a flag and the string under it into its
-help. The resolved config is stored with the run. Nothing here builds anything: `build.py` does.
+help. The resolved config is stored with the run. Nothing here builds anything: `build/` does.
 """
 
 import math

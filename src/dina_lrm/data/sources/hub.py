@@ -23,7 +23,7 @@ def read_hub(
     cache of the hub once (test 1.2 GB, validation 1.1 GB, train 21 GB).
 
     Args:
-        name: a source of `data.layouts.SOURCES` with a `hub`.
+        name: a source of `data.sources.layouts.SOURCES` with a `hub`.
         dataset: another repository of the same layout, or a local folder of its files.
         split: as of the data set; None: the source's default.
 

@@ -35,7 +35,7 @@ class Source:
     """Files of each split, relative to the root; glob patterns allowed."""
     default_split: str
     read_row: ReadRow
-    """Reader of one row, for files that hold rows; archives are read by `data.imagerewarddb`."""
+    """Reader of one row, for files that hold rows; archives are read by `data.sources.imagerewarddb`."""
     hub: Hub | None = None
     """None where it is not published in a form that can be read from there."""
 

@@ -6,16 +6,16 @@
     imagereward  test.json: ranking of generations, 1 is best, ties allowed
     genai-bench  parquet: left_image, right_image, vote_type
     pickapic     parquet: jpg_0, jpg_1, label_0, label_1
-    imagerewarddb  images/SPLIT/SPLIT_N.zip, also unpacked (`data.imagerewarddb`); parquet of its configs
+    imagerewarddb  images/SPLIT/SPLIT_N.zip, also unpacked (`data.sources.imagerewarddb`); parquet of its configs
                    *_pair (img_better, img_worse) and *_group (lists with ranks)
     rapidata     parquet: image1, image2, votes_image1, votes_image2
     open-image-preferences  parquet: chosen, rejected
     editreward   train.json: path1 is preferred; parquet: left_output_image, right_output_image, vote_type
     folder       NAME.txt with NAME.chosen.* and NAME.rejected.* beside it, in any subfolder
-    jsonl        our own rows, whatever the file's form (`data.own_rows`, `data.rows`)
+    jsonl        our own rows, whatever the file's form (`data.sources.own_rows`, `data.rows`)
     latent-cache  the latents that the paper's code caches: parquet, and an index in CSV
 
-What a row of a public set means is in `data.layouts`; what the Hugging Face hub has is read by `data.hub`.
+What a row of a public set means is in `data.sources.layouts`; what the Hugging Face hub has is read by `data.sources.hub`.
 
 Nothing is dropped: what cannot be a comparison is a `Reject` with its reason, and a picture that is not there
 costs the comparisons that need it and no others. Files of any size are read as a stream.
@@ -58,9 +58,9 @@ def read_source(
     """Comparisons of a data set, row by row, with a `Reject` for each row that cannot be one.
 
     Args:
-        name: one of `data.layouts.SOURCES` or `LOCAL`.
+        name: one of `data.sources.layouts.SOURCES` or `LOCAL`.
         root: folder that holds the data set's files as published; for jsonl, also the file itself.
-        split: None: the default of the source, see `data.layouts.SOURCES`.
+        split: None: the default of the source, see `data.sources.layouts.SOURCES`.
         check_images: "none" leaves images alone, so that counts can be had without them.
 
     Raises:
