@@ -6,7 +6,7 @@
     imagereward  test.json: ranking of generations, 1 is best, ties allowed
     genai-bench  parquet: left_image, right_image, vote_type
     pickapic     parquet: jpg_0, jpg_1, label_0, label_1
-    imagerewarddb  images/SPLIT/SPLIT_N.zip, also unpacked (`data.sources.imagerewarddb`); parquet of its configs
+    imagerewarddb  images/SPLIT/SPLIT_N.zip, also unpacked (see `imagerewarddb`); parquet of its configs
                    *_pair (img_better, img_worse) and *_group (lists with ranks)
     rapidata     parquet: image1, image2, votes_image1, votes_image2
     open-image-preferences  parquet: chosen, rejected
@@ -15,7 +15,7 @@
     jsonl        our own rows, whatever the file's form (`data.sources.own_rows`, `data.rows`)
     latent-cache  the latents that the paper's code caches: parquet, and an index in CSV
 
-What a row of a public set means is in `data.sources.layouts`; what the Hugging Face hub has is read by `data.sources.hub`.
+What a row of a public set means is in `layouts.py`; what the Hugging Face hub has is read by `hub.py`.
 
 Nothing is dropped: what cannot be a comparison is a `Reject` with its reason, and a picture that is not there
 costs the comparisons that need it and no others. Files of any size are read as a stream.
