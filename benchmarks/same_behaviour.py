@@ -91,7 +91,7 @@ def content_of(file: Path) -> bytes:
 
 
 def is_time(name: str) -> bool:
-    return "second" in name or "per_" in name
+    return any(word in name for word in ("second", "per_", "wait"))
 
 
 def draw(folder: Path) -> list[str]:
