@@ -6,8 +6,6 @@ a figure into markup. Lines are drawn in placeholder colours that become CSS var
 shrinks with it.
 """
 
-import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +17,9 @@ from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
 from dina_lrm.evaluation.metrics import Interval
+from dina_lrm.reporting import style
+from dina_lrm.reporting.style import INK, MUTED, RULE, SERIES, page_svg
 
-INK, MUTED, RULE = "#0a0001", "#0a0002", "#0a0003"
-SERIES = ("#0a0011", "#0a0012", "#0a0013", "#0a0014")
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -44,27 +42,12 @@ PRINTED = {
 FIGURE_SIZE = (5.2, 3.7)
 MARKERS = ("o", "s", "D", "^")
 
-STYLE: Any = {
+STYLE: Any = style.STYLE | {
     "font.size": 11,
     "axes.labelsize": 11,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 10.5,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and searched
     "svg.hashsalt": "dina-lrm",
 }
 
@@ -377,20 +360,8 @@ def whole_figure(axes: Axes) -> Figure:
 
 def themed_svg(figure: Figure, *, label: str) -> str:
     """Markup for a page: colours are the page's variables, `label` is read to those who cannot see it."""
-    buffer = io.StringIO()
     with figure_style():
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--sans)", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape_attribute(label)}"', 1)
+        return page_svg(figure, label, variables=VARIABLES, font="--sans")
 
 
 def save_png(figure: Figure, path: Any, *, dots_per_inch: int = 200) -> None:
@@ -415,7 +386,3 @@ def recolour(artist: Any, name: str) -> None:
     printed = PRINTED.get(to_hex(single))
     if printed is not None:
         setter((*to_rgba(printed)[:3], single[3]))
-
-
-def escape_attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

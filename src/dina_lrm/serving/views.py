@@ -8,7 +8,6 @@ drawing shrinks with it. Classes are those of page.css.
 import base64
 import csv
 import io
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import t as student
+
+from dina_lrm.reporting import style
+from dina_lrm.reporting.style import INK, MUTED, RULE, page_svg
 
 __all__ = [
     "LevelScores",
@@ -38,7 +40,7 @@ __all__ = [
     "score_view",
 ]
 
-INK, MUTED, RULE, FIRST, SECOND = "#0a0001", "#0a0002", "#0a0003", "#0a0011", "#0a0012"
+FIRST, SECOND = style.SERIES[:2]
 VARIABLES = {
     INK: "--body-text-color",
     MUTED: "--body-text-color-subdued",
@@ -46,27 +48,9 @@ VARIABLES = {
     FIRST: "--reward-first",
     SECOND: "--reward-second",
 }
-"""Placeholder colours, which nobody would choose to see, and the CSS variables they become."""
+"""Placeholder colours and the CSS variables they become."""
 
-STYLE: Any = {
-    "font.size": 11.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and searched
-}
+STYLE: Any = style.STYLE | {"font.size": 11.5, "lines.markersize": 4.5}
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a cell begins that a spreadsheet would compute."""
@@ -388,18 +372,7 @@ def _new_axes() -> Axes:
 
 def _svg(figure: Figure, label: str) -> str:
     """Markup of a figure, to be called within its style."""
-    buffer = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(buffer, format="svg", metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--font)", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.replace("<svg", f'<svg class="reward-plot" role="img" aria-label="{escape(label)}"', 1)
+    return page_svg(figure, label, variables=VARIABLES, font="--font", attributes='class="reward-plot" ')
 
 
 def _png(picture: Image.Image) -> str:
