@@ -43,7 +43,7 @@ assert issubclass(dina_lrm.ScoringError, dina_lrm.DinaError)
 assert dina_lrm.alignment.__name__ == "dina_lrm.alignment"
 assert "torch" not in sys.modules
 for name in ("Pruner", "Guide", "successive_halving"):
-    assert getattr(dina_lrm.sampling.search, name)
+    assert getattr(dina_lrm.alignment.search, name)
 for name in dina_lrm.__all__:
     assert getattr(dina_lrm, name), name
 """

@@ -12,4 +12,4 @@ __all__ = ["search"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"dina_lrm.alignment.{name}")
+    return importlib.import_module(f"dina_lrm.sampling.{name}")
