@@ -40,18 +40,7 @@ KEPT_RESULTS = 1024
 """Tickets of cosmos-rl that are kept for each caller."""
 KEPT_SECONDS = 600.0
 """How long a result waits to be fetched."""
-COSMOS_BODY = (
-    'A line of JSON, {"prompts": [...], "reward_fn": {"main": 1.0}, "media_type": "image"}, and bytes of '
-    "np.save after it: for image uint8 (batch, height, width, 3); for latent, and for video, which is the "
-    "default, float16 or float32 (batch, channel, frame, height, width), or without frames."
-)
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
-
-
-def _raw_schema(description: str) -> dict[str, Any]:
-    """What OpenAPI says about a body of bytes."""
-    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    return {"requestBody": {"required": True, "description": description, "content": content}}
 
 
 def add_adapters(app: FastAPI, service: Service) -> None:
@@ -105,7 +94,7 @@ class _Results:
     def __init__(self) -> None:
         self._kept: dict[str, _Result] = {}
 
-    def check_room(self, caller: Caller | None) -> None:
+    def make_room(self, caller: Caller | None) -> None:
         self._forget()
         own = {ticket: kept for ticket, kept in self._kept.items() if kept.caller is caller}
         if len(own) < KEPT_RESULTS:
@@ -133,6 +122,16 @@ class _Results:
                 del self._kept[ticket]
 
 
+_ENQUEUE_SCHEMA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": 'A line of JSON, {"prompts": [...], "reward_fn": {"main": 1.0}, "media_type": "image"}'
+        ", and bytes of np.save after it: for image uint8 (batch, height, width, 3); for latent, and for "
+        "video, which is the default, float16 or float32 (batch, channel, frame, height, width), or without "
+        "frames.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 _TICKET = {
     "type": "object",
     "required": ["uuid", "type"],
@@ -151,10 +150,10 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
         """cosmos-rl: which rewards there are."""
         return {"status": "ok", "rewards": list(service.models)}
 
-    @app.post("/api/reward/enqueue", response_model=Ticket, openapi_extra=_raw_schema(COSMOS_BODY))
+    @app.post("/api/reward/enqueue", response_model=Ticket, openapi_extra=_ENQUEUE_SCHEMA)
     async def enqueue(request: Request) -> Any:
         """cosmos-rl: take latents or pictures, and give a ticket, `uuid`."""
-        results.check_room(request.state.caller)
+        results.make_room(request.state.caller)
         body = await read_body(request)
         line, newline, array = body.partition(b"\n")
         if not newline:
@@ -176,15 +175,16 @@ def _add_cosmos(app: FastAPI, service: Service) -> None:
                 field="media_type",
                 status=422,
             )
-        work = served.check_cost(rows, "body")
+        caller = request.state.caller
+        work = served.check_cost(rows, "body", caller)
         served.batcher.check_room(len(rows), work)
 
         async def score() -> list[float]:
-            return [one.score for one in await service.score_rows(served, rows, request.state.caller, work)]
+            return [one.score for one in await service.score_rows(served, rows, caller, work)]
 
         working = asyncio.create_task(score())
         working.add_done_callback(lambda task: task.cancelled() or task.exception())  # told when it is pulled
-        return {"uuid": results.add(working, list(wanted.reward_fn), request.state.caller)}
+        return {"uuid": results.add(working, list(wanted.reward_fn), caller)}
 
     @app.post(
         "/api/reward/pull",

@@ -135,17 +135,20 @@ class Served:
         if rows > limit:
             raise _too_large(name, f"{rows} in one request", limit, setting)
 
-    def check_cost(self, rows: Sequence[Row | PictureRow], name: str) -> int:
+    def check_cost(self, rows: Sequence[Row | PictureRow], name: str, caller: Caller | None) -> int:
         """Tokens of work of a request.
 
         Args:
             name: of the field that holds the rows.
+            caller: who sends it, where there are several.
 
         Raises:
             RequestError: 413; it says which limit, and by how much it is passed.
         """
         limits, total, pixels = self.settings, 0, 0
         self.check_count(len(rows), name)
+        if caller is not None and caller.max_queue is not None and len(rows) > caller.max_queue:
+            raise _too_large(name, f"{len(rows)} in one request", caller.max_queue, "max_queue of this token")
         for row in rows:
             if isinstance(row, Row):
                 text = row.conditioning.prompt_embeds.shape[1]
@@ -295,9 +298,7 @@ class Service:
             ClientGone: whoever sent it has left; what was under way was dropped.
         """
         caller: Caller | None = request.state.caller
-        if caller is not None and caller.max_queue is not None and len(rows) > caller.max_queue:
-            raise _too_large(name, f"{len(rows)} in one request", caller.max_queue, "max_queue of this token")
-        work = served.check_cost(rows, name)
+        work = served.check_cost(rows, name, caller)
         request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
         scores = await _unless_gone(request, self.score_rows(served, rows, caller, work))
         for stage in ("encode", "forward"):

@@ -207,6 +207,20 @@ def test_callers_have_tickets_of_their_own(
         assert reply.json().get("request_id", reply.headers["x-request-id"]) == reply.headers["x-request-id"]
 
 
+def test_a_request_that_a_caller_may_never_send_is_refused_at_once(
+    reward: RewardModel, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.toml").write_text('[alice]\ntoken = "a"\nmax_queue = 1\n')
+    settings = ServerSettings(
+        page=False, max_wait_ms=0.0, adapters=("cosmos-rl",), tokens=tmp_path / "tokens.toml"
+    )
+    headers = {"authorization": "Bearer a"}
+    with calling(create_app(settings, reward)) as client:
+        reply = client.post("/api/reward/enqueue", content=payload(LATENTS), headers=headers)  # two rows
+    assert reply.status_code == 413
+    assert "at most 1 are taken (max_queue of this token)" in reply.json()["error"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
