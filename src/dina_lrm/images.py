@@ -1,4 +1,4 @@
-"""One way from a decoded picture to the tensor that is encoded: a picture is trained on as it is scored."""
+"""From any image a user may hold to the tensor that is encoded: it is trained on as it is scored."""
 
 import io
 import math
@@ -31,6 +31,10 @@ __all__ = [
     "rgb_tensor",
     "upright_rgb",
 ]
+
+Picture = Float[Tensor, "3 *frame height width"]
+"""A video has its frames before height."""
+BYTES = bytes | bytearray | memoryview
 
 
 def picture_file(path: str | os.PathLike[str]) -> Path:
@@ -116,13 +120,6 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
     frames = picture.reshape(len(picture), -1, *picture.shape[-2:]).transpose(0, 1)
     frames = F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
     return frames.transpose(0, 1).reshape(*picture.shape[:-2], height, width).clamp(0, 1)
-
-
-Picture = Float[Tensor, "3 *frame height width"]
-"""A video has its frames before height."""
-
-
-BYTES = bytes | bytearray | memoryview
 
 
 def image_list(images: Any) -> list[Any]:

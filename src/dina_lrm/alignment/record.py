@@ -12,8 +12,7 @@ from torch import Tensor
 from dina_lrm.alignment.gold import Evaluation
 from dina_lrm.files import naming
 
-__all__ = ["Measures", "RunResult"]
-
+__all__ = ["Measures", "RunResult", "append_line", "diversity", "lines_until"]
 
 Measures = dict[str, float]
 """Figures of an update, by name."""

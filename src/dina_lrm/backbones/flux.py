@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import (
+    ATTENTION,
+    FLOW_MATCH,
+    TEXT_ATTENTION,
+    Backbone,
+    NoisyState,
+    Run,
+    Streams,
+)
 from dina_lrm.backbones.packing import pack, set_shifted_timesteps, unpack
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
@@ -123,17 +131,8 @@ class FluxBackbone(Backbone):
     architecture_class = FluxArchitecture
     prompt_encoder = FluxPrompts
     default_scheduler: ClassVar = {"_class_name": FLOW_MATCH, "use_dynamic_shifting": True, "shift": 3.0}
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = (*ATTENTION, *TEXT_ATTENTION)
+    lora_text_targets = TEXT_ATTENTION
     generator_rounds_time = True
     reference_weight = "x_embedder.weight"
 

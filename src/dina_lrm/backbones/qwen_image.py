@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import (
+    ATTENTION,
+    FLOW_MATCH,
+    TEXT_ATTENTION,
+    Backbone,
+    NoisyState,
+    Run,
+    Streams,
+)
 from dina_lrm.backbones.packing import pack, set_shifted_timesteps, unpack
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
@@ -132,17 +140,8 @@ class QwenImageBackbone(Backbone):
         "max_image_seq_len": 8192,
         "shift_terminal": 0.02,
     }
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = (*ATTENTION, *TEXT_ATTENTION)
+    lora_text_targets = TEXT_ATTENTION
     generator_rounds_time = True
     reference_weight = "img_in.weight"
     masks_text = True

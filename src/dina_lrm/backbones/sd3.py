@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import (
+    ATTENTION,
+    FLOW_MATCH,
+    TEXT_ATTENTION,
+    Backbone,
+    NoisyState,
+    Run,
+    Streams,
+)
 from dina_lrm.backbones.packing import linear_shift
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
@@ -153,17 +161,8 @@ class SD3Backbone(Backbone):
     architecture_class = SD3Architecture
     prompt_encoder = SD3Prompts
     default_scheduler: ClassVar = {"_class_name": FLOW_MATCH, "shift": 3.0, "num_train_timesteps": 1000}
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    lora_text_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = (*ATTENTION, *TEXT_ATTENTION)
+    lora_text_targets = TEXT_ATTENTION
     reference_weight = "pos_embed.proj.weight"
     conditional_half = "last"
 

@@ -45,6 +45,7 @@ __all__ = [
     "load_generator",
     "read_prompts",
     "run_alignment",
+    "write_alignment_page",
 ]
 
 Log = Callable[[str], None]

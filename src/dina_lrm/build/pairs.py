@@ -36,17 +36,22 @@ from dina_lrm.runs.progress import Pace
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import check_batch_size
 
-__all__ = ["latent_pairs", "open_shards", "pair_encoder", "prepare_source", "shapes_pairs", "source_parts"]
-
+__all__ = [
+    "Log",
+    "RunPairs",
+    "latent_pairs",
+    "open_shards",
+    "pair_encoder",
+    "prepare_source",
+    "raw_source",
+    "shapes_pairs",
+    "source_parts",
+]
 
 Log = Callable[[str], None]
-
-
 PAIRS_PER_SHARD = 1024
 """Comparisons behind each file of pairs that a run prepares itself: what is lost at most when it is killed.
 """
-
-
 PAIRS_PER_PROMPT = 6
 """Pairs of the shapes domain: four pictures of a caption, every two compared."""
 

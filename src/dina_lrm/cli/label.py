@@ -18,7 +18,8 @@ from dina_lrm.cli.options import (
     parse,
     refuse,
 )
-from dina_lrm.serving.settings import LOOPBACK_NAMES, TOKEN_VARIABLE, check_address, is_loopback, token_in
+from dina_lrm.remote import TOKEN_VARIABLE
+from dina_lrm.serving.settings import LOOPBACK_NAMES, check_address, is_loopback, token_in
 
 if TYPE_CHECKING:
     from dina_lrm.serving.labelling.export import Exported

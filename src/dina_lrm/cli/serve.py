@@ -12,9 +12,9 @@ import tyro
 
 from dina_lrm.cli.console import UsageError
 from dina_lrm.cli.options import find_device, need_packages, parse, refuse
+from dina_lrm.remote import TOKEN_VARIABLE
 from dina_lrm.serving.settings import (
     CONFIG_VARIABLE,
-    TOKEN_VARIABLE,
     ServerSettings,
     is_loopback,
     settings_from,
@@ -45,7 +45,7 @@ class Serve:
 
 
 def main(arguments: Sequence[str]) -> int:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     options = read(arguments)
     if options.replicas < 1:
         raise UsageError(f"--replicas is at least 1; got {options.replicas}")
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         from dina_lrm.scaling.replicas import serve_replicas
 
         warn_if_open(settings)
+        signal.signal(signal.SIGHUP, before)  # replicas load nothing anew
         serve_replicas(settings, replicas=options.replicas, ray_address=options.ray_address)
         return 0
     from dina_lrm.serving.app import create_app

@@ -10,7 +10,7 @@ from dina_lrm.core.noise import seeded_generator
 from dina_lrm.core.seeds import mix_seeds
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["batch_indices"]
+__all__ = ["batch_indices", "distinct_images", "drawn_prompts", "first_occurrences"]
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BadRow", "FileRow", "checked_row", "shown"]
-
+__all__ = ["BadRow", "FileRow", "Twice", "Values", "checked_row", "shown"]
 
 Values = Mapping[str, Any]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMS",
+    "MAX_ROW_BYTES",
     "PATTERNS",
     "count_rows",
     "is_rows_file",

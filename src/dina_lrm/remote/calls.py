@@ -19,22 +19,27 @@ from dina_lrm.core.tensors import Score, check_tensor
 from dina_lrm.errors import InvalidInputError, PromptWarning, ScoringError
 from dina_lrm.images import as_pictures
 from dina_lrm.models.scoring import ScoreOutput, check_sigma, resolve_levels, resolve_seeds
+from dina_lrm.remote import TOKEN_VARIABLE
 from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack, raw_scores
 from dina_lrm.remote.transport import RETRIED
 
-__all__ = ["SCORE_PATH", "TOKEN_VARIABLE"]
-
+__all__ = [
+    "SCORE_PATH",
+    "Call",
+    "T",
+    "accepted",
+    "compare_call",
+    "joined_pictures",
+    "joined_rows",
+    "latent_calls",
+    "picture_calls",
+    "warned_probability",
+]
 
 SCORE_PATH = "/v1/score"
-
-
 MAX_BODY_BYTES = 48 * 2**20
 """Bytes of tensors or pictures in a request of several rows; a server takes 64 MiB unless told otherwise."""
-
-
 _QUOTED = 300
-
-
 T = TypeVar("T")
 
 
@@ -290,7 +295,7 @@ def joined_pictures(parts: Sequence[_PictureScores]) -> ScoreOutput:
     )
 
 
-def telling(comparison: tuple[float, list[str]]) -> float:
+def warned_probability(comparison: tuple[float, list[str]]) -> float:
     probability, notes = comparison
     _warn(notes)
     return probability
@@ -299,7 +304,3 @@ def telling(comparison: tuple[float, list[str]]) -> float:
 def _warn(notes: Sequence[str]) -> None:
     for note in dict.fromkeys(notes):
         warnings.warn(note, PromptWarning, stacklevel=4)
-
-
-TOKEN_VARIABLE = "DINA_LRM_TOKEN"
-"""Environment variable with the token, where none is passed."""

@@ -24,9 +24,9 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.models.scoring import ScoreOutput
+from dina_lrm.remote import TOKEN_VARIABLE
 from dina_lrm.remote.calls import (
     SCORE_PATH,
-    TOKEN_VARIABLE,
     Call,
     T,
     accepted,
@@ -35,7 +35,7 @@ from dina_lrm.remote.calls import (
     joined_rows,
     latent_calls,
     picture_calls,
-    telling,
+    warned_probability,
 )
 from dina_lrm.remote.transport import (
     BACKOFF_SECONDS,
@@ -193,7 +193,7 @@ class Client(_Server):
         seed: int = 0,
     ) -> float:
         """Probability that `image_a` is preferred to `image_b`; arguments and errors are those of `score`."""
-        return telling(self._send(compare_call(prompt, image_a, image_b, noise_levels, seed)))
+        return warned_probability(self._send(compare_call(prompt, image_a, image_b, noise_levels, seed)))
 
     def healthy(self) -> bool:
         """Whether the server can score now; asked once, for 5 s at most."""
@@ -270,7 +270,7 @@ class AsyncClient(_Server):
     ) -> float:
         """See `Client.compare`."""
         call = await asyncio.to_thread(compare_call, prompt, image_a, image_b, noise_levels, seed)
-        return telling(await self._send(call))
+        return warned_probability(await self._send(call))
 
     async def healthy(self) -> bool:
         """See `Client.healthy`."""

@@ -7,17 +7,12 @@ from typing import Any
 import httpx
 from httpx_retries import Retry, RetryTransport
 
-__all__ = ["is_address", "retrying_transport"]
-
+__all__ = ["BACKOFF_SECONDS", "RETRIED", "is_address", "proxy_of", "retry_policy", "retrying_transport"]
 
 BACKOFF_SECONDS = 1.0
 """Longest first wait; twice as long each time."""
-
-
 LONGEST_WAIT_SECONDS = 60.0
 """`Retry-After` included."""
-
-
 RETRIED = (408, 429, 500, 502, 503, 504)
 
 

@@ -11,7 +11,6 @@ from dina_lrm.errors import InvalidInputError
 
 __all__ = ["OptimizerConfig", "from_dict", "to_dict"]
 
-
 ConfigT = TypeVar("ConfigT")
 
 

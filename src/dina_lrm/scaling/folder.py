@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from dina_lrm.checkpoints.contents import Checkpoint
 
 
-__all__ = ["BulkFolder", "BulkSummary"]
-
+__all__ = ["BulkFolder", "BulkSummary", "as_json", "manifest_of", "read_parts", "weights_digest"]
 
 FORMAT = "dina-lrm scores"
-
-
 FORMAT_VERSION = 2
 
 

@@ -16,7 +16,7 @@ from dina_lrm.scaling.plan import Part, Plan, chunks, open_file
 from dina_lrm.scaling.rows import Row, parse_row
 from dina_lrm.scaling.settings import Task
 
-__all__ = ["converted_lines"]
+__all__ = ["converted_lines", "json_rows", "json_schema", "scan_lines", "text_of"]
 
 
 def scan_lines(

@@ -10,12 +10,9 @@ import pyarrow.parquet
 
 from dina_lrm.scaling.settings import SCORE, Task
 
-__all__ = ["Part", "Plan", "SourceFile"]
-
+__all__ = ["PICTURES", "Kind", "Part", "Plan", "SourceFile", "chunks", "open_file"]
 
 Kind = Literal["parquet", "jsonl", "tar", "converted"]
-
-
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 """In a tar shard."""
 

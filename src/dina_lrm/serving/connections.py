@@ -38,7 +38,14 @@ out of files before the first one that is too many has been closed, and tries, a
 SPARE_DESCRIPTORS = 64
 """Open files that a server needs beside its connections."""
 _LOG_EVERY_SECONDS = 5.0
-_BUSY = b'{"error": "too many connections: try again in a moment", "field": null, "request_id": null}'
+
+
+def _told(message: str) -> dict[str, str | None]:
+    """An error outside any request, in the words of all the others."""
+    return {"error": message, "field": None, "request_id": None}
+
+
+_BUSY = json.dumps(_told("too many connections: try again in a moment")).encode()
 _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"connection: close\r\ncontent-length: " + str(len(_BUSY)).encode() + b"\r\n\r\n" + _BUSY
@@ -109,8 +116,7 @@ class PlainRequests:
 
 def _closing(status: int, message: str) -> JSONResponse:
     """An answer after which the connection is closed: where the next request would begin is not known."""
-    content = {"error": message, "field": None, "request_id": None}
-    return JSONResponse(content, status_code=status, headers={"connection": "close"})
+    return JSONResponse(_told(message), status_code=status, headers={"connection": "close"})
 
 
 def descriptors_allow(max_connections: int) -> int:
@@ -189,7 +195,7 @@ def bounded_protocol(*, header_seconds: float, max_connections: int) -> type[H11
 
         def _say(self, status: int, message: str) -> None:
             """An answer outside any request; nothing may follow it."""
-            content = json.dumps({"error": message, "field": None, "request_id": None}).encode()
+            content = json.dumps(_told(message)).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(content))),

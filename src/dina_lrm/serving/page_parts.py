@@ -16,13 +16,17 @@ from dina_lrm.serving.measuring import Measurer
 from dina_lrm.shapes.render import blur, render
 from dina_lrm.shapes.scenes import parse_caption, sample_scene
 
+log = logging.getLogger("dina_lrm.serving")
+
+CAPTIONS = (
+    "a red circle on a gray background",
+    "a big blue square above a yellow triangle on a white background",
+    "a green cross to the left of a purple circle on a black background",
+)
+
 MAX_FILE_BYTES = 32 * 2**20
 """Bytes of one upload."""
-
-
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
-
-
 Handler = Callable[..., Iterator[Any]]
 
 
@@ -160,13 +164,3 @@ def example_files(files: gr.File) -> list[str]:
         save_pil_to_cache(picture, cache_dir=files.GRADIO_CACHE, name=name, format="png")
         for name, picture in pictures.items()
     ]
-
-
-log = logging.getLogger("dina_lrm.serving")
-
-
-CAPTIONS = (
-    "a red circle on a gray background",
-    "a big blue square above a yellow triangle on a white background",
-    "a green cross to the left of a purple circle on a black background",
-)

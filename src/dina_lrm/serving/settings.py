@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.remote import TOKEN_VARIABLE
 
 __all__ = [
     "CONFIG_VARIABLE",
     "LOOPBACK_NAMES",
     "PREFIX",
-    "TOKEN_VARIABLE",
     "Adapter",
     "ServerSettings",
     "check_address",
@@ -35,7 +35,6 @@ __all__ = [
 
 ENVIRONMENT = "DINA_LRM_"
 """Prefix of the environment variables: DINA_LRM_MAX_ROWS=64."""
-TOKEN_VARIABLE = ENVIRONMENT + "TOKEN"
 CONFIG_VARIABLE = ENVIRONMENT + "CONFIG"
 """Names the file of settings."""
 _OTHER_VARIABLES = (CONFIG_VARIABLE, ENVIRONMENT + "TRACEBACK")

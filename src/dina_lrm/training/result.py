@@ -6,7 +6,7 @@ from dina_lrm.core.calibration import better_than_chance, determined_scale
 from dina_lrm.runs.progress import StepMetrics
 from dina_lrm.training.validation import Levels, ValidationMargins
 
-__all__ = ["TrainResult"]
+__all__ = ["TrainResult", "calibrated"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.sources.own_rows import TIE
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["PairEncoder", "PrepareSettings", "Prepared", "unwanted"]
+__all__ = ["LoadEncoder", "PairEncoder", "PrepareSettings", "Prepared", "unwanted"]
 
 
 @runtime_checkable

@@ -20,8 +20,6 @@ from dina_lrm.files import content_digest
 from dina_lrm.images import rgb_tensor
 
 PICTURES_PER_CALL = 16
-
-
 PROMPTS_PER_CALL = 16
 
 

@@ -14,13 +14,21 @@ from torch import Tensor
 from dina_lrm.data.shards.write import FORMAT
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["no_shards"]
-
+__all__ = [
+    "CACHE_BYTES",
+    "Columns",
+    "RowGroups",
+    "halves",
+    "no_shards",
+    "open_file",
+    "shard_pictures",
+    "shard_prompts",
+    "shard_rejects",
+    "tensor_of",
+]
 
 CACHE_BYTES = 2 << 30
 """Row groups kept in memory by a reader."""
-
-
 SMALL_COLUMNS = ["prompt", "target", "chosen", "rejected", "latent_shape"]
 
 

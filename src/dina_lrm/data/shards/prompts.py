@@ -11,7 +11,7 @@ from dina_lrm.data.shards.columns import CACHE_BYTES, RowGroups, open_file, tens
 from dina_lrm.data.shards.write import PromptRow, prompt_hash
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["PromptTable"]
+__all__ = ["PromptTable", "stack_prompts"]
 
 
 class PromptTable:

@@ -14,12 +14,9 @@ from torch import Tensor
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import atomic_path
 
-__all__ = ["PromptRow", "prompt_hash", "write_pairs", "write_prompts"]
-
+__all__ = ["FORMAT", "PromptRow", "prompt_hash", "write_pairs", "write_prompts"]
 
 FORMAT = "dina-lrm latent shards 1"
-
-
 PROMPT_GROUP_BYTES = 16 << 20
 """Embeddings in a row group of prompts, about."""
 
