@@ -28,7 +28,7 @@ import tyro
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import sample_caption, sample_scene
 
-MARK = "DINA_LRM_BULK_RUN"
+MARK = "BULK_SCORING_RUN"
 """Environment variable by which a run's workers are told from others on the machine."""
 
 

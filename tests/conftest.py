@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.families import make_family
+from tests.reference import GOLDEN
 from tests.tiny import make_tiny_pipeline, tiny_transformer_only
 
 # Some libraries warn about themselves while being imported. Importing them here, once and quietly, leaves
@@ -30,8 +31,6 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers wa
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 
-GOLDEN_VARIABLE = "DINA_LRM_GOLDEN"
-
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
@@ -46,12 +45,10 @@ def loggers_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Reference tensors of the paper's code: those of tests/golden, or of $DINA_LRM_GOLDEN."""
-    default = Path(__file__).resolve().parent / "golden"
-    folder = Path(os.environ.get(GOLDEN_VARIABLE, default))
-    if not (folder / "A_lora_dual").is_dir():
-        pytest.skip(f"no golden tensors at {folder}: set {GOLDEN_VARIABLE} to their folder")
-    return folder
+    """See `tests.reference`."""
+    if not (GOLDEN / "A_lora_dual").is_dir():
+        pytest.skip(f"no golden tensors at {GOLDEN}: set DINA_LRM_GOLDEN to their folder")
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")

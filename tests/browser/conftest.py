@@ -36,8 +36,8 @@ def browser():
 
 @pytest.fixture
 def screenshots(tmp_path):
-    """The folder that DINA_LRM_SCREENSHOTS names, or one of the test's own."""
-    folder = Path(os.environ.get("DINA_LRM_SCREENSHOTS", tmp_path))
+    """The folder that TEST_SCREENSHOTS names, or one of the test's own."""
+    folder = Path(os.environ.get("TEST_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

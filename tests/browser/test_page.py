@@ -96,7 +96,7 @@ class Visit:
     def finish(self, name) -> None:
         """Look at the page as a whole, keep a picture of it, and leave."""
         self.page.wait_for_timeout(300)  # a moment for what still moves
-        folder = os.environ.get("DINA_LRM_SCREENSHOTS")
+        folder = os.environ.get("TEST_SCREENSHOTS")
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(folder) / f"page-{name}-{self.width}.png", full_page=True)

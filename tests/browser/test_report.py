@@ -14,9 +14,9 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The report of invented results, or the real one that DINA_LRM_REPORT names."""
-    if "DINA_LRM_REPORT" in os.environ:
-        return Path(os.environ["DINA_LRM_REPORT"]).resolve()
+    """The report of invented results, or the real one that TEST_REPORT names."""
+    if "TEST_REPORT" in os.environ:
+        return Path(os.environ["TEST_REPORT"]).resolve()
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_html(build_report(make_demo_results()), path)
     return path
@@ -31,7 +31,7 @@ def test_report(browser, report, tmp_path, name, width, height, scheme):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(report.as_uri())
-    folder = Path(os.environ.get("DINA_LRM_SCREENSHOTS", tmp_path))
+    folder = Path(os.environ.get("TEST_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / f"{name}-{scheme}.png", full_page=True)
 

@@ -23,7 +23,7 @@ from dina_lrm.remote.client import Client
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
-MARK = "DINA_LRM_REPLICAS_TEST"
+MARK = "REPLICAS_TEST_RUN"
 ROWS = 3
 """Of one request."""
 

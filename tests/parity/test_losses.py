@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dina_lrm.core.likelihood import pairwise_loss, preference_log_likelihood
+from tests.reference import GOLDEN
 
-GOLDEN = Path(os.environ.get("DINA_LRM_GOLDEN", Path(__file__).parents[1] / "golden"))
 CASE = GOLDEN / "F_losses"
 needs_golden = pytest.mark.skipif(
     not CASE.is_dir(), reason=f"no golden tensors at {CASE}; set DINA_LRM_GOLDEN to their folder"

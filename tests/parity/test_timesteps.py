@@ -1,8 +1,5 @@
 """Noise level -> table row, sigma, timestep: against the paper's code (stored) and diffusers' schedulers."""
 
-import os
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
@@ -10,8 +7,8 @@ from safetensors.torch import load_file
 
 from dina_lrm.core.flow import clean_and_noise, ddim_step, euler_step, sigma_grid
 from dina_lrm.core.noise import NoiseSchedule
+from tests.reference import GOLDEN
 
-GOLDEN = Path(os.environ.get("DINA_LRM_GOLDEN", Path(__file__).parents[1] / "golden"))
 CASE = GOLDEN / "G_timesteps"
 needs_golden = pytest.mark.skipif(
     not CASE.is_dir(), reason=f"no golden tensors at {CASE}; set DINA_LRM_GOLDEN to their folder"

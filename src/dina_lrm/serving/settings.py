@@ -37,7 +37,8 @@ ENVIRONMENT = "DINA_LRM_"
 """Prefix of the environment variables: DINA_LRM_MAX_ROWS=64."""
 CONFIG_VARIABLE = ENVIRONMENT + "CONFIG"
 """Names the file of settings."""
-_OTHER_VARIABLES = (CONFIG_VARIABLE, ENVIRONMENT + "TRACEBACK")
+_OTHER_VARIABLES = (CONFIG_VARIABLE, ENVIRONMENT + "TRACEBACK", ENVIRONMENT + "GOLDEN")
+"""Variables of ours that are no settings of the server; the command line and the tests read the last two."""
 _OF_KUBERNETES = re.compile(r"DINA_LRM_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 """It sets these, and DINA_LRM_PORT=tcp://..., in every container beside a service that is called dina-lrm."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

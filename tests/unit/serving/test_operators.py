@@ -113,6 +113,7 @@ def test_what_kubernetes_puts_beside_the_settings_is_none_of_them() -> None:
         "DINA_LRM_PORT_8000_TCP": "tcp://10.96.0.7:8000",
         "DINA_LRM_PORT_8000_TCP_ADDR": "10.96.0.7",
         "DINA_LRM_TRACEBACK": "1",
+        "DINA_LRM_GOLDEN": "tensors",
         "DINA_LRM_CONFIG": "elsewhere.toml",
     }
     assert settings_from(None, environment) == ServerSettings()
