@@ -4,6 +4,9 @@ They also derive from the built-in a caller would guess (`ValueError`, `RuntimeE
 does not know this package can still catch them.
 """
 
+import warnings
+from collections.abc import Iterable
+
 
 class DinaError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -39,3 +42,9 @@ class ScoringError(RunError):
 
 class PromptWarning(UserWarning):
     """A prompt was used, but not all of it reached the encoder: words cut off, or words it does not know."""
+
+
+def warn_of_prompts(notes: Iterable[str], *, stacklevel: int = 5) -> None:
+    """A PromptWarning for each note, each once."""
+    for note in dict.fromkeys(notes):
+        warnings.warn(note, PromptWarning, stacklevel=stacklevel)

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, digests, and what keeps a path from being read."""
 
 import contextlib
+import dataclasses
 import difflib
 import glob
 import hashlib
@@ -197,6 +198,19 @@ def readable_json(record: Any) -> str:
     text = json.dumps(record, indent=2)
     lists = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")  # no string holds a line break
     return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def json_types(value: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists, at every depth: what reading the JSON of it gives.
+
+    >>> json_types({"betas": (0.9, 0.999)})
+    {'betas': [0.9, 0.999]}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: json_types(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: json_types(item) for key, item in value.items()}
+    return [json_types(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def file_digest(file: Path) -> str:

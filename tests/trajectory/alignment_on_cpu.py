@@ -117,7 +117,7 @@ def collectives_of_a_step(pipeline: Path) -> dict[str, int]:
         run.learn()
     finally:
         torch.distributed.all_reduce = plain
-    return {"collectives": calls, "parameters": len(run.parameters)}
+    return {"collectives": calls, "parameters": len(run.state.parameters)}
 
 
 def failing_alone(pipeline: Path, output: Path, when: int) -> str:

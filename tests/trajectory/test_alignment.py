@@ -88,7 +88,7 @@ def align(folder: Path, config: AlignConfig, reward: Reward | None = None) -> tu
 
 
 def weights(run: Run) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in run.parameters.values()]
+    return [parameter.detach().clone() for parameter in run.state.parameters.values()]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -136,9 +136,9 @@ def test_what_is_written(tiny_pipeline: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["000000", "000002", "000004"]
     # The saved adapter is the policy as it ended, which is the average of the weights.
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len(saved) == len(run.parameters)
-    assert run.average is not None
-    torch.testing.assert_close(weights(run), list(run.average.shadow_params))
+    assert len(saved) == len(run.state.parameters)
+    assert run.state.average is not None
+    torch.testing.assert_close(weights(run), list(run.state.average.shadow_params))
     assert result.stopped_by == "steps"
 
 

@@ -120,7 +120,7 @@ def test_an_evaluation_that_fails_comes_after_the_checkpoint(tiny_pipeline: Path
     plain = run.policy.pictures
 
     def no_memory(*arguments: Any, **options: Any) -> Any:
-        if run.step == 2:
+        if run.state.step == 2:
             raise MemoryError
         return plain(*arguments, **options)
 

@@ -15,12 +15,9 @@ evaluation loses updates; a run that goes on from there makes that evaluation fi
 
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -32,11 +29,10 @@ from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.alignment.record import Measures, RunResult, append_line, diversity, lines_until
 from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.files import atomic_folder, atomic_write, naming, recover_folder
-from dina_lrm.runs import optimizer as optim
-from dina_lrm.runs import state
-from dina_lrm.runs.config import to_dict
+from dina_lrm.files import atomic_folder, atomic_write, json_types, naming, recover_folder
 from dina_lrm.runs.interrupt import Interrupt, Interrupted
+from dina_lrm.runs.optimizer import adamw
+from dina_lrm.runs.state import RunState
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.rewards import Reward, checked
 from dina_lrm.sampling.rollout import Trajectory, rollout, sample
@@ -89,25 +85,19 @@ class Run:
             raise InvalidInputError(
                 f"batch_size = {config.batch_size} does not divide over {self.processes.count} processes"
             )
-        self.parameters = policy.parameters()
-        settings = config.optimizer
-        self.optimizer = optim.adamw(
-            policy.network,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            eps=settings.eps,
+        digest = hashlib.blake2b(json.dumps([self.prompts, self.held_out]).encode(), digest_size=16)
+        self.state = RunState(
+            config,
+            policy.parameters(),
+            adamw(policy.network, config.optimizer),
+            fingerprint=digest.hexdigest(),
+            data="prompts",
+            unit="update",
+            may_change=_MAY_CHANGE,
         )
-        self.average = None
-        if settings.ema_decay is not None:
-            self.average = optim.weight_average(list(self.parameters.values()), settings.ema_decay)
-        self.output = Path(config.output) if config.output is not None else None
-        self.step = 0
-        self.seconds_before = 0.0
+        self.output = self.state.output
         self.evaluations: list[Evaluation] = []
         self.history: list[Measures] = []
-        digest = hashlib.blake2b(json.dumps([self.prompts, self.held_out]).encode(), digest_size=16)
-        self.fingerprint = digest.hexdigest()
         if self._writes:
             assert self.output is not None
             for name in ("last", "best"):
@@ -134,29 +124,29 @@ class Run:
 
     def _train(self, update: Update) -> RunResult:
         config = self.config
-        self.started = time.perf_counter()
+        self.state.start()
         self.processes.wait()  # the main one may have had a folder to recover
         if config.resume:
             self._resume()
         if self._writes:
             assert self.output is not None
             self._truncate_logs()
-            atomic_write(self.output / "align_config.json", json.dumps(to_dict(config), indent=2).encode())
+            atomic_write(self.output / "align_config.json", json.dumps(json_types(config), indent=2).encode())
         with warnings.catch_warnings():
             # Under autocast the head's RMSNorm meets bfloat16 tokens with a float32 scale, as intended.
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             with Interrupt() as interrupt:
                 stopped_by = self._loop(update, interrupt)
-        if self.average is not None:
-            self.average.copy_to(list(self.parameters.values()))
+        if self.state.average is not None:
+            self.state.average.copy_to(self.state.shards())
         if self._writes:
             assert self.output is not None
             with naming(self.output):
                 self.policy.save_lora(self.output)
         self.processes.wait()
         return RunResult(
-            steps=self.step,
-            seconds=self.seconds,
+            steps=self.state.step,
+            seconds=self.state.seconds,
             stopped_by=stopped_by,
             evaluations=tuple(self.evaluations),
             history=tuple(self.history),
@@ -164,31 +154,29 @@ class Run:
 
     def _loop(self, update: Update, interrupt: Interrupt) -> str:
         """Evaluations, updates and checkpoints; returns what ended it."""
-        config = self.config
+        config, state = self.config, self.state
         every, total = config.monitor.every, config.num_steps
-        due = self.step % every == 0 or self.step == total
-        if due and all(one.step != self.step for one in self.evaluations) and self._evaluation_stops():
+        due = state.step % every == 0 or state.step == total
+        if (
+            due
+            and all(earlier.step != state.step for earlier in self.evaluations)
+            and self._evaluation_stops()
+        ):
             return "parting"
-        while self.step < total:
-            optim.set_learning_rate(self.optimizer, self._rate_factor())
-            measures = self._over_processes(update(self, self.step))
-            self.step += 1
-            self._tell(measures | {"step": self.step, "seconds": round(self.seconds, 3)})
-            due = self.step % every == 0 or self.step == total
+        while state.step < total:
+            state.set_learning_rate()
+            measures = self._over_processes(update(self, state.step))
+            state.step += 1
+            self._tell(measures | {"step": state.step, "seconds": round(state.seconds, 3)})
+            due = state.step % every == 0 or state.step == total
             asked = self.processes.asked(interrupt)
-            if due or asked or self.step % config.checkpoint_every == 0:
+            if due or asked or state.step % config.checkpoint_every == 0:
                 self.checkpoint("last")
             if not asked and due and self._evaluation_stops():
                 return "parting"
             if asked or (due and self.processes.asked(interrupt)):
-                raise Interrupted(interrupt.number, self._kept())
+                raise Interrupted(interrupt.number, state.kept())
         return "steps"
-
-    def _kept(self) -> str:
-        """What an interrupted run leaves."""
-        if self.output is None:
-            return f"update {self.step} was finished, and nothing is kept, since the run has no output"
-        return f"update {self.step} was finished, and {self.output / 'last'} holds it"
 
     def _over_processes(self, measures: Measures) -> Measures:
         """Means over all processes: each has measured its own share."""
@@ -199,20 +187,6 @@ class Run:
     def _writes(self) -> bool:
         """Whether this process writes into the folder of the run."""
         return self.output is not None and self.processes.is_main
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def _rate_factor(self) -> float:
-        settings = self.config.optimizer
-        return optim.learning_rate_factor(
-            self.step,
-            num_steps=self.config.num_steps,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            final_fraction=settings.final_fraction,
-        )
 
     # ------------------------------------------------------------------------------------- for algorithms
 
@@ -275,7 +249,7 @@ class Run:
         Raises:
             AlignmentError: the norm is not finite or above `gradient_limit`; nothing was changed.
         """
-        parameters = list(self.parameters.values())
+        parameters = list(self.state.parameters.values())
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
         # All of them in one collective: a latency for each would cost more than the numbers.
         together = self.processes.mean(torch.cat([one.flatten() for one in gradients]))
@@ -284,24 +258,18 @@ class Run:
             parameter.grad = part.view_as(parameter)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_gradient_norm))
         if not norm <= self.config.gradient_limit:  # also false for NaN
-            self.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.zero_grad(set_to_none=True)
             where = "none was written yet" if self.output is None else f"it is in {self.output / 'last'}"
             raise AlignmentError(
-                f"the gradient's norm is {norm:.3g} in update {self.step}, allowed up to gradient_limit = "
-                f"{self.config.gradient_limit:g}: lower optimizer.learning_rate or the reward's weight. The "
+                f"the gradient's norm is {norm:.3g} in update {self.state.step}, allowed up to "
+                f"gradient_limit = {self.config.gradient_limit:g}: lower optimizer.learning_rate or the "
+                f"reward's weight. The "
                 f"last good checkpoint is unchanged: {where}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.step(parameters)
+        self.state.optimize()
         return norm
 
     # ------------------------------------------------------------------------------------- evaluation
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The average weights inside, the raw ones again after."""
-        return optim.averaged(self.average, list(self.parameters.values()))
 
     def _evaluation_stops(self) -> bool:
         """Evaluate; whether the run ends with it."""
@@ -318,7 +286,7 @@ class Run:
             for i in range(len(shown))
             for j in range(DIVERSITY_SAMPLES)
         ]
-        with self.averaged():
+        with self.state.averaged():
             clean = self.sample(self.held_out, seeds)
             several = self.sample([one for one in shown for _ in range(DIVERSITY_SAMPLES)], more)
             distance = self.policy.distance()
@@ -329,8 +297,8 @@ class Run:
             pictures = self.policy.pictures(clean, batch_size=config.sampler.batch_size)
             gold, missing = ask_all(self.golds, self.held_out, pictures)
             evaluation = Evaluation(
-                step=self.step,
-                seconds=round(self.seconds, 3),
+                step=self.state.step,
+                seconds=round(self.state.seconds, 3),
                 proxy=tuple(proxy.tolist()),
                 gold=gold,
                 missing=missing,
@@ -355,19 +323,20 @@ class Run:
         self.evaluations.append(evaluation)
         for name, reason in evaluation.missing.items():
             self.log(
-                f"update {self.step}: the gold score {name} is missing, the run goes on without: {reason}"
+                f"update {self.state.step}: the gold score {name} is missing, the run goes on without: "
+                f"{reason}"
             )
         if evaluation.parted is not None:
-            self.log(f"update {self.step}: proxy and gold have parted: {evaluation.parted}")
+            self.log(f"update {self.state.step}: proxy and gold have parted: {evaluation.parted}")
         if self.output is None:
             return
-        folder = self.output / "pictures" / f"{self.step:06d}"
+        folder = self.output / "pictures" / f"{self.state.step:06d}"
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for index, picture in enumerate(pictures):
                 picture.save(folder / f"{index:03d}.png")
-        if best_evaluation(self.evaluations) is evaluation and self.step > 0:
-            with self.averaged(), atomic_folder(self.output / "best") as best:
+        if best_evaluation(self.evaluations) is evaluation and self.state.step > 0:
+            with self.state.averaged(), atomic_folder(self.output / "best") as best:
                 self.policy.save_lora(best)
         append_line(self.output / "evaluations.jsonl", asdict(evaluation))
         if self.on_evaluation is not None:
@@ -387,41 +356,27 @@ class Run:
             return
         assert self.output is not None
         best = best_evaluation(self.evaluations)
-        position = state.Position(
-            step=self.step,
-            seconds=self.seconds,
-            best_accuracy=None if best is None else best.mean_gold,
-            best_step=None if best is None else best.step,
-            config=to_dict(self.config),
-            data_fingerprint=self.fingerprint,
-        )
-
+        if best is not None:
+            self.state.best_accuracy, self.state.best_step = best.mean_gold, best.step
         with atomic_folder(self.output / name) as folder:
-            with self.averaged():
+            with self.state.averaged():
                 self.policy.save_lora(folder)
-            state.save_state(folder, position, self.parameters, self.optimizer, self.average, None)
+            self.state.save(folder)
 
     def _resume(self) -> None:
-        if self.output is None:
-            raise InvalidInputError("resume needs output, the folder of the run to go on with")
-        last = self.output / "last"
-        if last.exists():  # otherwise it was stopped before the first checkpoint, or never begun
-            position, _ = state.load_state(last, self.parameters, self.optimizer, self.average)
-            state.check_same_run(
-                last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="prompts"
-            )
-            self.step, self.seconds_before = position.step, position.seconds
-            for record in lines_until(self.output / "evaluations.jsonl", self.step):
+        if self.state.resume():
+            assert self.output is not None
+            for record in lines_until(self.output / "evaluations.jsonl", self.state.step):
                 gold = {
                     name: None if values is None else tuple(values)
                     for name, values in record.pop("gold").items()
                 }
                 self.evaluations.append(Evaluation(gold=gold, proxy=tuple(record.pop("proxy")), **record))
-        steps = self.processes.gather(torch.tensor([self.step, len(self.evaluations)]))
+        steps = self.processes.gather(torch.tensor([self.state.step, len(self.evaluations)]))
         if bool((steps != steps[0]).any()):
             raise InvalidInputError(
-                f"{last} is at update {' and '.join(map(str, steps[:, 0].tolist()))} as the processes see "
-                f"it: output must be one folder, which all of them read"
+                f"{self.output} is at update {' and '.join(map(str, steps[:, 0].tolist()))} as the "
+                f"processes see it: output must be one folder, which all of them read"
             )
 
     def _truncate_logs(self) -> None:
@@ -429,7 +384,7 @@ class Run:
         assert self.output is not None
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             file = self.output / name
-            kept = lines_until(file, self.step) if self.step and file.exists() else []
+            kept = lines_until(file, self.state.step) if self.state.step and file.exists() else []
             if file.exists():
                 atomic_write(file, "".join(json.dumps(one) + "\n" for one in kept).encode())
             if name == "metrics.jsonl":

@@ -103,7 +103,7 @@ class StepDpo:
             after = drawn[best[kept], kept], drawn[worst[kept], kept]
             yield _StepPairs(at, kept, (state[kept], state[kept]), after)
             generator = torch.Generator().manual_seed(
-                mix_seeds(config.seed, Stream.NEXT_BRANCH, run.step, at)
+                mix_seeds(config.seed, Stream.NEXT_BRANCH, run.state.step, at)
             )
             # Drawn for the whole batch, of which this process has some places.
             survivor = torch.randint(count, (config.batch_size,), generator=generator)

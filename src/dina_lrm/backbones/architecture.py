@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dina_lrm.errors import CheckpointError, InvalidInputError
+from dina_lrm.files import json_types
 from dina_lrm.pipelines.libraries import diffusers_class
 from dina_lrm.pipelines.weights import TensorSource, fill
 
@@ -56,7 +57,7 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return json_types(self)
 
     def build(self) -> nn.Module:
         """The diffusers model at this size, with fresh weights, on the current default device."""
@@ -215,7 +216,3 @@ def stored_dtype(parts: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype
 
 def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
-
-
-def _plain(value: Any) -> Any:
-    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -1,10 +1,9 @@
 """Prompts to conditioning, through the pipeline's own `encode_prompt`, one cached row per prompt."""
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,11 +11,20 @@ from torch.nn.utils.rnn import pad_sequence
 from dina_lrm.backbones.sharing import apart
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.precision import without_autocast
-from dina_lrm.errors import InvalidInputError, MissingComponentError, PromptWarning
+from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.pipelines.libraries import diffusers_class, quiet_loading, quiet_tokenizing
 from dina_lrm.pipelines.source import PipelineSource
 
 CACHED_PROMPTS = 512
+
+
+class _Row(NamedTuple):
+    conditioning: Conditioning
+    """One row, without padding, on the CPU."""
+    cut: str | None
+    """What is cut off the prompt, told in words."""
+    unknown: tuple[str, ...]
+    """Words of it that a tokenizer does not know."""
 
 
 class PromptEncoder:
@@ -47,7 +55,7 @@ class PromptEncoder:
         self._source = source
         self._dtype = dtype
         self._pipeline: Any = None
-        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._cache: OrderedDict[str, _Row] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy loads its own encoders again: transformers hooks functions on them that cannot be pickled. It
@@ -77,14 +85,13 @@ class PromptEncoder:
             self._encode_new(new, device)
         for prompt in prompts:
             self._cache.move_to_end(prompt)
-        encoded = [self._cache[prompt] for prompt in prompts]
+        encoded = [self._cache[prompt].conditioning for prompt in prompts]
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return joined_rows(encoded).to(device)
 
     def _encode_new(self, new: list[str], device: torch.device) -> None:
         pipeline = self._load(device)
-        self._warn(new, pipeline)
         on = device if self._source.live is None else pipeline._execution_device
         for start in range(0, len(new), self.prompts_per_call):
             chunk = new[start : start + self.prompts_per_call]
@@ -92,7 +99,8 @@ class PromptEncoder:
             with torch.no_grad(), without_autocast(on.type), quiet_tokenizing(pipeline):
                 rows = self.encode_batch(pipeline, list(chunk), on).to("cpu")
             for row, prompt in enumerate(chunk):
-                self._cache[prompt] = _without_padding(rows.index_select(torch.tensor([row])))
+                single = _without_padding(rows.index_select(torch.tensor([row])))
+                self._cache[prompt] = _Row(single, *self._not_seen(prompt, pipeline))
 
     def encode_empty(self, device: torch.device) -> Conditioning:
         """What classifier-free guidance contrasts prompts with, one row: the empty prompt."""
@@ -163,13 +171,21 @@ class PromptEncoder:
         self.prepare(pipeline)
         return pipeline
 
-    def notes(self, prompt: str, device: torch.device) -> list[str]:
-        """What the encoders will not see of a prompt: words cut off, words unknown to the tokenizer."""
-        check_prompts([prompt])
-        cut, unknown = self._not_seen(prompt, self._load(device))
-        return [*([cut] if cut else []), *([_unknown_note(unknown)] if unknown else [])]
+    def notes(self, prompts: Sequence[str], device: torch.device) -> list[str]:
+        """What the encoders do not see of prompts: one note for each that is cut off, one for all words that
+        are unknown to a tokenizer."""
+        check_prompts(prompts)
+        cuts: list[str] = []
+        unknown: dict[str, None] = {}
+        for prompt in dict.fromkeys(prompts):
+            row = self._cache.get(prompt)
+            cut, words = self._not_seen(prompt, self._load(device)) if row is None else row[1:]
+            cuts += [cut] if cut else []
+            unknown |= dict.fromkeys(words)
+        words = f"words unknown to the tokenizer, read as unknown: {', '.join(unknown)}"
+        return [*cuts, *([words] if unknown else [])]
 
-    def _not_seen(self, prompt: str, pipeline: Any) -> tuple[str | None, list[str]]:
+    def _not_seen(self, prompt: str, pipeline: Any) -> tuple[str | None, tuple[str, ...]]:
         """What is cut off, told in words, and the unknown words."""
         unknown: dict[str, None] = {}
         cut: dict[str, list[str]] = {}
@@ -184,24 +200,9 @@ class PromptEncoder:
                 cut.setdefault(lost, []).append(f"{encoder} ({limit} tokens)")
             unknown |= dict.fromkeys(_unknown_words(tokenizer, prompt))
         if not cut:
-            return None, list(unknown)
+            return None, tuple(unknown)
         losses = "; ".join(f"{', '.join(names)} does not see {lost!r}" for lost, names in cut.items())
-        return f"prompt {prompt[:40]!r}... is longer than the encoders read: {losses}", list(unknown)
-
-    def _warn(self, prompts: list[str], pipeline: Any) -> None:
-        """Say what the encoders will not see, once per new prompt."""
-        all_unknown: dict[str, None] = {}
-        for prompt in prompts:
-            cut, unknown = self._not_seen(prompt, pipeline)
-            all_unknown |= dict.fromkeys(unknown)
-            if cut:
-                warnings.warn(cut, PromptWarning, stacklevel=5)
-        if all_unknown:
-            warnings.warn(_unknown_note(all_unknown), PromptWarning, stacklevel=5)
-
-
-def _unknown_note(words: Iterable[str]) -> str:
-    return f"words unknown to the tokenizer, read as unknown: {', '.join(words)}"
+        return f"prompt {prompt[:40]!r}... is longer than the encoders read: {losses}", tuple(unknown)
 
 
 def prompt_list(prompts: Any) -> list[Any]:

@@ -28,7 +28,7 @@ from dina_lrm.data.pairs import load_image
 from dina_lrm.data.shards.read import LatentShards, PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import Interval
-from dina_lrm.models.encoders import pipeline_encoders
+from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.pipelines.source import PipelineSource
 from dina_lrm.remote.client import Client
@@ -129,9 +129,18 @@ def read_prompts(file: str) -> list[str]:
 
 
 def latent_reward(
-    location: str, pipeline: Any, *, noise_levels: Sequence[float] = (), share: bool = True
+    location: str,
+    pipeline: Any,
+    *,
+    noise_levels: Sequence[float] = (),
+    share: bool = True,
+    encoders: Encoders | None = None,
 ) -> LatentReward:
     """A reward for the pictures of a live pipeline; shares its transformer where it is its own backbone's.
+
+    Args:
+        encoders: of the pipeline; a reward that shares its transformer takes these, so that a prompt that the
+            policy has encoded is not encoded again.
 
     Raises:
         InvalidInputError: the reward reads latents of another VAE, or is a server.
@@ -149,6 +158,8 @@ def latent_reward(
         model = RewardModel.from_pretrained(location, pipeline)
         if model.config.tuning != "full":
             model.attach(pipeline)
+            if encoders is not None and encoders.text.max_text_tokens == model.config.max_text_tokens:
+                model.encoders = encoders
     else:
         model = RewardModel.from_pretrained(location, device=weight.device, dtype=weight.dtype)
         model.requires_grad_(False)
@@ -249,8 +260,13 @@ def run_alignment(
             if is_address(location):
                 log(f"the reward is asked of {location}")
                 return server_reward(clients.enter_context(Client(location)), policy, config, held_out[0])
-            settings = config.reward
-            return latent_reward(location, pipeline, noise_levels=settings.noise_levels, share=settings.share)
+            return latent_reward(
+                location,
+                pipeline,
+                noise_levels=config.reward.noise_levels,
+                share=config.reward.share,
+                encoders=policy.encoders,
+            )
 
         reward = RewardSum(tuple(map(term, config.reward.models)), weights)
         run = Run(

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import Progress
 
 from dina_lrm.checkpoints.dina import OWNED
 from dina_lrm.core.seeds import Stream, mix_seeds
@@ -32,7 +31,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import content_digest, file_fault, recover_folder
 from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.runs.progress import Pace
+from dina_lrm.runs.pace import WorkProgress
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import check_batch_size
 
@@ -370,16 +369,10 @@ class RunPairs:
         if self._is_raw(source) and not self.processes.is_main_process:
             self.processes.wait_for_everyone()  # until the first process has prepared them
             return open_shards(prepared, model, cache_gigabytes=cache)
-        with Progress(console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
-            task, pace = progress.add_task(f"{part} pairs", total=None), None
+        with WorkProgress(console=self.console, log=self.log) as progress:
 
             def report(done: int, total: int, found: int) -> None:
-                nonlocal pace
-                pace = pace or Pace(total, found)
-                progress.update(task, completed=done, total=total)
-                if not self.console.is_terminal and pace.due(done):
-                    rate = f"{pace.rate(done):.3g} a second"
-                    self.log(", ".join([f"{part} pairs: {done:,} of {total:,}", rate, pace.left(done)]))
+                progress.tell(f"{part} pairs", done, found, total=total)
 
             made = latent_pairs(
                 source,

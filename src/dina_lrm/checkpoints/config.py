@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import json_types
 
 Tuning = Literal["lora", "frozen", "full"]
 
@@ -186,7 +187,7 @@ class RewardModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""
-        return _plain(dataclasses.asdict(self))
+        return json_types(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RewardModelConfig":
@@ -213,12 +214,6 @@ def _check_levels(levels: tuple[float, ...], name: str) -> None:
     _require(len(levels) > 0, name, levels, "at least one level")
     for level in levels:
         _require(0.0 <= level <= 1.0, name, level, "in [0, 1]; 0 is clean, 1 is pure noise")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _from_mapping(cls: Any, values: Any, where: str) -> Any:

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag
 from dina_lrm.files import atomic_write
+from dina_lrm.runs.pace import WorkProgress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,13 @@
 import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dina_lrm.errors import ScoringError
+from dina_lrm.errors import PromptWarning, ScoringError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 WIDE = 10_000
 """Columns of a table that is not read on a terminal."""
-
-LONGEST_SECONDS, LEAST_SECONDS = 30.0, 2.0
-"""Between two lines of progress: at most, and at least however quick the work."""
 
 
 class UsageError(Exception):
@@ -91,78 +87,6 @@ def print_table(
     console.print(table)
 
 
-class WorkProgress:
-    """Rate and time left of long work: a bar on a terminal, elsewhere a line at least every 20th of it or
-    every half a minute, whichever comes first.
-
-    Args:
-        totals: how much there is to do of each kind, where it is known beforehand.
-        draw: a bar on a terminal; without, lines there too, as beside a server's log.
-    """
-
-    def __init__(self, totals: Mapping[str, int | None] | None = None, *, draw: bool = True) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-
-        self.totals = dict(totals or {})
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-            console=stderr(),
-            transient=True,
-            disable=not (draw and sys.stderr.isatty()),
-        )
-        self.task: Any = None
-        self.kind = ""
-        self.started = self.told_at = time.perf_counter()
-        self.told = 0
-
-    def __enter__(self) -> "WorkProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def tell(self, kind: str, done: int, found: int = 0, *, total: int | None = None) -> None:
-        """Tell that so much of one kind of work, such as "pairs", is done, `found` of it by an earlier run:
-        the rate is this run's."""
-        total = self.totals.get(kind) if total is None else total
-        now = time.perf_counter()
-        if kind != self.kind:
-            if self.kind:  # the first kind is timed from the beginning
-                self.started = self.told_at = now
-            self.kind, self.told = kind, found
-            self.task = self.bar.add_task(kind, total=total, pace="")
-        rate = (done - found) / max(now - self.started, 1e-9)
-        pace = f"{rate:.3g} a second"
-        if total is not None and total > done and rate > 0:  # a total may count a row of several pairs as one
-            pace += f", {duration((total - done) / rate)} left"
-        self.bar.update(self.task, completed=done, total=total, pace=pace)
-        if not self.bar.disable or done == self.told:
-            return
-        steps_on = total is not None and 20 * (done - self.told) >= total
-        if now - self.told_at < (LEAST_SECONDS if steps_on else LONGEST_SECONDS):
-            return
-        self.told, self.told_at = done, now
-        of = f" of {total:,}" if total is not None and total >= done else ""
-        log(f"  {done:,}{of} {kind}, {pace}")
-
-
-def duration(seconds: float) -> str:
-    """Time for people.
-
-    >>> duration(42.4), duration(250), duration(3 * 3600 + 300)
-    ('42 s', '4 min', '3 h 5 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 @contextmanager
 def resumable(hint: str) -> Iterator[None]:
     """Work that goes on when it is started again: if it is interrupted, or fails for want of a disk or a
@@ -192,4 +116,5 @@ def quiet_libraries() -> None:
     if "PYTEST_CURRENT_TEST" not in os.environ:  # pytest collects warnings itself, and makes them errors
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
+        warnings.simplefilter("once", PromptWarning)
         warnings.showwarning = show

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.evaluate_options import Evaluate, default_output, percent, refuse_ignored, refuse_to_replace
 from dina_lrm.cli.evaluate_public import evaluate_public
 from dina_lrm.cli.options import parse_noise_levels
 from dina_lrm.core.seeds import Stream
+from dina_lrm.runs.pace import WorkProgress
 
 if TYPE_CHECKING:
     from dina_lrm import RewardModel

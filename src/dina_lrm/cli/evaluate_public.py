@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.evaluate_options import Evaluate, default_output, last_written, percent, refuse_to_replace
 from dina_lrm.cli.options import find_device, parse_noise_levels
+from dina_lrm.runs.pace import WorkProgress
 
 if TYPE_CHECKING:
     from dina_lrm.evaluation.paired import PairedDifference

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table, resumable
+from dina_lrm.cli.console import UsageError, log, print_json, print_table, resumable
 from dina_lrm.cli.options import refuse
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.runs.pace import WorkProgress
 
 if TYPE_CHECKING:
     from dina_lrm.models.options import ModelOptions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import (
     JsonFlag,
     ModelOptions,
@@ -19,6 +19,7 @@ from dina_lrm.cli.options import (
     refuse,
 )
 from dina_lrm.remote import TOKEN_VARIABLE
+from dina_lrm.runs.pace import WorkProgress
 from dina_lrm.serving.settings import LOOPBACK_NAMES, check_address, is_loopback, token_in
 
 if TYPE_CHECKING:

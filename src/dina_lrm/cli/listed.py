@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log
+from dina_lrm.cli.console import UsageError, log
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.images import picture_file
+from dina_lrm.runs.pace import WorkProgress
 from dina_lrm.scaling.rows import Result, Row, results_of_rows
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, find_device
+from dina_lrm.runs.pace import WorkProgress
 
 if TYPE_CHECKING:
     from dina_lrm.data.prepare.settings import Prepared

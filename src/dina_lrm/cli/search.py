@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dina_lrm.cli.console import UsageError, WorkProgress, log, print_json, print_table
+from dina_lrm.cli.console import UsageError, log, print_json, print_table
 from dina_lrm.cli.options import JsonFlag, ModelOptions, check_prompt, find_device, parse, refuse
+from dina_lrm.runs.pace import WorkProgress
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,8 +1,8 @@
 """Pictures and prompts of pairs to latents and embeddings in memory."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image, ImageOps
@@ -14,7 +14,46 @@ from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair, Reject, load_image
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["encode_pairs"]
+__all__ = ["encode_pairs", "encoded_images"]
+
+
+NOT_FINITE = "latent is not finite"
+
+T = TypeVar("T")
+I = TypeVar("I")
+
+
+def encoded_images(
+    sources: Sequence[T],
+    load: Callable[[T], I],
+    encode: Callable[[list[I], list[int]], Sequence[Tensor] | Tensor],
+    *,
+    batch_size: int,
+    dtype: torch.dtype = torch.float16,
+) -> Iterator[Tensor | InvalidInputError]:
+    """For each source its latent, (channel, height, width) of `dtype` on the CPU, or why there is none.
+
+    Args:
+        load: makes an image of a source; its InvalidInputError is the reason.
+        encode: latents of images, given with their places in `sources`.
+    """
+    for start in range(0, len(sources), batch_size):
+        loaded: dict[int, I] = {}
+        results: dict[int, Tensor | InvalidInputError] = {}
+        places = range(start, min(start + batch_size, len(sources)))
+        for place in places:
+            try:
+                loaded[place] = load(sources[place])
+            except InvalidInputError as error:
+                results[place] = error
+        if loaded:
+            with torch.no_grad():
+                latents = encode(list(loaded.values()), list(loaded))
+            for place, latent in zip(loaded, latents, strict=True):
+                stored = latent.cpu().to(dtype)
+                finite = bool(torch.isfinite(stored).all())
+                results[place] = stored if finite else InvalidInputError(NOT_FINITE)
+        yield from (results[place] for place in places)
 
 
 @runtime_checkable
@@ -71,23 +110,16 @@ def encode_pairs(
     chosen = [row_of(pair.chosen) for pair in pairs]
     rejected = [row_of(pair.rejected) for pair in pairs]
 
-    problems: dict[int, str] = {}
-    encoded: dict[int, Tensor] = {}
     sizes: Counter[tuple[int, int]] = Counter()
-    for start in range(0, len(sources), batch_size):
-        images: list[Image.Image] = []
-        kept: list[int] = []
-        for row in range(start, min(start + batch_size, len(sources))):
-            try:
-                image = load_image(sources[row])
-            except InvalidInputError as error:
-                problems[row] = str(error)
-                continue
-            if size is not None:
-                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-            sizes[(image.height, image.width)] += 1
-            images.append(image)
-            kept.append(row)
+
+    def load(source: Any) -> Image.Image:
+        image = load_image(source)
+        if size is not None:
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+        sizes[(image.height, image.width)] += 1
+        return image
+
+    def encode(images: list[Image.Image], places: list[int]) -> Tensor:
         if len(sizes) > 1:
             listed = ", ".join(f"{width}x{height}" for height, width in sizes)
             raise InvalidInputError(
@@ -95,16 +127,18 @@ def encode_pairs(
                 "takes one size, or size=(height, width) to crop to; `dina-lrm prepare`, and training on "
                 "rows, take any sizes"
             )
-        if images:
-            seeds = [torch_seed(mix_seeds(seed, row)) for row in kept] if sample else None
-            latents = model.encode_images(images, sample=sample, seed=seeds)
-            for row, latent in zip(kept, latents.detach().cpu().to(dtype), strict=True):
-                if bool(torch.isfinite(latent).all()):
-                    encoded[row] = latent
-                else:
-                    problems[row] = "latent is not finite"
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(sources)), len(sources))
+        seeds = [torch_seed(mix_seeds(seed, row)) for row in places] if sample else None
+        return model.encode_images(images, sample=sample, seed=seeds)
+
+    problems: dict[int, str] = {}
+    encoded: dict[int, Tensor] = {}
+    for row, latent in enumerate(encoded_images(sources, load, encode, batch_size=batch_size, dtype=dtype)):
+        if isinstance(latent, InvalidInputError):
+            problems[row] = str(latent)
+        else:
+            encoded[row] = latent
+        if on_progress is not None and ((row + 1) % batch_size == 0 or row + 1 == len(sources)):
+            on_progress(row + 1, len(sources))
 
     good = [i for i in range(len(pairs)) if chosen[i] in encoded and rejected[i] in encoded]
     if len(good) < len(pairs):

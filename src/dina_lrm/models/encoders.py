@@ -69,6 +69,10 @@ class Encoders:
         """One row per prompt, in the encoders' own precision whatever `torch.autocast` the caller is in."""
         return self.text.encode(prompts, device)
 
+    def prompt_notes(self, prompts: Sequence[str], device: torch.device) -> list[str]:
+        """What the text encoders do not see of prompts (`PromptEncoder.notes`)."""
+        return self.text.notes(prompts, device)
+
     def encode_images(
         self, images: Any, device: torch.device, *, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The reward model: a `RewardNetwork` with the pipeline's encoders around it, for prompts and images."""
+"""The reward model: scores, comparisons and ranks of images; loading, sharing and saving."""
 
 import tempfile
 from collections.abc import Sequence
@@ -8,24 +8,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dina_lrm.backbones.prompts import check_prompts, prompt_list
 from dina_lrm.checkpoints.config import HeadConfig, LikelihoodConfig, Tuning
 from dina_lrm.checkpoints.dina import OWNED, read_checkpoint, write_checkpoint
-from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_generator, seeded_noise
 from dina_lrm.core.precision import without_autocast, without_inference_mode
-from dina_lrm.core.tensors import Latents
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.images import image_list
 from dina_lrm.models import loading
 from dina_lrm.models.adaptive import AdaptiveComparison, compare_adaptively, rank_adaptively, score_to_target
-from dina_lrm.models.encoders import Encoders
+from dina_lrm.models.encoded_reward import EncodedReward
 from dina_lrm.models.placement import resolve_device, resolve_dtype
-from dina_lrm.models.reward_network import RewardNetwork
 from dina_lrm.models.scoring import (
     NoiseLevels,
     RankedImage,
@@ -42,20 +38,18 @@ from dina_lrm.pipelines.threads import in_turn, library_lock
 HALF = (torch.float16, torch.bfloat16)
 
 
-class RewardModel(RewardNetwork):
+class RewardModel(EncodedReward):
     """Scores how well people would like a picture for a prompt, from its noisy latents.
 
     Make one with `from_pretrained` (to score) or `initialize` (to train). Threads may share a model: its
     public methods take turns. `score`, `compare` and `rank` compute outside any `torch.autocast` of the
     caller.
 
-    Args:
-        encoders: of the pipeline; None scores latents only. The others are those of `RewardNetwork`.
+    Args: those of `EncodedReward`.
     """
 
-    def __init__(self, *args: Any, encoders: Encoders | None = None, **settings: Any) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.encoders = encoders
         self._attached_to: Any = None
 
     # ------------------------------------------------------------------------------------- making one
@@ -367,76 +361,6 @@ class RewardModel(RewardNetwork):
             for index, (image, score) in enumerate(zip(listed, scores, strict=True))
         ]
         return sorted(ranked, key=lambda item: -item.score)
-
-    # ------------------------------------------------------------------------------------- encoding
-
-    @in_turn
-    def encode_prompts(self, prompts: str | Sequence[str]) -> Conditioning:
-        """Conditioning with one row per prompt, from the pipeline's own text encoders; cached per prompt."""
-        encoders = self._need_encoders("prompts", "text_encoder")
-        return encoders.encode_prompts(prompt_list(prompts), self.device)
-
-    @in_turn
-    def prompt_notes(self, prompt: str) -> list[str]:
-        """What the text encoders will not see of a prompt; `encode_prompts` warns of the same."""
-        return self._need_encoders("prompts", "text_encoder").text.notes(prompt, self.device)
-
-    def picture_size(self, height: int, width: int, name: str = "image") -> tuple[int, int]:
-        """Height and width in pixels at which a picture of a given size is encoded.
-
-        Raises:
-            InvalidInputError: the picture is too small; `name` says which.
-        """
-        return self._need_encoders("images", "vae").picture_size(height, width, name)
-
-    @in_turn
-    def encode_images(self, images: Any, *, sample: bool = False, seed: Any = None) -> Latents:
-        """Clean latents of pictures of one size, shifted and scaled: the VAE's mean, or a sample."""
-        pictures = image_list(images)
-        seeds = resolve_seeds(seed, len(pictures)) if sample else None
-        latents = self._need_encoders("images", "vae").encode_images(pictures, self.device, seeds=seeds)
-        if len({latent.shape for latent in latents}) > 1:
-            sizes = sorted({"x".join(map(str, latent.shape[:0:-1])) for latent in latents})
-            raise InvalidInputError(
-                f"pictures give latents of different sizes ({', '.join(sizes)}): encode them size by size"
-            )
-        return torch.stack(latents)
-
-    @in_turn
-    def decode_latents(self, latents: Tensor) -> Float[Tensor, "batch 3 *frame height width"]:
-        """Pictures in [0, 1] of clean latents, by the pipeline's VAE: the way back from `encode_images`."""
-        self.backbone.check_latents(latents)
-        return self._need_encoders("latents", "vae").decode_latents(latents, self.device)
-
-    @property
-    def latent_space(self) -> str | None:
-        """Class and normalisation of the pipeline's VAE; None if it has none."""
-        return None if self.encoders is None else self.encoders.latent_space
-
-    def check_inputs(
-        self, latents: Tensor, conditioning: Conditioning, latent_space: str | None = None
-    ) -> None:
-        """InvalidInputError unless latents and conditioning suit the backbone.
-
-        Args:
-            latent_space: VAE that the latents come from, where it is known; see `latent_space`.
-        """
-        self.backbone.check_latents(latents)
-        self.backbone.check_conditioning(conditioning)
-        own = self.latent_space
-        if latent_space is not None and own is not None and latent_space != own:
-            raise InvalidInputError(
-                f"these latents are of another family: they come from {latent_space}, "
-                f"the reward's pipeline has {own}"
-            )
-
-    def _need_encoders(self, what: str, component: str) -> Encoders:
-        if self.encoders is None:
-            raise MissingComponentError(
-                f"the pipeline has only a transformer and a scheduler, no {component}, so {what} cannot be "
-                f"encoded: give a complete pipeline, or use score_latents"
-            )
-        return self.encoders
 
     # ------------------------------------------------------------------------------------- saving
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,7 +15,7 @@ from torch import Tensor
 from dina_lrm.backbones.prompts import check_prompts
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.tensors import Score, check_tensor
-from dina_lrm.errors import InvalidInputError, PromptWarning, ScoringError
+from dina_lrm.errors import InvalidInputError, ScoringError, warn_of_prompts
 from dina_lrm.images import as_pictures
 from dina_lrm.models.scoring import ScoreOutput, check_sigma, resolve_levels, resolve_seeds
 from dina_lrm.remote import TOKEN_VARIABLE
@@ -287,7 +286,7 @@ def joined_rows(parts: Sequence[list[float]], latents: Tensor) -> Score:
 
 
 def joined_pictures(parts: Sequence[_PictureScores]) -> ScoreOutput:
-    _warn([note for part in parts for note in part.notes])
+    warn_of_prompts(note for part in parts for note in part.notes)
     errors = [error for part in parts for error in part.standard_errors or ()]
     return ScoreOutput(
         torch.tensor([score for part in parts for score in part.scores], dtype=torch.float32),
@@ -297,10 +296,5 @@ def joined_pictures(parts: Sequence[_PictureScores]) -> ScoreOutput:
 
 def warned_probability(comparison: tuple[float, list[str]]) -> float:
     probability, notes = comparison
-    _warn(notes)
+    warn_of_prompts(notes)
     return probability
-
-
-def _warn(notes: Sequence[str]) -> None:
-    for note in dict.fromkeys(notes):
-        warnings.warn(note, PromptWarning, stacklevel=4)

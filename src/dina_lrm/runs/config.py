@@ -1,17 +1,11 @@
-"""Settings that every run has, and any settings to and from JSON."""
+"""Settings that every run has."""
 
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from dina_lrm.errors import InvalidInputError
+__all__ = ["OptimizerConfig", "Schedule"]
 
-__all__ = ["OptimizerConfig", "from_dict", "to_dict"]
-
-ConfigT = TypeVar("ConfigT")
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +22,7 @@ class OptimizerConfig:
     """AdamW's averaging of the gradient and of its square."""
     eps: float = 1e-8
     """AdamW's denominator floor."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """Shape of the rate after warm-up."""
     final_fraction: float = 0.0
     """Where linear and cosine end, as a fraction of the peak."""
@@ -39,47 +33,3 @@ class OptimizerConfig:
     ema_decay: float | None = 0.995
     """Average of the weights used in validation and saved as the model. It starts faster:
     min(ema_decay, (1 + n) / (10 + n)) after n steps. None: no average."""
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain nested dicts and lists, ready for JSON.
-
-    >>> to_dict(OptimizerConfig())["betas"]
-    [0.9, 0.999]
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value
-
-    return plain(dataclasses.asdict(config))
-
-
-def from_dict(cls: type[ConfigT], values: Mapping[str, Any], *, path: str = "") -> ConfigT:
-    """Rebuild a config from `to_dict`; an unknown key is an error that names it.
-
-    >>> from_dict(OptimizerConfig, {"betas": [0.9, 0.95]}).betas
-    (0.9, 0.95)
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InvalidInputError(
-            f"unknown config field {path + unknown[0]!r}; known here: {', '.join(sorted(hints))}"
-        )
-
-    def typed(hint: Any, value: Any, where: str) -> Any:
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            return from_dict(typing.cast(type, hint), value, path=where + ".")
-        if typing.get_origin(hint) is types.UnionType and value is not None:
-            return typed(
-                next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value, where
-            )
-        if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-            return tuple(typed(typing.get_args(hint)[0], item, where) for item in value)
-        return value
-
-    return cls(**{name: typed(hints[name], value, path + name) for name, value in values.items()})

@@ -7,36 +7,26 @@ any schedule (the reference honours it with the cosine only).
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.runs.config import OptimizerConfig, Schedule
 
-__all__ = ["Schedule", "adamw", "averaged", "learning_rate_factor", "set_learning_rate", "weight_average"]
-
-Schedule = Literal["constant", "linear", "cosine"]
+__all__ = ["adamw", "averaged", "learning_rate_factor", "set_learning_rate", "weight_average"]
 
 
-def adamw(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    backbone_learning_rate: float | None = None,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the parameters of `model` that require gradients.
 
     Weight decay acts on the matrices of linear and convolution layers, adapters included, and on nothing
     else: pulling a norm's scale, a bias, a query or an embedding towards 0 is no prior that anyone holds.
 
     Args:
-        model: a `RewardModel`; parameters whose name starts with "backbone." take `backbone_learning_rate`.
-        learning_rate, backbone_learning_rate: peaks; None uses the first for both.
+        model: parameters whose name starts with "backbone." take `settings.backbone_learning_rate`.
     """
     matrices = {
         id(module.weight)
@@ -50,17 +40,18 @@ def adamw(
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise InvalidInputError("the model has no trainable parameter")
-    backbone_rate = learning_rate if backbone_learning_rate is None else backbone_learning_rate
-    settings = [
+    rate, backbone_rate = settings.learning_rate, settings.backbone_learning_rate
+    backbone_rate = rate if backbone_rate is None else backbone_rate
+    entries = [
         {
             "params": parameters,
-            "lr": backbone_rate if in_backbone else learning_rate,
-            "peak_lr": backbone_rate if in_backbone else learning_rate,
-            "weight_decay": weight_decay if is_matrix else 0.0,
+            "lr": backbone_rate if in_backbone else rate,
+            "peak_lr": backbone_rate if in_backbone else rate,
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
         }
         for (in_backbone, is_matrix), parameters in groups.items()
     ]
-    return torch.optim.AdamW(settings, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(entries, lr=rate, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def learning_rate_factor(

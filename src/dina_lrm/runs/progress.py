@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import atomic_write
+from dina_lrm.runs.pace import Pace
 
-__all__ = ["Pace", "Reporter", "StepMetrics", "Window"]
+__all__ = ["Reporter", "StepMetrics", "Window"]
 
 CURVES = ("loss", "accuracy", "learning_rate", "gradient_norm", "pairs_per_second", "data_wait_fraction")
 
@@ -44,44 +45,6 @@ class StepMetrics:
     epoch: float | None = None
     validation: dict[str, float] | None = None
     """Accuracy of each candidate, "0.4" or "0.2+0.5+0.7", with averaged weights; set on validations only."""
-
-
-class Pace:
-    """How fast long work goes and when a line about it is due where no bar is drawn: every 5 %, and every
-    30 seconds, but not twice in 2 seconds.
-
-    Args:
-        total: of the work.
-        found: what an earlier run had done. It is not counted into the rate.
-    """
-
-    LONGEST_SECONDS, LEAST_SECONDS, FRACTION = 30.0, 2.0, 0.05
-
-    def __init__(self, total: int, found: int = 0) -> None:
-        self.total, self.found = total, found
-        self.started = self._told_at = time.perf_counter()
-        self._told = found
-
-    def due(self, done: int) -> bool:
-        """Whether to print a line now; the next is due later."""
-        now = time.perf_counter()
-        enough = done - self._told >= self.FRACTION * self.total
-        if now - self._told_at < (self.LEAST_SECONDS if enough else self.LONGEST_SECONDS):
-            return False
-        self._told, self._told_at = done, now
-        return True
-
-    def rate(self, done: int) -> float:
-        """Items a second in this run."""
-        return (done - self.found) / max(time.perf_counter() - self.started, 1e-9)
-
-    def left(self, done: int) -> str:
-        """Time left at this rate; empty where there is none yet."""
-        rate = self.rate(done)
-        if rate <= 0 or done > self.total:
-            return ""
-        seconds = (self.total - done) / rate
-        return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 class Window:

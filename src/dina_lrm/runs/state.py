@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped.
+"""What a run trains and where it is, and how it goes on as if it had never stopped.
 
 `training_state/` beside a checkpoint holds `tensors.safetensors` (raw weights, AdamW's two averages, the
 average of the weights, the best weights so far) and `position.json` (step, seconds, best accuracy, config,
@@ -7,10 +7,12 @@ dropout of step n are functions of (seed, n). No pickle.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 
 from dina_lrm.core.sharding import full_tensor, is_sharded, local, shard
 from dina_lrm.errors import CheckpointError, InvalidInputError
-from dina_lrm.files import atomic_write
+from dina_lrm.files import atomic_write, json_types
+from dina_lrm.runs.config import OptimizerConfig
+from dina_lrm.runs.optimizer import averaged, learning_rate_factor, set_learning_rate, weight_average
 
-__all__ = ["Position", "check_same_run", "load_state", "save_state"]
+__all__ = ["Position", "RunConfig", "RunState", "check_same_run", "load_state", "save_state"]
 
 FOLDER = "training_state"
 
@@ -40,7 +44,142 @@ class Position:
     config: dict[str, Any]
     """The resolved config."""
     data_fingerprint: str
-    """Fingerprint of the training pairs."""
+    """Fingerprint of what it is trained on."""
+
+
+class RunConfig(Protocol):
+    """What the settings of every run have."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def output(self) -> str | None: ...
+
+
+class RunState:
+    """The trained parameters, AdamW and the average of the weights; how far the run is, and its best weights.
+
+    Args:
+        parameters: those that are trained, by name. Where FSDP2 has sharded them, averages and best weights
+            are of this process's shards.
+        fingerprint: of what the run is trained on, the `data`, in words.
+        unit: what one step is called in messages.
+        may_change: settings that a run may change when it goes on, because they decide no numbers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Any,
+        *,
+        fingerprint: str,
+        data: str,
+        unit: str,
+        may_change: frozenset[str],
+    ) -> None:
+        self.config, self.parameters, self.optimizer = config, dict(parameters), optimizer
+        self.fingerprint, self.data, self.unit, self.may_change = fingerprint, data, unit, may_change
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else weight_average(self.shards(), decay)
+        self.output = None if config.output is None else Path(config.output)
+        self.step = 0
+        """Optimizer steps, or updates, done."""
+        self.best_step: int | None = None
+        self.best_accuracy: float | None = None
+        self.best_weights: list[Tensor] | None = None
+        self.seconds_before = 0.0
+        """Spent by earlier processes of this run."""
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, by earlier processes of this run too."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def shards(self) -> list[Any]:
+        """What this process holds of each parameter: all of it, unless FSDP2 has sharded them."""
+        return [local(parameter) for parameter in self.parameters.values()]
+
+    def set_learning_rate(self, elapsed_fraction: float = 0.0) -> float:
+        """Set the rate of the step to come; returns that of the last group of parameters.
+
+        Args:
+            elapsed_fraction: of a time budget.
+        """
+        settings = self.config.optimizer
+        factor = learning_rate_factor(
+            self.step,
+            num_steps=self.config.num_steps,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            final_fraction=settings.final_fraction,
+            elapsed_fraction=elapsed_fraction,
+        )
+        return set_learning_rate(self.optimizer, factor)
+
+    def optimize(self) -> None:
+        """AdamW's step on the gradients that are there, and the average's."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.shards())
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights inside, the raw ones again after, to the last bit."""
+        return averaged(self.average, self.shards())
+
+    def kept(self) -> str:
+        """What an interrupted run leaves."""
+        done = f"{self.unit} {self.step} was finished"
+        if self.output is None:
+            return f"{done}, and nothing is kept, since the run has no output"
+        return f"{done}, and {self.output / 'last'} holds it"
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/training_state; see `save_state` for runs of several processes."""
+        position = Position(
+            step=self.step,
+            seconds=self.seconds,
+            best_accuracy=self.best_accuracy,
+            best_step=self.best_step,
+            config=json_types(self.config),
+            data_fingerprint=self.fingerprint,
+        )
+        save_state(folder, position, self.parameters, self.optimizer, self.average, self.best_weights)
+
+    def resume(self) -> bool:
+        """Go on from OUTPUT/last; False where there is none, since the run was stopped before its first
+        checkpoint or never begun.
+
+        Raises:
+            InvalidInputError: no output, or another run's.
+            CheckpointError: the state is damaged, or of another model.
+        """
+        if self.output is None:
+            raise InvalidInputError("resume needs output: the folder of the run to go on with")
+        last = self.output / "last"
+        if not last.exists():
+            return False
+        position, best = load_state(last, self.parameters, self.optimizer, self.average)
+        check_same_run(
+            last,
+            position,
+            json_types(self.config),
+            self.fingerprint,
+            may_change=self.may_change,
+            data=self.data,
+        )
+        self.step, self.seconds_before = position.step, position.seconds
+        self.best_accuracy, self.best_step = position.best_accuracy, position.best_step
+        self.best_weights = best
+        return True
 
 
 def save_state(

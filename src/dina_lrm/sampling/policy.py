@@ -23,7 +23,7 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.flow import Prediction
 from dina_lrm.core.noise import NoiseSchedule, seeded_generator
 from dina_lrm.core.precision import float32_masters, matrix_precision
-from dina_lrm.errors import InvalidInputError
+from dina_lrm.errors import InvalidInputError, warn_of_prompts
 from dina_lrm.models.encoders import Encoders, pixels_per_latent
 from dina_lrm.pipelines.source import PipelineSource
 
@@ -264,9 +264,13 @@ class Policy:
 
         Each new prompt is encoded alone, so that its embedding has the same bits whatever a resumed run
         encodes beside it.
+
+        Warns:
+            PromptWarning: what the encoders do not see of a prompt.
         """
         for prompt in dict.fromkeys(prompts):
             self.encoders.encode_prompts([prompt], self.device)
+        warn_of_prompts(self.encoders.prompt_notes(prompts, self.device))
         return self.encoders.encode_prompts(prompts, self.device)
 
     def predict(

@@ -4,8 +4,8 @@
     result = successive_halving(policy, model, prompt, samples=16)
     result = guided(policy, model, prompt, samples=4, strength=0.1)
 
-`successive_halving` looks at the candidates while they are noisy: the clean latent that the denoiser predicts
-at a step, which costs nothing, is scored at one low noise level, and the reward's law of comparison with the
+`successive_halving` scores the candidates while they are noisy: the clean latent that the denoiser predicts
+at a step, which costs nothing, is scored at one low noise level, and the reward's likelihood with the
 variance v(sigma) of the state's own level gives the probability that the leading candidate is preferred to
 another. Where that is high enough the other is not sampled further. The reward of the noisy state itself
 ranks worse at every step.
@@ -37,7 +37,7 @@ from dina_lrm.sampling.rollout import SamplerConfig, advance, deterministic, fir
 
 __all__ = ["Guide", "Pruner", "SearchResult", "best_of_n", "guided", "successive_halving"]
 
-LOOK_LEVEL = 0.4
+SCORED_LEVEL = 0.4
 """Noise level at which predicted clean latents are scored."""
 
 DRAFT_STEPS = 10
@@ -103,7 +103,7 @@ def _finished(
     scores = checked(model.score_latents(clean, conditioning, seed=seed).float(), [prompt] * len(clean))
     order = scores.argsort(descending=True, stable=True).tolist()
     cost += len(kept) * len(model.config.noise_levels) * _pass_cost(policy, model)
-    return SearchResult(clean[order], scores[order], tuple(kept[one] for one in order), cost, tuple(alive))
+    return SearchResult(clean[order], scores[order], tuple(kept[row] for row in order), cost, tuple(alive))
 
 
 @torch.no_grad()
@@ -125,20 +125,20 @@ def best_of_n(
     return _finished(policy, model, clean, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
 
 
-def beaten(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
+def to_drop(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
     """Which candidates (bool) to drop: the leader is preferred with at least `confidence` at noise level
-    `sigma`, by the reward's own law of comparison; never more than half of them, the worst first.
+    `sigma`, by the reward's own likelihood; never more than half of them, the worst first.
 
     A confidence of 0.5 drops just the worse half.
     """
-    law = model.config.likelihood
+    likelihood = model.config.likelihood
     lead = (scores.max() - scores).double()
     probability = win_probability(
         lead,
         torch.full_like(lead, sigma),
-        likelihood=law.kind,
-        slope=law.slope,
-        floor=law.floor,
+        likelihood=likelihood.kind,
+        slope=likelihood.slope,
+        floor=likelihood.floor,
     )
     drop = torch.zeros_like(scores, dtype=torch.bool)
     worst_first = scores.argsort(stable=True)[: len(scores) // 2]
@@ -157,7 +157,7 @@ def check_steps(num_steps: int, first: int | None, every: int | None) -> range:
     return range(start, num_steps, stride)
 
 
-def look(
+def score_predicted(
     model: RewardModel,
     before: Tensor,
     after: Tensor,
@@ -172,12 +172,12 @@ def look(
         sigmas: noise levels of the two states.
         seed: of the noise that all are scored under.
     """
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     for start, end in zip(before.split(batch_size), after.split(batch_size), strict=True):
         levels = [torch.full((len(start),), sigma, device=start.device) for sigma in sigmas]
         clean = model.schedule.clean_between(start, end, *levels)
-        found.append(model.score_latents(clean, conditioning, LOOK_LEVEL, seed=seed).float())
-    return torch.cat(found)
+        parts.append(model.score_latents(clean, conditioning, SCORED_LEVEL, seed=seed).float())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -224,14 +224,14 @@ def successive_halving(
         alive.append(len(state))
         return advance(policy, state, _rows(own, len(state), policy.device), grid, step, config)
 
-    grid, state, looks, step = policy.grid(coarse, shape), noise, 0, 0
+    grid, state, scored, step = policy.grid(coarse, shape), noise, 0, 0
     while step < checks.stop and len(kept) > 1:
         after, step = sampled(state, grid, step), step + 1
         if step in checks:
-            looks += len(kept)
+            scored += len(kept)
             sigmas = float(grid.sigmas[step - 1]), float(grid.sigmas[step])
-            scores = look(model, state, after, theirs, sigmas, seed, config.batch_size)
-            stay = ~beaten(model, checked(scores, [prompt] * len(kept)), sigmas[1], confidence)
+            scores = score_predicted(model, state, after, theirs, sigmas, seed, config.batch_size)
+            stay = ~to_drop(model, checked(scores, [prompt] * len(kept)), sigmas[1], confidence)
             after = after[stay]
             kept = [index for index, good in zip(kept, stay.tolist(), strict=True) if good]
         state = after
@@ -239,7 +239,7 @@ def successive_halving(
         grid, state, step = policy.grid(config.num_steps, shape), noise[kept], 0
     for last in range(step, config.num_steps):
         state = sampled(state, grid, last)
-    cost = sum(alive) * _per_evaluation(config) + looks * _pass_cost(policy, model)
+    cost = sum(alive) * _per_evaluation(config) + scored * _pass_cost(policy, model)
     return _finished(policy, model, state, theirs, prompt, seed, kept=kept, cost=cost, alive=alive)
 
 
@@ -251,7 +251,7 @@ def draft_steps(num_steps: int, wanted: int | None = None) -> int:
     return steps
 
 
-def ascend(
+def gradient_step(
     model: RewardModel,
     state: Tensor,
     conditioning: Conditioning,
@@ -304,7 +304,9 @@ def guided(
         if strength > 0 and window[0] <= sigma <= window[1]:
             cost += 3.0 * samples * _pass_cost(policy, model)
             parts = [
-                ascend(model, part, theirs, grid.timesteps[step + 1].expand(len(part)), sigma, strength)
+                gradient_step(
+                    model, part, theirs, grid.timesteps[step + 1].expand(len(part)), sigma, strength
+                )
                 for part in state.split(config.batch_size)
             ]
             state = torch.cat(parts)
@@ -392,10 +394,10 @@ class Pruner(_Callback):
         self._before = state, sigma
         if step + 1 not in self.checks or len(latents) < 2 or before is None:
             return callback_kwargs
-        scores = look(
+        scores = score_predicted(
             self.model, before[0], state, self.conditioning, (before[1], sigma), self.seed, self.batch_size
         )
-        stay = ~beaten(self.model, scores, sigma, self.confidence)
+        stay = ~to_drop(self.model, scores, sigma, self.confidence)
         self._before = state[stay], sigma
         self.kept = [index for index, good in zip(self.kept, stay.tolist(), strict=True) if good]
         return {name: _of_kept(name, value, stay, len(latents)) for name, value in callback_kwargs.items()}
@@ -427,5 +429,5 @@ class Guide(_Callback):
         if following is None or not self.window[0] <= following[1] <= self.window[1]:
             return callback_kwargs
         timestep, sigma, scale = following
-        moved = ascend(self.model, latents / scale, self.conditioning, timestep, sigma, self.strength)
+        moved = gradient_step(self.model, latents / scale, self.conditioning, timestep, sigma, self.strength)
         return {**callback_kwargs, "latents": moved * scale}

@@ -1,27 +1,26 @@
 """Sampling a picture step by step, so that others get the model in between.
 
-A diffusers pipeline samples in one call and keeps the state of its scheduler in itself. Here each step is
-a piece of work of its own, with a scheduler of its own, and the pipeline's parts are only read: several
-visitors can sample at once. Step for step it computes what `StableDiffusion3Pipeline.__call__` does.
+Each step is a piece of work of its own, and nothing of a sampling is kept in the policy: several visitors can
+sample at once.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dina_lrm.core.flow import clean_and_noise
 from dina_lrm.core.tensors import Latents
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.shapes.networks import MAX_TOKENS
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.rollout import SamplerConfig, first_noise, transition_at
 
 __all__ = [
     "MAX_GUIDANCE",
     "MAX_SEED",
     "MAX_STEPS",
-    "Run",
+    "Executor",
     "SamplerState",
     "check_settings",
     "sample_stepwise",
@@ -35,7 +34,7 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Run(Protocol):
+class Executor(Protocol):
     """How a piece of work gets the model: `run(job)` is `job()`, computed where and when it is allowed.
 
     Raises:
@@ -62,65 +61,34 @@ class SamplerState:
 
 
 def sample_stepwise(
-    pipeline: Any, prompt: str, *, seed: int, num_steps: int, guidance_scale: float | int, run: Run
+    policy: Policy, prompt: str, *, seed: int, num_steps: int, guidance_scale: float, run: Executor
 ) -> Iterator[SamplerState]:
-    """The states of one sampling, as they come.
+    """The states of one sampling without noise, as they come: those of the pipeline's own call.
 
     Args:
-        pipeline: a `StableDiffusion3Pipeline` with short prompts, such as the bundled one.
         seed: of the first noise, in [0, `MAX_SEED`]. num_steps: in [1, `MAX_STEPS`].
         guidance_scale: in [1, `MAX_GUIDANCE`]; 1 is without guidance, and half the work.
-        run: takes each step.
+        run: takes the prompt, and then each step.
 
     Raises:
         ScoringError: from `run`.
     """
-    device = pipeline._execution_device
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(num_steps, device=device)
-    embeds, pooled = run(lambda: _encoded(pipeline, prompt, guidance_scale > 1))
-    side = pipeline.default_sample_size
-    latents = torch.randn(
-        (1, pipeline.transformer.config.in_channels, side, side),
-        generator=torch.Generator().manual_seed(seed),
-        dtype=embeds.dtype,
-    ).to(device)
+    config = SamplerConfig(num_steps=num_steps, guidance_scale=guidance_scale)
+    shape = policy.latent_shape()
+    grid = policy.grid(num_steps, shape)
+    conditioning = run(lambda: policy.encoders.encode_prompts([prompt], policy.device))
 
     @torch.no_grad()
     def step(number: int, noisy: Tensor) -> tuple[SamplerState, Tensor]:
-        rows, timestep = len(embeds), scheduler.timesteps[number]
-        velocity = pipeline.transformer(
-            hidden_states=noisy.expand(rows, -1, -1, -1),
-            timestep=timestep.expand(rows),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        if rows == 2:
-            without, conditional = velocity.chunk(2)
-            velocity = without + guidance_scale * (conditional - without)
-        sigma = scheduler.sigmas[number].to(device)
-        clean = clean_and_noise(noisy, velocity, sigma[None]).clean
-        state = SamplerState(number, float(sigma), timestep[None], noisy, clean)
-        return state, scheduler.step(velocity, timestep, noisy, return_dict=False)[0]
+        after = transition_at(policy, noisy, conditioning, grid, number, config).mean
+        sigma, following = grid.sigmas[number, None], grid.sigmas[number + 1, None]
+        clean = policy.schedule.clean_between(noisy, after, sigma, following)
+        return SamplerState(number, sigma.item(), grid.timesteps[number, None], noisy, clean), after
 
+    latents = first_noise(shape, [seed]).to(policy.device)
     for number in range(num_steps):
         state, latents = run(lambda number=number, noisy=latents: step(number, noisy))
         yield state
-
-
-@torch.no_grad()
-def _encoded(pipeline: Any, prompt: str, guided: bool) -> tuple[Tensor, Tensor]:
-    """Embeddings of the prompt, after those of the empty prompt where there is guidance."""
-    embeds, empty, pooled, empty_pooled = pipeline.encode_prompt(
-        prompt,
-        None,
-        None,
-        device=pipeline._execution_device,
-        do_classifier_free_guidance=guided,
-        max_sequence_length=MAX_TOKENS,
-    )
-    return (torch.cat([empty, embeds]), torch.cat([empty_pooled, pooled])) if guided else (embeds, pooled)
 
 
 def check_settings(

@@ -159,14 +159,21 @@ class _Scorer:
         marks = Marks(self.fs, part)
         tables: list[pyarrow.Table] = []
         results: list[Result] = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", PromptWarning)
+        prompts: dict[str, None] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptWarning)  # the notes are returned
             for table, rows in read_part(plan, part, job.scoring.batch_size):
                 tables.append(table)
                 marks.add(rows)
-                results += results_of_rows(self.model, rows, job.scoring, marks.open, job.task)
+                found = results_of_rows(self.model, rows, job.scoring, marks.open, job.task)
+                prompts |= {
+                    row.prompt: None
+                    for row, result in zip(rows, found, strict=True)
+                    if row.prompt is not None and result["error"] is None
+                }
+                results += found
                 on_rows(len(results))
-        notes = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, PromptWarning))
+        notes = self.model.prompt_notes(list(prompts)) if prompts else []
         table = _with_results(pyarrow.concat_tables(tables), part, results, plan)
         table = table.replace_schema_metadata(marks.metadata())
         sink = pyarrow.BufferOutputStream()

@@ -5,7 +5,6 @@ encoded first, in a unit of its own. A unit holds what its pass needs and no mor
 is encoded, or a latent.
 """
 
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from dina_lrm.backbones.prompts import joined_rows
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_generator
-from dina_lrm.errors import InvalidInputError, PromptWarning
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.encoders import pixels_per_latent
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.remote.protocol import LatentRows
@@ -222,15 +221,14 @@ class Engine:
 
     def _encode(self, units: list[Encode]) -> list[Encoded]:
         prompts = list(dict.fromkeys(unit.prompt for unit in units))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PromptWarning)  # the notes go to the client
-            self.model.encode_prompts(prompts)  # together; then one by one from the cache, without padding
-            rows = {prompt: self.model.encode_prompts([prompt]) for prompt in prompts}
-        notes = {prompt: tuple(self.model.prompt_notes(prompt)) for prompt in prompts}
+        self.model.read_prompts(prompts)  # together; then one by one from the cache, without padding
+        read = {prompt: self.model.read_prompts(prompt) for prompt in prompts}
         latents = self.model.encode_images([unit.picture for unit in units])
         return [
-            Encoded(latent, rows[unit.prompt], notes[unit.prompt])
-            for unit, latent in zip(units, latents, strict=True)
+            Encoded(latent, conditioning, tuple(notes))
+            for latent, (conditioning, notes) in zip(
+                latents, (read[unit.prompt] for unit in units), strict=True
+            )
         ]
 
     def _score(self, units: list[Score]) -> list[float | Exception]:
@@ -263,7 +261,5 @@ class Engine:
             raise result
         encoders = self.model.encoders
         if encoders is not None and all(map(encoders.source.has, encoders.text.encoders)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PromptWarning)
-                conditioning = encoders.encode_prompts(["a picture"], self.model.device)
+            conditioning = encoders.encode_prompts(["a picture"], self.model.device)
             self.prompt_tokens = conditioning.prompt_embeds.shape[1]

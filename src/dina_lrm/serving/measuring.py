@@ -3,7 +3,6 @@ noise levels at a time."""
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_noise
-from dina_lrm.errors import InvalidInputError, PromptWarning
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.images import rgb_tensor, upright_rgb
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.sampling.stepwise import Run, SamplerState
+from dina_lrm.sampling.stepwise import Executor, SamplerState
 from dina_lrm.serving.pictures import FORMATS, open_picture
 from dina_lrm.serving.schemas import check_prompt
 from dina_lrm.serving.views import Measured
@@ -57,7 +56,7 @@ class Measurer:
     """
 
     model: RewardModel
-    run: Run
+    run: Executor
     max_megapixels: float
     max_prompt_length: int
 
@@ -80,10 +79,7 @@ class Measurer:
         check_prompt(given, "Prompt", self.max_prompt_length)
 
         def encode() -> EncodedPrompt:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PromptWarning)  # the notes say it on the page
-                conditioning = self.model.encode_prompts(given)
-            return EncodedPrompt(given, conditioning, self.model.prompt_notes(given))
+            return EncodedPrompt(given, *self.model.read_prompts(given))
 
         return self.ask(encode)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
-from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Run, check_settings, sample_stepwise
+from dina_lrm.sampling.policy import Policy
+from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Executor, check_settings, sample_stepwise
 from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
 from dina_lrm.serving.page_parts import (
     CAPTIONS,
@@ -70,7 +71,7 @@ STRIP_LENGTH = 8
 T = TypeVar("T")
 
 
-def one_at_a_time() -> Run:
+def one_at_a_time() -> Executor:
     """`run` for a page with the model to itself: each job in its visitor's thread, under one lock."""
     lock = threading.Lock()
 
@@ -84,7 +85,7 @@ def one_at_a_time() -> Run:
 def build_page(
     model: RewardModel,
     *,
-    run: Run | None = None,
+    run: Executor | None = None,
     pipeline: Any = None,
     title: str = "DiNa-LRM reward",
     max_megapixels: float = 16.0,
@@ -96,8 +97,8 @@ def build_page(
         model: a trained reward, with encoders for prompts and pictures.
         run: `run(job)` is `job()`, computed in the model's thread; ScoringError says that it is too busy.
             None: the page has the model to itself, and takes one job at a time.
-        pipeline: what the page generates with: a `StableDiffusion3Pipeline` of the reward's own latent space,
-            such as the bundled one. None: the page says that there is none.
+        pipeline: what the page generates with: a live pipeline of the reward's own latent space and a family
+            that `Policy` knows, such as the bundled one. None: the page says that there is none.
         max_megapixels: of a picture, read before any pixel is.
         max_prompt_length: in characters.
     """
@@ -123,7 +124,7 @@ def build_page(
             if pipeline is None:
                 gr.HTML("<p>This server has no generator: it scores pictures that you bring.</p>")
             else:
-                _generate_tab(measurer, pipeline)
+                _generate_tab(measurer, Policy(pipeline))
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
 
 
@@ -314,7 +315,7 @@ def _rank_tab(measurer: Measurer) -> None:
     )
 
 
-def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
+def _generate_tab(measurer: Measurer, policy: Policy) -> None:
     with gr.Row():
         with gr.Column():
             prompt = prompt_box(measurer, CAPTIONS[0])
@@ -356,7 +357,7 @@ def _generate_tab(measurer: Measurer, pipeline: Any) -> None:
         strip: list[Strip] = []
         latents = None
         for state in sample_stepwise(
-            pipeline,
+            policy,
             encoded.text,
             seed=seed,
             num_steps=steps,

@@ -15,7 +15,6 @@ devices changes nothing but rounding.
 import functools
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -35,17 +34,16 @@ from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
 from dina_lrm.core.precision import float32_masters, matrix_precision
 from dina_lrm.core.seeds import Stream, mix_seeds
-from dina_lrm.core.sharding import is_sharded, local
+from dina_lrm.core.sharding import is_sharded
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
-from dina_lrm.files import atomic_folder, atomic_write, recover_folder
+from dina_lrm.files import atomic_folder, atomic_write, json_types, recover_folder
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.runs import optimizer as optim
-from dina_lrm.runs import state
-from dina_lrm.runs.config import to_dict
 from dina_lrm.runs.distribution import check_distribution, drop_gathered, treat_as_forward
 from dina_lrm.runs.interrupt import Interrupt, Interrupted
+from dina_lrm.runs.optimizer import adamw
 from dina_lrm.runs.progress import Reporter, StepMetrics, Window
+from dina_lrm.runs.state import RunState
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.loader import StepLoader, step_parts
 from dina_lrm.training.result import TrainResult, calibrated
@@ -78,7 +76,7 @@ def train(
     The model ends with the best (or last) averaged weights, in evaluation mode, marked as trained; with
     validation pairs, also with the noise levels that scored best on them as its default, and with the scale
     that makes its probabilities true there. Pairs on which no candidate beats a coin choose nothing
-    (`TrainResult.uncalibrated`). Only where FSDP2 has cut it, the model stays in pieces: load what was saved.
+    (`TrainResult.uncalibrated`). Only under FSDP2 the model stays sharded: load what was saved.
 
     Args:
         config: the run; `model` and `data` of it are taken as done, since both are given here.
@@ -146,36 +144,24 @@ class _Run:
             validation_pairs if validation_pairs is not None and len(validation_pairs) else None
         )
         self.output = Path(config.output) if config.output is not None else None
-
         float32_masters(model.trainable_parameters())
-        settings = config.optimizer
-        optimizer = optim.adamw(
-            model,
-            learning_rate=settings.learning_rate,
-            backbone_learning_rate=settings.backbone_learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=settings.betas,
-            eps=settings.eps,
-        )
+        optimizer = adamw(model, config.optimizer)
         self.scorer = PairScorer(model, gradient_checkpointing=config.gradient_checkpointing)
         prepared: Any = torch.compile(self.scorer, dynamic=False) if config.compile else self.scorer
         self.prepared, self.optimizer = self.accelerator.prepare(prepared, optimizer)
-        self.in_pieces = self.accelerator.is_fsdp2
-        if self.in_pieces:
+        self.is_sharded = self.accelerator.is_fsdp2
+        if self.is_sharded:
             treat_as_forward(self.scorer, "margins")
-        # After preparing, which puts pieces in the place of whole parameters.
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.average = None
-        if settings.ema_decay is not None:
-            self.average = optim.weight_average(self._pieces(), settings.ema_decay)
-
-        self.step = 0
-        self.seconds_before = 0.0  # in earlier processes of this run
-        self.seconds_trained = 0.0  # until the end of the latest step, its validation included
-        self.best_accuracy: float | None = None
-        self.best_step: int | None = None
-        self.best_weights: list[Tensor] | None = None
-        self.fingerprint = self.train_pairs.fingerprint()
+        # After preparing, which puts shards in the place of full parameters.
+        self.state = RunState(
+            config,
+            {name: p for name, p in model.named_parameters() if p.requires_grad},
+            self.optimizer,
+            fingerprint=self.train_pairs.fingerprint(),
+            data="pairs",
+            unit="step",
+            may_change=_MAY_CHANGE,
+        )
         self.is_main = self.accelerator.is_main_process
         if self.output is not None and self.is_main:
             for folder in (self.output, self.output / "best"):
@@ -186,7 +172,7 @@ class _Run:
             self.output if self.is_main else None,
             config.num_steps,
             tensorboard=config.tensorboard,
-            wandb=None if config.wandb is None else (config.wandb, to_dict(config)),
+            wandb=None if config.wandb is None else (config.wandb, json_types(config)),
             console=(console or Console(stderr=True)) if self.is_main else Console(quiet=True),
             on_step=on_step,
         )
@@ -195,22 +181,16 @@ class _Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def _pieces(self) -> list[Any]:
-        """What this process holds of each trained parameter, all of it unless FSDP2 has cut them."""
-        return [local(parameter) for parameter in self.parameters.values()]
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
     def run(self) -> TrainResult:
-        config = self.config
-        self.started = time.perf_counter()
+        config, state = self.config, self.state
+        state.start()
         if config.resume:
-            self._resume()
-        self.reporter.start(self.step)
+            self.accelerator.wait_for_everyone()
+            if state.resume() and state.step > 0:
+                self.model.trained = True
+        self.reporter.start(state.step)
         if self.output is not None and self.is_main:
-            atomic_write(self.output / "train_config.json", json.dumps(to_dict(config), indent=2).encode())
+            atomic_write(self.output / "train_config.json", json.dumps(json_types(config), indent=2).encode())
 
         stopped_by = "steps"
         devices = [self.device] if self.device.type == "cuda" else []
@@ -234,56 +214,41 @@ class _Run:
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.model.train()
             window = Window(self.device)
-            while self.step < config.num_steps:
-                rate = optim.set_learning_rate(self.optimizer, self._rate_factor())
+            while state.step < config.num_steps:
+                rate = state.set_learning_rate(self._elapsed_fraction())
                 norm = self._optimize(loader, window)
-                self.step += 1
+                state.step += 1
                 self.model.trained = True
                 # Both are of other weights.
                 self.model.config, self.model.card = replace(self.model.config, calibration=None), None
                 out_of_time = self._out_of_time()
-                last = out_of_time or self.step == config.num_steps
-                if self.step % config.log_every == 0 or last:
+                last = out_of_time or state.step == config.num_steps
+                if state.step % config.log_every == 0 or last:
                     self._log_training(window, loader, rate, norm)
-                self.reporter.step_done(self.step, config.batch_size)
+                self.reporter.step_done(state.step, config.batch_size)
                 with window.paused():
-                    due = self.step % config.validation.every == 0 or last
+                    due = state.step % config.validation.every == 0 or last
                     if self.validation_pairs is not None and due:
                         self._validate_and_keep()
-                    self.seconds_trained = self.seconds
                     interrupted = interrupt.asked(self.accelerator)
-                    if self.step % config.checkpoint_every == 0 or last or interrupted:
+                    if state.step % config.checkpoint_every == 0 or last or interrupted:
                         self._checkpoint()
                 if interrupted:
                     # A launcher ends the others as soon as one has ended, so none does before all is saved.
                     self.accelerator.wait_for_everyone()
-                    raise Interrupted(interrupt.number, self._kept())
+                    raise Interrupted(interrupt.number, state.kept())
                 if out_of_time or self._out_of_patience():
                     stopped_by = "time_budget" if out_of_time else "patience"
                     if not last:
                         self._checkpoint()
                     break
-        return self._finish(stopped_by)
-
-    def _kept(self) -> str:
-        """What an interrupted run leaves."""
-        if self.output is None:
-            return f"step {self.step} was finished, and nothing is kept, since the run has no output"
-        return f"step {self.step} was finished, and {self.output / 'last'} holds it"
+        return self._finish(stopped_by, state.seconds)
 
     # --- one optimizer step
 
-    def _rate_factor(self) -> float:
-        config = self.config
-        budget = config.time_budget_seconds
-        return optim.learning_rate_factor(
-            self.step,
-            num_steps=config.num_steps,
-            schedule=config.optimizer.schedule,
-            warmup_steps=config.optimizer.warmup_steps,
-            final_fraction=config.optimizer.final_fraction,
-            elapsed_fraction=0.0 if budget is None else self._agreed(self.seconds) / budget,
-        )
+    def _elapsed_fraction(self) -> float:
+        budget = self.config.time_budget_seconds
+        return 0.0 if budget is None else self._agreed(self.state.seconds) / budget
 
     def _agreed(self, value: float) -> float:
         """The main process's value, so that all devices take the same decision."""
@@ -293,22 +258,21 @@ class _Run:
         return float(agreed)
 
     def _out_of_time(self) -> bool:
-        budget = self.config.time_budget_seconds
-        return budget is not None and self._agreed(self.seconds) >= budget
+        return self._elapsed_fraction() >= 1.0
 
     def _out_of_patience(self) -> bool:
         patience = self.config.validation.patience
-        if patience is None or self.best_step is None:
+        if patience is None or self.state.best_step is None:
             return False
-        return self.step - self.best_step >= patience * self.config.validation.every
+        return self.state.step - self.state.best_step >= patience * self.config.validation.every
 
     def _optimize(self, loader: StepLoader, window: Window) -> Tensor:
         """One step over all accumulated parts; returns the gradient's norm before clipping."""
         config, accelerator = self.config, self.accelerator
         # Dropout too follows from the position, so no random state needs to be stored.
-        torch.manual_seed(mix_seeds(config.seed, Stream.DROPOUT, self.step, accelerator.process_index))
+        torch.manual_seed(mix_seeds(config.seed, Stream.DROPOUT, self.state.step, accelerator.process_index))
         loss_config = config.loss
-        for part in loader.parts(self.step):
+        for part in loader.parts(self.state.step):
             part = part.to(self.device)
             with accelerator.accumulate(self.prepared):
                 with self._precision():
@@ -328,12 +292,9 @@ class _Run:
                 accelerator.backward(loss)  # divides by the number of parts
             window.add(loss.detach(), chosen.detach() - rejected.detach(), part.batch.target)
         norm: Any = accelerator.clip_grad_norm_(
-            list(self.parameters.values()), config.optimizer.max_gradient_norm
+            list(self.state.parameters.values()), config.optimizer.max_gradient_norm
         )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.step(self._pieces())
+        self.state.optimize()
         if is_sharded(norm):
             norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(float("nan"))
@@ -343,10 +304,6 @@ class _Run:
         return matrix_precision(self.config.precision, self.device.type)
 
     # --- validation
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        """The averaged weights inside, the raw ones again after, to the last bit."""
-        return optim.averaged(self.average, self._pieces())
 
     def _margins(self, pairs: PairSet) -> ValidationMargins:
         self.model.eval()
@@ -359,24 +316,25 @@ class _Run:
             batch_size=self.config.validation.batch_size,
             seed=self.config.seed,
         )
-        if self.in_pieces:
+        if self.is_sharded:
             drop_gathered(self.scorer)
         self.model.train()
         return margins
 
     def _validate_and_keep(self) -> None:
         assert self.validation_pairs is not None
+        state = self.state
         pairs = fixed_sample(self.validation_pairs, self.config.validation.max_pairs, seed=self.config.seed)
-        with self._averaged_weights():
+        with self.state.averaged():
             accuracies = self._margins(pairs).accuracy
             best = max(accuracies.values())
-            if self.best_accuracy is None or best > self.best_accuracy:
-                self.best_accuracy, self.best_step = best, self.step
-                self.best_weights = [piece.detach().cpu().clone() for piece in self._pieces()]
+            if state.best_accuracy is None or best > state.best_accuracy:
+                state.best_accuracy, state.best_step = best, state.step
+                state.best_weights = [shard.detach().cpu().clone() for shard in state.shards()]
                 if self.output is not None:
-                    self._save_model(self.output / "best", self.step)
+                    self._save_model(self.output / "best", state.step)
         labelled = {levels_label(levels): value for levels, value in accuracies.items()}
-        self.reporter.tell(StepMetrics(step=self.step, seconds=self.seconds, validation=labelled))
+        self.reporter.tell(StepMetrics(step=state.step, seconds=state.seconds, validation=labelled))
 
     # --- what is written
 
@@ -385,86 +343,56 @@ class _Run:
         waited, loader.waited_seconds = loader.waited_seconds, 0.0
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {loss} at step {self.step}: training has diverged; "
+                f"the loss is {loss} at step {self.state.step}: training has diverged; "
                 f"lower optimizer.learning_rate (now {rate:g}) or resume from an earlier checkpoint"
             )
         self.reporter.tell(
             StepMetrics(
-                step=self.step,
-                seconds=self.seconds,
+                step=self.state.step,
+                seconds=self.state.seconds,
                 loss=loss,
                 accuracy=accuracy,
                 learning_rate=rate,
                 gradient_norm=float(norm),
                 pairs_per_second=pairs / seconds,
                 data_wait_fraction=waited / seconds,
-                epoch=self.step * self.config.batch_size / len(self.train_pairs),
+                epoch=self.state.step * self.config.batch_size / len(self.train_pairs),
             )
         )
 
     def _save_model(self, folder: Path, step: int) -> None:
-        """The main process writes; all gather if each has pieces only."""
+        """The main process writes; all gather where the weights are sharded."""
         if self.is_main:
             self.model.save_pretrained(folder, training_step=step)
-        elif self.in_pieces:
+        elif self.is_sharded:
             self.model.checkpoint()
 
     def _checkpoint(self) -> None:
         """OUTPUT/last: the model with averaged weights, and beside it all that resuming needs."""
         if self.output is None:
             return
-        position = state.Position(
-            step=self.step,
-            seconds=self.seconds_trained,
-            best_accuracy=self.best_accuracy,
-            best_step=self.best_step,
-            config=to_dict(self.config),
-            data_fingerprint=self.fingerprint,
-        )
-
-        def save_state(folder: Path) -> None:
-            state.save_state(
-                folder, position, self.parameters, self.optimizer, self.average, self.best_weights
-            )
-
         last = self.output / "last"
         if self.is_main:
             with atomic_folder(last) as aside:
-                with self._averaged_weights():
-                    fill_checkpoint(aside, self.model.checkpoint(self.step))
-                save_state(aside)
-        elif self.in_pieces:
-            with self._averaged_weights():
+                with self.state.averaged():
+                    fill_checkpoint(aside, self.model.checkpoint(self.state.step))
+                self.state.save(aside)
+        elif self.is_sharded:
+            with self.state.averaged():
                 self.model.checkpoint()
-            save_state(last)
-
-    def _resume(self) -> None:
-        if self.output is None:
-            raise InvalidInputError("resume needs output: the folder of the run to go on with")
-        last = self.output / "last"
-        self.accelerator.wait_for_everyone()
-        if not last.exists():  # stopped before the first checkpoint, or never begun
-            return
-        position, best = state.load_state(last, self.parameters, self.optimizer, self.average)
-        state.check_same_run(
-            last, position, to_dict(self.config), self.fingerprint, may_change=_MAY_CHANGE, data="pairs"
-        )
-        self.step, self.seconds_before = position.step, position.seconds
-        self.seconds_trained = position.seconds
-        self.model.trained = self.model.trained or self.step > 0
-        self.best_accuracy, self.best_step = position.best_accuracy, position.best_step
-        self.best_weights = best
+            self.state.save(last)
 
     # --- the end
 
-    def _finish(self, stopped_by: str) -> TrainResult:
-        weights = None if self.config.keep == "last" else self.best_weights
-        if weights is None and self.average is not None:
-            weights = self.average.shadow_params
+    def _finish(self, stopped_by: str, seconds: float) -> TrainResult:
+        state = self.state
+        weights = None if self.config.keep == "last" else state.best_weights
+        if weights is None and state.average is not None:
+            weights = state.average.shadow_params
         if weights is not None:
             with torch.no_grad():
-                for piece, value in zip(self._pieces(), weights, strict=True):
-                    piece.copy_(value)
+                for shard, value in zip(state.shards(), weights, strict=True):
+                    shard.copy_(value)
         margins = None if self.validation_pairs is None else self._margins(self.validation_pairs)
         levels, scale, uncalibrated = (None, None, None) if margins is None else calibrated(margins)
         self.model.config = replace(
@@ -474,11 +402,11 @@ class _Run:
         )
         self.model.eval()
         result = TrainResult(
-            steps=self.step,
-            seconds=self.seconds_trained,
+            steps=state.step,
+            seconds=seconds,
             stopped_by=stopped_by,
-            best_step=self.best_step,
-            best_accuracy=self.best_accuracy,
+            best_step=state.best_step,
+            best_accuracy=state.best_accuracy,
             noise_levels=levels,
             calibration_scale=scale,
             uncalibrated=uncalibrated,
@@ -489,7 +417,7 @@ class _Run:
             history=self.reporter.history,
         )
         saved_step = (
-            self.best_step if self.config.keep == "best" and self.best_step is not None else self.step
+            state.best_step if self.config.keep == "best" and state.best_step is not None else state.step
         )
         self.model.training_step = saved_step
         self.model.card = None if self.card is None else self.card(result)

@@ -4,16 +4,17 @@ import sys
 
 import pytest
 
-from dina_lrm.cli import console
-from dina_lrm.cli.console import WorkProgress, print_json, resumable
+from dina_lrm.cli.console import print_json, resumable
 from dina_lrm.errors import ScoringError
+from dina_lrm.runs import pace
+from dina_lrm.runs.pace import WorkProgress
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds as the test says; advance by `clock[0] += ...`."""
     now = [1000.0]
-    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     return now
 
 

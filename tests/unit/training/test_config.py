@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.files import json_types
 from dina_lrm.recipes.training import recipe, recipe_names
-from dina_lrm.runs.config import OptimizerConfig, from_dict, to_dict
+from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import DataConfig, LossConfig, TrainConfig, ValidationConfig
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_survives_json(name: str) -> None:
     config = recipe(name)
-    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert json.loads(json.dumps(json_types(config))) == json_types(config)
     assert config.output is not None
     assert Path(config.output).name == name
 
@@ -51,11 +52,6 @@ def test_a_variant_differs_only_where_it_says() -> None:
 def test_an_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(InvalidInputError, match=r"'shape'; known: shapes, .*sd35m-12-layers"):
         recipe("shape")
-
-
-def test_an_unknown_field_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"optimizer\.lr"):
-        from_dict(TrainConfig, {"optimizer": {"lr": 1.0}})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import nn
 from dina_lrm.core.precision import float32_masters
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.runs import optimizer as optim
+from dina_lrm.runs.config import OptimizerConfig
 
 
 class Tiny(nn.Module):
@@ -21,7 +22,9 @@ class Tiny(nn.Module):
 def test_only_matrices_decay_and_the_backbone_has_its_own_rate() -> None:
     model = Tiny()
     model.backbone[2].requires_grad_(False)
-    optimizer = optim.adamw(model, learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.1)
+    optimizer = optim.adamw(
+        model, OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.1)
+    )
     settings = {id(p): (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     expected = {
         "backbone.0.weight": (1e-4, 0.1),
@@ -39,7 +42,7 @@ def test_only_matrices_decay_and_the_backbone_has_its_own_rate() -> None:
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(InvalidInputError, match="no trainable"):
-        optim.adamw(Tiny().requires_grad_(False), learning_rate=1e-3)
+        optim.adamw(Tiny().requires_grad_(False), OptimizerConfig())
 
 
 def test_masters_are_float32() -> None:

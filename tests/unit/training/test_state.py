@@ -9,12 +9,17 @@ from torch import nn
 from dina_lrm.errors import CheckpointError
 from dina_lrm.runs import optimizer as optim
 from dina_lrm.runs import state
+from dina_lrm.runs.config import OptimizerConfig
 
 
 def make() -> tuple[nn.Module, torch.optim.AdamW, object]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 1))
-    return model, optim.adamw(model, learning_rate=1e-2), optim.weight_average(list(model.parameters()), 0.9)
+    return (
+        model,
+        optim.adamw(model, OptimizerConfig(learning_rate=1e-2)),
+        optim.weight_average(list(model.parameters()), 0.9),
+    )
 
 
 def steps(model: nn.Module, optimizer: torch.optim.AdamW, average: object, start: int, stop: int) -> None:
@@ -60,7 +65,10 @@ def test_another_model_and_damage_are_errors(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(3, 5), nn.RMSNorm(5), nn.Linear(5, 1))
     with pytest.raises(CheckpointError, match=r"do not fit this model.*0\.weight"):
         state.load_state(
-            tmp_path, dict(other.named_parameters()), optim.adamw(other, learning_rate=1.0), None
+            tmp_path,
+            dict(other.named_parameters()),
+            optim.adamw(other, OptimizerConfig(learning_rate=1.0)),
+            None,
         )
     tensors = tmp_path / "training_state" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:100])

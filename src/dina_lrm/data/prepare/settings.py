@@ -23,6 +23,8 @@ class PairEncoder(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Any: ...
 
+    def prompt_notes(self, prompts: Sequence[str], device: torch.device) -> list[str]: ...
+
     def picture_size(self, height: int, width: int, name: str = ...) -> Size: ...
 
     @property
@@ -76,8 +78,8 @@ class Prepared:
     """By the start of their reason. Pairs and rejects add up to the items."""
     num_prompts: int
     num_cut_prompts: int
-    """Prompts that the encoders warned about: longer than they read, or with words they do not know. Counted
-    in the run that encoded them."""
+    """Prompts that are longer than the encoders read, or have words that they do not know. Counted in the run
+    that encoded them."""
     buckets: dict[str, int]
     """Pairs by latent shape."""
     num_bytes: int

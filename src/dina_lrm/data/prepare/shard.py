@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dina_lrm.data.buckets import Size, needs_padding, pair_bucket, place
 from dina_lrm.data.comparisons import Comparison
+from dina_lrm.data.encode import NOT_FINITE, encoded_images
 from dina_lrm.data.pairs import ImageSource, Reject, StoredLatent, image_name, image_size, load_image
 from dina_lrm.data.prepare.settings import PairEncoder, PrepareSettings, unwanted
 from dina_lrm.data.shards.write import PromptRow, prompt_hash, write_pairs
@@ -134,25 +135,23 @@ class Shard:
         for index in indices:
             pair = self._comparison(index).pair
             sides |= dict.fromkeys((pair.chosen, pair.rejected))
-        latents: dict[ImageSource, np.ndarray | str] = {}
         images = list(sides)
-        for start in range(0, len(images), PICTURES_PER_CALL):
-            pictures: dict[ImageSource, Tensor] = {}
-            for image in images[start : start + PICTURES_PER_CALL]:
-                try:
-                    own = self._size(image)
-                    assert not isinstance(own, str)
-                    pictures[image] = place(rgb_tensor(load_image(image)), bucket, own)
-                except InvalidInputError as error:
-                    latents[image] = self._reason(image, error)
-            if not pictures:
-                continue
-            with torch.no_grad():
-                encoded = self.worker.encoder.encode_images(list(pictures.values()), self.worker.device)
-            for image, latent in zip(pictures, encoded, strict=True):
-                half = latent.cpu().to(torch.float16)
-                finite = bool(torch.isfinite(half).all())
-                latents[image] = half.numpy() if finite else f"latent is not finite: {self._name(image)}"
+
+        def load(image: ImageSource) -> Tensor:
+            own = self._size(image)
+            assert not isinstance(own, str)
+            return place(rgb_tensor(load_image(image)), bucket, own)
+
+        def encode(pictures: list[Tensor], _: list[int]) -> Sequence[Tensor]:
+            return self.worker.encoder.encode_images(pictures, self.worker.device)
+
+        latents: dict[ImageSource, np.ndarray | str] = {}
+        results = encoded_images(images, load, encode, batch_size=PICTURES_PER_CALL)
+        for image, latent in zip(images, results, strict=True):
+            if isinstance(latent, InvalidInputError):
+                latents[image] = self._reason(image, latent)
+            else:
+                latents[image] = latent.numpy()
         for index in indices:
             pair = self._comparison(index).pair
             yield from self._row(index, latents[pair.chosen], latents[pair.rejected])
@@ -203,6 +202,8 @@ class Shard:
 
     def _reason(self, image: ImageSource, error: InvalidInputError) -> str:
         """With the picture's name from the root; what it is too small for is said under one heading."""
+        if str(error) == NOT_FINITE:
+            return f"{error}: {self._name(image)}"
         text = str(error).replace(str(image), self._name(image)) if isinstance(image, Path) else str(error)
         known = text.startswith(("missing file", "no file", "unreadable image", "no picture"))
         return text if known else f"size: {self._name(image)}: {text}"

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,7 +19,6 @@ from dina_lrm.data.pairs import Reject
 from dina_lrm.data.prepare.settings import LoadEncoder, PrepareSettings
 from dina_lrm.data.prepare.shard import PROMPTS_PER_CALL, Shard, Worker, prompt_rows
 from dina_lrm.data.shards.write import PromptRow, write_prompts
-from dina_lrm.errors import PromptWarning
 
 _worker: Worker | None = None
 
@@ -92,16 +90,15 @@ def make_shard(items: Sequence[Comparison | Reject], file: Path, settings: Prepa
 
 
 def make_prompts(prompts: Sequence[str], file: Path, settings: PrepareSettings) -> int:
-    """Returns how many prompts the encoders warned about."""
+    """Returns how many prompts the encoders do not see all of."""
     assert _worker is not None
     rows: list[PromptRow] = []
-    warned: set[str] = set()
+    noted = 0
     for start in range(0, len(prompts), PROMPTS_PER_CALL):
         some = prompts[start : start + PROMPTS_PER_CALL]
-        with warnings.catch_warnings(record=True) as told, torch.no_grad():
-            warnings.simplefilter("always", PromptWarning)
+        with torch.no_grad():
             conditioning = _worker.encoder.encode_prompts(some, _worker.device)
-        warned |= {str(one.message) for one in told if issubclass(one.category, PromptWarning)}
+        noted += sum(bool(_worker.encoder.prompt_notes([prompt], _worker.device)) for prompt in some)
         rows += prompt_rows(conditioning)
     write_prompts(file, prompts, rows, dtype=getattr(torch, settings.prompt_dtype))
-    return len(warned)
+    return noted
