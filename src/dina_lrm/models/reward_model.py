@@ -275,7 +275,7 @@ class RewardModel(EncodedReward):
                 which = torch.tensor([prompt_rows[row] for row in rows], device=self.device)
                 with without_autocast(self.device.type):
                     for draw in range(start, stop):
-                        found[draw - start, rows] = self._score(
+                        found[draw - start, rows] = self.score_checked(
                             stacked, conditioning, which, levels[:, rows], noise[draw], ensemble
                         )
             return found[:, list(pictures)]

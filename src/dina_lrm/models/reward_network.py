@@ -136,7 +136,8 @@ class RewardNetwork(nn.Module):
                 )
             draws = noise[None]
         scores = [
-            self._score(latents.to(self.device), conditioning, rows, levels, draw, ensemble) for draw in draws
+            self.score_checked(latents.to(self.device), conditioning, rows, levels, draw, ensemble)
+            for draw in draws
         ]
         return torch.stack(scores).mean(dim=0)
 
@@ -229,22 +230,26 @@ class RewardNetwork(nn.Module):
         score = self.head.score_tokens(tokens.image, tokens.text, tokens.text_mask)
         return score if self.squash is None else self.squash(score)
 
-    def _score(
+    @in_turn
+    def score_checked(
         self,
-        latents: Tensor,
+        latents: Latents,
         conditioning: Conditioning,
         rows: Tensor,
-        levels: Tensor,
+        levels: Float[Tensor, "level batch"],
         noise: Tensor,
-        ensemble: str,
+        ensemble: str = "tokens",
     ) -> Score:
-        """Scores of (batch) latents at (level, batch) noise levels; `rows` says which prompt each reads."""
+        """What `score_latents` computes, of inputs that have been checked already; (batch,).
+
+        Args:
+            rows: (batch,), which row of `conditioning` each latent is scored with.
+            noise: one sample per latent, used at all of its levels.
+        """
         if ensemble not in ("tokens", "scores"):
             raise InvalidInputError(f'ensemble = {ensemble!r}: it must be "tokens" or "scores"')
         if ensemble == "scores" and len(levels) > 1:
-            each = [
-                self._score(latents, conditioning, rows, level[None], noise, "tokens") for level in levels
-            ]
+            each = [self.score_checked(latents, conditioning, rows, level[None], noise) for level in levels]
             return average_levels(torch.stack(each))
         levels, noise = levels.to(self.device), noise.to(self.device)
         step = max(1, self.max_batch_size // len(levels))

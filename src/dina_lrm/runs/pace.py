@@ -18,13 +18,14 @@ class Pace:
     Args:
         total: of the work, where it is known.
         found: done by an earlier run; it does not count into the rate.
+        started: of the clock; None: now.
     """
 
     LONGEST_SECONDS, LEAST_SECONDS, FRACTION = 30.0, 2.0, 0.05
 
-    def __init__(self, total: int | None, found: int = 0) -> None:
+    def __init__(self, total: int | None, found: int = 0, started: float | None = None) -> None:
         self.total, self.found = total, found
-        self.started = self._line_at = time.perf_counter()
+        self.started = self._line_at = time.perf_counter() if started is None else started
         self._line_done = found
 
     def due(self, done: int) -> bool:
@@ -98,10 +99,9 @@ class WorkProgress:
         the rate is this run's."""
         total = self.totals.get(kind) if total is None else total
         if kind != self.kind:
-            started = None if self.kind else self.pace.started  # the first kind is timed from the beginning
-            self.kind, self.pace = kind, Pace(total, found)
-            if started is not None:
-                self.pace.started = started
+            # The first kind is timed from the beginning.
+            self.pace = Pace(total, found, None if self.kind else self.pace.started)
+            self.kind = kind
             self.task = self.bar.add_task(kind, total=total, pace="")
         self.pace.total = total
         pace = ", ".join(filter(None, [f"{self.pace.rate(done):.3g} a second", self.pace.left(done)]))

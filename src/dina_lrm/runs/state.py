@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -47,6 +47,7 @@ class Position:
     """Fingerprint of what it is trained on."""
 
 
+@runtime_checkable
 class RunConfig(Protocol):
     """What the settings of every run have."""
 

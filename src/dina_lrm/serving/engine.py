@@ -233,11 +233,12 @@ class Engine:
 
     def _score(self, units: list[Score]) -> list[float | Exception]:
         device = self.model.device
-        scores = self.model.score_latents(
+        scores = self.model.score_checked(
             torch.stack([unit.latent.to(device) for unit in units]),
             joined_rows([unit.conditioning.to(device) for unit in units]).to(device),
+            torch.arange(len(units), device=device),
             torch.tensor([unit.noise_levels for unit in units]).T,
-            noise=torch.stack([unit.noise(unit.draw) for unit in units]),
+            torch.stack([unit.noise(unit.draw) for unit in units]),
         )
         finite = torch.isfinite(scores).tolist()
         return [

@@ -29,6 +29,9 @@ class BrightnessModel:
         errors = torch.full_like(scores, 0.01) if settings["num_draws"] > 1 else None
         return SimpleNamespace(scores=scores, standard_errors=errors)
 
+    def prompt_notes(self, prompts: list[str]) -> list[str]:
+        return []
+
     def compare(self, prompt: str, image_a: Image.Image, image_b: Image.Image, **settings: Any) -> float:
         a, b = self.score([prompt] * 2, [image_a, image_b], **settings).scores.tolist()
         levels = settings["noise_levels"]

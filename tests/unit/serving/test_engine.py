@@ -1,14 +1,21 @@
 """Passes of the model: which pieces of work can share one, and that sharing changes no score."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from safetensors.torch import save
+from torch import Tensor
 
 from dina_lrm import Conditioning, RewardModel
+from dina_lrm.backbones.backbone import Backbone
 from dina_lrm.serving.engine import Draws, Engine, Row
 from tests.families import family_conditioning, family_latents, make_family_reward
+from tests.unit.serving.conftest import HEADERS
 
 
 def rows_of(model: RewardModel, family: str, lengths: list[int]) -> list[Row]:
@@ -41,3 +48,32 @@ def test_texts_of_two_lengths_are_two_kinds_where_padding_is_seen(reward: Reward
         row = Row(torch.zeros(16, 8, 8), text, (0.4,), seed=0)
         kinds.add(engine.score_unit(row, Draws(row), 0).kind)
     assert len(kinds) == 2
+
+
+def test_a_latent_request_is_checked_once(
+    client: TestClient, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes by the backbone, values by the protocol, and neither again where it is scored."""
+    checks: Counter[str] = Counter()
+    scans: list[int] = []
+
+    def counting(name: str) -> None:
+        original = getattr(Backbone, name)
+
+        def counted(*args: Any, **settings: Any) -> Any:
+            checks[name] += 1
+            return original(*args, **settings)
+
+        monkeypatch.setattr(Backbone, name, counted)
+
+    def scanned(value: Tensor) -> bool:
+        scans.append(value.numel())
+        return bool(torch.isfinite(value).all())
+
+    counting("check_latents")
+    counting("check_conditioning")
+    monkeypatch.setattr("dina_lrm.core.tensors._is_finite", scanned)
+    assert client.post("/v1/score", content=save(tensors), headers=HEADERS).status_code == 200
+    assert checks == {"check_latents": 1, "check_conditioning": 1}
+    floats = [tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()]
+    assert sorted(scans) == sorted(floats)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dina_lrm.errors import InvalidInputError
+from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.stepwise import MAX_SEED, SamplerState, check_settings, sample_stepwise
 from dina_lrm.shapes.networks import MAX_TOKENS
 from tests.unit.serving_page.conftest import OTHER, PROMPT, ModelThread
@@ -14,7 +15,7 @@ from tests.unit.serving_page.conftest import OTHER, PROMPT, ModelThread
 
 def sampling(pipeline: Any, run: ModelThread, prompt: str = PROMPT, **changes: Any) -> Iterator[SamplerState]:
     settings: dict[str, Any] = {"seed": 5, "num_steps": 4, "guidance_scale": 4.0} | changes
-    return sample_stepwise(pipeline, prompt, run=run, **settings)
+    return sample_stepwise(Policy(pipeline), prompt, run=run, **settings)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -30,7 +31,8 @@ def test_the_last_state_is_the_pipelines_sample(pipeline: Any, run: ModelThread,
     states = list(sampling(pipeline, run, guidance_scale=guidance))
     assert [state.step for state in states] == [0, 1, 2, 3]
     assert states[0].sigma == 1.0
-    torch.testing.assert_close(states[-1].clean, expected, rtol=1e-5, atol=1e-5)
+    # The same step in other operations: its end is mixed again from clean latent and noise.
+    torch.testing.assert_close(states[-1].clean, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_state_is_its_clean_part_and_noise(pipeline: Any, run: ModelThread) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.runs import progress
+from dina_lrm.runs import pace, progress
 from dina_lrm.runs.progress import Reporter, StepMetrics
 
 
@@ -72,7 +72,7 @@ def test_off_a_terminal_a_line_comes_every_twentieth_and_every_half_minute(
 ) -> None:
     """200 steps of 8 pairs, a second each, 100 of them done by an earlier run."""
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
     shown = io.StringIO()
     told = Reporter(tmp_path, 200, tensorboard=False, wandb=None, console=Console(file=shown), on_step=None)
     told.start(100)
@@ -80,7 +80,7 @@ def test_off_a_terminal_a_line_comes_every_twentieth_and_every_half_minute(
     for step in range(101, 112):
         clock[0] += 1
         told.step_done(step, 8)
-    assert shown.getvalue() == "  step 110 of 200, 8 pairs/s, 90 s left\n"
+    assert shown.getvalue() == "  step 110 of 200, 8 pairs/s, 2 min left\n"
     told.tell(StepMetrics(step=111, seconds=1.0, loss=0.5, accuracy=0.75))
     clock[0] += 30
     told.step_done(112, 8)
