@@ -151,6 +151,33 @@ class Architecture:
                 raise InvalidInputError(f"text tap {tap} {problem}")
 
 
+class TransformerArchitecture(Architecture):
+    """An `Architecture` of one list of equal blocks on latents, by the names that diffusers' configs use."""
+
+    block_list: ClassVar[str] = "transformer_blocks"
+    in_channels: int
+    out_channels: int | None
+    num_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        return tuple(f"{self.block_list}.{index}" for index in range(self.num_layers))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def predicted_channels(self) -> int | None:
+        return self.out_channels
+
+    @property
+    def token_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
 def truncated(transformer: nn.Module, architecture: Architecture, num_blocks: int) -> nn.Module:
     """An instance of the same class that holds only the kept parts of a transformer, by reference."""
     view: Any = copy.copy(transformer)

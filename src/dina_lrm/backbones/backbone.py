@@ -38,17 +38,17 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of an attention layer, by diffusers' names."""
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Those of the text stream in a joint attention layer."""
-Run = Callable[..., Any]
+RunBlock = Callable[..., Any]
 """How a block is run: `run(block, *args, **kwargs)` gives what the block puts out."""
 
 
 def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The plain `Run`."""
+    """The plain `RunBlock`."""
     return block(*args, **kwargs)
 
 
 def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A `Run` that keeps no activations of a block and computes it again in the backward pass."""
+    """A `RunBlock` that keeps no activations of a block and computes it again in the backward pass."""
     return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
         """What the generator's pipeline calls its transformer with for this state."""
         raise NotImplementedError
 
-    def forward_blocks(self, run: Run, *args: Any, **kwargs: Any) -> Iterator[Streams]:
+    def forward_blocks(self, run: RunBlock, *args: Any, **kwargs: Any) -> Iterator[Streams]:
         """The transformer's forward pass: the streams before the first block, then after each block."""
         raise NotImplementedError
 
@@ -172,14 +172,14 @@ class Backbone(nn.Module):
     # ------------------------------------------------------------------------------------- in common
 
     def features(
-        self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor, *, run: Run = call
+        self, noisy_latents: Tensor, conditioning: Conditioning, sigma: Tensor, *, run: RunBlock = call
     ) -> BackboneFeatures:
         """Read the taps at the levels of the schedule's table nearest to `sigma`, one row per latent."""
         timestep = self.schedule.match(sigma.to(noisy_latents.device)).timestep
         return self.features_at(noisy_latents, conditioning, timestep, run=run)
 
     def features_at(
-        self, noisy_latents: Tensor, conditioning: Conditioning, timestep: Tensor, *, run: Run = call
+        self, noisy_latents: Tensor, conditioning: Conditioning, timestep: Tensor, *, run: RunBlock = call
     ) -> BackboneFeatures:
         """The same at given timesteps, which need not be in the table: a sampler's own."""
         if self.shared is not None:

@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.architecture import TransformerArchitecture
 from dina_lrm.backbones.backbone import (
     ATTENTION,
     FLOW_MATCH,
     TEXT_ATTENTION,
     Backbone,
     NoisyState,
-    Run,
+    RunBlock,
     Streams,
 )
 from dina_lrm.backbones.packing import pack, set_shifted_timesteps, unpack
@@ -34,7 +34,7 @@ from dina_lrm.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxArchitecture(Architecture):
+class FluxArchitecture(TransformerArchitecture):
     """Shapes of a FLUX.1 transformer."""
 
     diffusers_class: ClassVar[str] = "FluxTransformer2DModel"
@@ -70,10 +70,6 @@ class FluxArchitecture(Architecture):
     @property
     def predicted_channels(self) -> int | None:
         return None if self.out_channels is None else self.out_channels // 4
-
-    @property
-    def token_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def prompt_dim(self) -> int:
@@ -163,7 +159,7 @@ class FluxBackbone(Backbone):
 
     def forward_blocks(
         self,
-        run: Run,
+        run: RunBlock,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,

@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.architecture import TransformerArchitecture
 from dina_lrm.backbones.backbone import (
     ATTENTION,
     FLOW_MATCH,
     TEXT_ATTENTION,
     Backbone,
     NoisyState,
-    Run,
+    RunBlock,
     Streams,
 )
 from dina_lrm.backbones.packing import pack, set_shifted_timesteps, unpack
@@ -33,7 +33,7 @@ from dina_lrm.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImageArchitecture(Architecture):
+class QwenImageArchitecture(TransformerArchitecture):
     """Shapes of a Qwen-Image transformer."""
 
     diffusers_class: ClassVar[str] = "QwenImageTransformer2DModel"
@@ -67,24 +67,12 @@ class QwenImageArchitecture(Architecture):
         return {"pos_embed": QwenEmbedRope(theta=10000, axes_dim=list(self.axes_dims_rope), scale_rope=True)}
 
     @property
-    def block_names(self) -> tuple[str, ...]:
-        return tuple(f"transformer_blocks.{index}" for index in range(self.num_layers))
-
-    @property
     def latent_channels(self) -> int:
         return self.in_channels // 4
 
     @property
-    def predicted_channels(self) -> int | None:
-        return self.out_channels
-
-    @property
     def max_latent_side(self) -> int:
         return 4096
-
-    @property
-    def token_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def prompt_dim(self) -> int:
@@ -158,7 +146,7 @@ class QwenImageBackbone(Backbone):
 
     def forward_blocks(
         self,
-        run: Run,
+        run: RunBlock,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,

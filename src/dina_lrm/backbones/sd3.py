@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.architecture import TransformerArchitecture
 from dina_lrm.backbones.backbone import (
     ATTENTION,
     FLOW_MATCH,
     TEXT_ATTENTION,
     Backbone,
     NoisyState,
-    Run,
+    RunBlock,
     Streams,
 )
 from dina_lrm.backbones.packing import linear_shift
@@ -34,7 +34,7 @@ from dina_lrm.core.conditioning import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
-class SD3Architecture(Architecture):
+class SD3Architecture(TransformerArchitecture):
     """Shapes of an SD3 transformer."""
 
     diffusers_class: ClassVar[str] = "SD3Transformer2DModel"
@@ -55,28 +55,12 @@ class SD3Architecture(Architecture):
     qk_norm: str | None = None
 
     @property
-    def block_names(self) -> tuple[str, ...]:
-        return tuple(f"transformer_blocks.{index}" for index in range(self.num_layers))
-
-    @property
-    def latent_channels(self) -> int:
-        return self.in_channels
-
-    @property
-    def predicted_channels(self) -> int | None:
-        return self.out_channels
-
-    @property
     def latent_multiple(self) -> int:
         return self.patch_size
 
     @property
     def max_latent_side(self) -> int:
         return self.pos_embed_max_size * self.patch_size
-
-    @property
-    def token_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def prompt_dim(self) -> int:
@@ -176,7 +160,7 @@ class SD3Backbone(Backbone):
 
     def forward_blocks(
         self,
-        run: Run,
+        run: RunBlock,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import Backbone, NoisyState, RunBlock, Streams
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
@@ -240,7 +240,7 @@ class UNetBackbone(Backbone):
 
     def forward_blocks(
         self,
-        run: Run,
+        run: RunBlock,
         sample: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,

@@ -16,18 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.architecture import TransformerArchitecture
+from dina_lrm.backbones.backbone import Backbone, NoisyState, RunBlock, Streams
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanArchitecture(Architecture):
+class WanArchitecture(TransformerArchitecture):
     """Shapes of a Wan transformer."""
 
     diffusers_class: ClassVar[str] = "WanTransformer3DModel"
+    block_list: ClassVar[str] = "blocks"
     embedders: ClassVar[tuple[str, ...]] = ("rope", "patch_embedding", "condition_embedder")
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -59,18 +60,6 @@ class WanArchitecture(Architecture):
         return {"rope": WanRotaryPosEmbed(self.attention_head_dim, self.patch_size, self.rope_max_seq_len)}
 
     @property
-    def block_names(self) -> tuple[str, ...]:
-        return tuple(f"blocks.{index}" for index in range(self.num_layers))
-
-    @property
-    def latent_channels(self) -> int:
-        return self.in_channels
-
-    @property
-    def predicted_channels(self) -> int | None:
-        return self.out_channels
-
-    @property
     def latent_multiple(self) -> int:
         return self.patch_size[1]
 
@@ -81,10 +70,6 @@ class WanArchitecture(Architecture):
     @property
     def max_latent_frames(self) -> int:
         return self.rope_max_seq_len * self.patch_size[0]
-
-    @property
-    def token_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def prompt_dim(self) -> int:
@@ -147,7 +132,7 @@ class WanBackbone(Backbone):
         }
 
     def forward_blocks(
-        self, run: Run, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
+        self, run: RunBlock, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
     ) -> Iterator[Streams]:
         parts = self.parts
         rotary = parts.rope(hidden_states)

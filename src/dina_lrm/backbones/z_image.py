@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dina_lrm.backbones.architecture import Architecture
-from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, Run, Streams
+from dina_lrm.backbones.backbone import FLOW_MATCH, Backbone, NoisyState, RunBlock, Streams
 from dina_lrm.backbones.packing import set_shifted_timesteps
 from dina_lrm.backbones.prompts import PromptEncoder
 from dina_lrm.core.conditioning import Conditioning
@@ -150,7 +150,7 @@ class ZImageBackbone(Backbone):
         return {"x": list(latents.unsqueeze(2)), "t": (1000 - timestep) / 1000, "cap_feats": rows}
 
     def forward_blocks(
-        self, run: Run, x: list[Tensor], t: Tensor, cap_feats: list[Tensor]
+        self, run: RunBlock, x: list[Tensor], t: Tensor, cap_feats: list[Tensor]
     ) -> Iterator[Streams]:
         parts, device = self.parts, x[0].device
         patch = self.architecture.all_patch_size[0]

@@ -119,7 +119,7 @@ class WorkProgress:
 def duration(seconds: float) -> str:
     """Time for people.
 
-    >>> duration(42.4), duration(250), duration(3 * 3600 + 300)
+    >>> duration(42.4), duration(250.0), duration(3 * 3600.0 + 300)
     ('42 s', '4 min', '3 h 5 min')
     """
     if seconds < 60:

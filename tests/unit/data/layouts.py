@@ -47,6 +47,9 @@ class ColourEncoder:
             raise InvalidInputError(f"{name} of {height} x {width} pixels is too small")
         return height // 16 * 16, width // 16 * 16
 
+    def prompt_notes(self, prompts: Sequence[str], device: torch.device) -> list[str]:
+        return []
+
     def encode_images(self, images: Any, device: torch.device) -> list[torch.Tensor]:
         return list(torch.nn.functional.avg_pool2d(torch.stack(images), 8))
 

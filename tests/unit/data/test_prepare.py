@@ -510,7 +510,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("dina_lrm.cli.console.LEAST_SECONDS", 0)  # too short a work for a line otherwise
+    monkeypatch.setattr("dina_lrm.runs.pace.Pace.LEAST_SECONDS", 0)  # too short a work for a line otherwise
     root = hpdv3(tmp_path)
     command = ["prepare", "hpdv3", "--root", str(root), "--split", "train", "--pipeline", str(tiny_pipeline)]
     command += ["--output", str(tmp_path / "latents"), "--processes", "1", "--device", "cpu", "--json"]

@@ -49,7 +49,7 @@ def test_the_model_is_used_in_its_thread_only(
 
         monkeypatch.setattr(reward, name, watched)
 
-    for name in ("encode_prompts", "encode_images", "score_latents", "decode_latents", "prompt_notes"):
+    for name in ("read_prompts", "encode_images", "score_latents", "decode_latents"):
         watch(name)
     latents = measurer.latents(measurer.open(str(files["fits"]), "fits")[0], "fits")
     measurer.draws(latents, measurer.prompt(PROMPT), (0.4,))
@@ -57,8 +57,7 @@ def test_the_model_is_used_in_its_thread_only(
     assert sorted(used) == [
         "decode_latents",
         "encode_images",
-        "encode_prompts",
-        "prompt_notes",
+        "read_prompts",
         "score_latents",
     ]
 

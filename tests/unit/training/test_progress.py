@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.runs import pace, progress
+from dina_lrm.runs import pace
 from dina_lrm.runs.progress import Reporter, StepMetrics
 
 
