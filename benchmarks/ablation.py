@@ -3,10 +3,10 @@
     python benchmarks/ablation.py --output RUNS
 
 Every reward sees the same pairs, as many steps and batches of the same size; the seed decides new weights,
-order, noise levels and noise. All are measured on the same held-out pairs of simulated raters whose law is
-known, so accuracy is given as a share of what the best possible reward reaches. One run is one process on one
-thread; a finished run is not repeated, so an interrupted command goes on where it stopped. Writes
-RUNS/VARIANT-SEED.json, and the table DIR/ablation.{json,md} with --results DIR.
+order, noise levels and noise. All are measured on the same held-out pairs of simulated raters whose
+distribution is known, so accuracy is given as a share of what the best possible reward reaches. One run is
+one process on one thread; a finished run is not repeated, so an interrupted command goes on where it stopped.
+Writes RUNS/VARIANT-SEED.json, and the table DIR/ablation.{json,md} with --results DIR.
 """
 
 import dataclasses

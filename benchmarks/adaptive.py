@@ -22,12 +22,12 @@ from dina_lrm import RewardModel
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.adaptive import (
-    NUM_VIEWS,
-    ViewOrder,
+    NUM_LEVELS,
+    LevelOrder,
     joined_scores,
-    order_views,
+    order_levels,
     stop_early,
-    stop_views,
+    stopping_rule,
 )
 from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness
 
@@ -57,11 +57,11 @@ def main(options: Options) -> None:
     fixed = [*((level,) for level in LEVELS), *FIXED]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         model = options.model
-        jobs = {"learned": (LEVELS, NUM_VIEWS), "default": (DEFAULT, len(DEFAULT))}
+        jobs = {"learned": (LEVELS, NUM_LEVELS), "default": (DEFAULT, len(DEFAULT))}
         ordering = {name: pool.apply_async(ordered, (model, first, *job)) for name, job in jobs.items()}
         scoring = [pool.apply_async(margins, (model, part, fixed)) for part in (fit, *parts)]
         orders = {name: job.get() for name, job in ordering.items()}
-        orders["learned"] = orders["learned"].until_likeliest()
+        orders["learned"] = orders["learned"].until_most_likely()
         plans = orders["learned"].ensembles + orders["default"].ensembles
         planned = [pool.apply_async(margins, (model, part, plans)) for part in (second, fit, *parts)]
         fixed_fit, *fixed_test = [job.get() for job in scoring]
@@ -109,20 +109,20 @@ def main(options: Options) -> None:
         own = rows_of[which]
         for error in ERRORS:
             try:
-                views = stop_views(order, control[own], error=error)
+                levels = stopping_rule(order, control[own], error=error)
             except InvalidInputError as refusal:
                 print(refusal)
                 continue
-            early = {part: stop_early(views, sets[part][2][own]) for part in sets}
+            early = {part: stop_early(levels, sets[part][2][own]) for part in sets}
             taken, stopped = early["test"]
             measure(
-                f"adaptive {which}, at most {100 * error:g} % turned",
+                f"adaptive {which}, at most {100 * error:g} % flipped",
                 "adaptive",
                 float(taken.double().mean()),
                 {part: early[part][1] for part in sets},
-                turned=float((stopped.sign() != sets["test"][2][own][-1].sign()).double().mean()),
-                views=asdict(views),
-                shares=[float((taken == view + 1).double().mean()) for view in range(own.stop - own.start)],
+                flipped=float((stopped.sign() != sets["test"][2][own][-1].sign()).double().mean()),
+                levels=asdict(levels),
+                shares=[float((taken == level + 1).double().mean()) for level in range(own.stop - own.start)],
             )
     for row in rows:
         for name, reference in references.items():
@@ -152,19 +152,19 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]], references: dict[st
     orders = "; ".join(f"{name} {', '.join(map(str, order))}" for name, order in about["orders"].items())
     lines = [
         f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure. {about['note']}",
-        f"Orders of the views: {orders}. Best fixed ensemble on the former: {about['best_ensemble_on_fit']}.",
+        f"Orders of levels: {orders}. Best fixed ensemble on the former: {about['best_ensemble_on_fit']}.",
         "",
         f"| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points | "
-        f"minus the default ({named(DEFAULT)}), points | turned % |",
+        f"minus the default ({named(DEFAULT)}), points | flipped % |",
         "|---|--:|--:|---|---|---|--:|",
     ]
     for row in rows:
         a = row["accuracy"]
-        turned = f"{100 * row['turned']:.2f}" if "turned" in row else ""
+        flipped = f"{100 * row['flipped']:.2f}" if "flipped" in row else ""
         lines.append(
             f"| {row['name']} ({row['kind']}) | {row['passes']:.2f} | {100 * a['value']:.1f} | "
             f"{100 * a['low']:.1f} to {100 * a['high']:.1f} | {points(row['minus_best'])} | "
-            f"{points(row['minus_default'])} | {turned} |"
+            f"{points(row['minus_default'])} | {flipped} |"
         )
     sizes = [name for name in references if name.endswith("_passes")]
     heads = [f"{references[name]['name']} ({references[name]['passes']})" for name in sizes]
@@ -191,10 +191,10 @@ def named(levels: tuple[float, ...]) -> str:
     return "+".join(f"{level:g}" for level in levels)
 
 
-def ordered(model_id: str, pairs: LatentPairs, levels: tuple[float, ...], num_views: int) -> ViewOrder:
+def ordered(model_id: str, pairs: LatentPairs, levels: tuple[float, ...], num_levels: int) -> LevelOrder:
     torch.set_num_threads(1)
     model = RewardModel.from_pretrained(model_id)
-    return order_views(model, pairs, levels=levels, num_views=num_views, seed=SEED)
+    return order_levels(model, pairs, levels=levels, num_levels=num_levels, seed=SEED)
 
 
 def margins(model_id: str, pairs: LatentPairs, ensembles: list[tuple[float, ...]]) -> torch.Tensor:

@@ -107,7 +107,7 @@ def summarize(options: Options) -> None:
             records[algorithm, seed] = record
             gold, proxy = gains(record, "judge"), gains(record, "proxy")
             best = max(range(len(gold)), key=lambda index: gold[index][0])
-            parted = [one["step"] for one in record["evaluations"] if one["parted"] is not None]
+            overoptimised = [one["step"] for one in record["evaluations"] if one["overoptimised"] is not None]
             rows.append(
                 {
                     "algorithm": algorithm,
@@ -119,7 +119,7 @@ def summarize(options: Options) -> None:
                     "proxy_gain": proxy[-1],
                     "best_gold_gain": gold[best][0],
                     "best_at": record["evaluations"][best]["step"],
-                    "parted_at": parted[0] if parted else None,
+                    "overoptimised_at": overoptimised[0] if overoptimised else None,
                     "distance": record["evaluations"][-1]["distance"],
                     "diversity": [record["evaluations"][at]["diversity"] for at in (0, -1)],
                     "curve": {
@@ -162,7 +162,7 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
             f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
             f"{row['proxy_gain'][0]:+.2f}",
             f"{row['best_gold_gain']:+.3f} ({row['best_at']})",
-            "-" if row["parted_at"] is None else str(row["parted_at"]),
+            "-" if row["overoptimised_at"] is None else str(row["overoptimised_at"]),
             f"{row['distance']:.3f}",
             "{:.2f}, {:.2f}".format(*row["diversity"]),
         ]

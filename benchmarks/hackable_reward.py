@@ -101,7 +101,7 @@ def run(options: Options, seed: int) -> str:
             "step": one.step,
             "proxy": float(np.mean(one.proxy)),
             "gold": one.mean_gold,
-            "parted": one.parted,
+            "overoptimised": one.overoptimised,
         }
         for one in result.evaluations
     ]
@@ -114,7 +114,7 @@ def summarize(options: Options) -> None:
     for seed in options.seeds:
         curve = json.loads((options.output / f"seed-{seed}" / "result.json").read_text())
         golds = [one["gold"] for one in curve]
-        fired = next((at for at, one in enumerate(curve) if one["parted"]), None)
+        fired = next((at for at, one in enumerate(curve) if one["overoptimised"]), None)
         row: dict[str, Any] = {"seed": seed, "curve": curve, "fired_at": None}
         if fired is not None:
             peak = max(golds[: fired + 1]) - golds[0]
@@ -123,7 +123,7 @@ def summarize(options: Options) -> None:
                 "peak_gain": peak,
                 "gain_when_fired": golds[fired] - golds[0],
                 "lost": (max(golds[: fired + 1]) - golds[fired]) / peak if peak > 0 else None,
-                "reason": curve[fired]["parted"],
+                "reason": curve[fired]["overoptimised"],
             }
         row |= {"best_gain": max(golds) - golds[0], "final_gain": golds[-1] - golds[0]}
         rows.append(row)

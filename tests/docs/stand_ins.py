@@ -379,13 +379,13 @@ def short_measuring(captions: int = 6) -> None:
 
 
 def few_views() -> None:
-    """`dina-lrm evaluate --learn-views` among few noise levels."""
+    """`dina-lrm evaluate --learn-levels` among few noise levels."""
     import functools
 
     from dina_lrm.evaluation import adaptive
 
-    short = functools.partial(adaptive.order_views, levels=(0.2, 0.4), num_views=2)
-    current().patch.setattr(adaptive, "order_views", short)
+    short = functools.partial(adaptive.order_levels, levels=(0.2, 0.4), num_levels=2)
+    current().patch.setattr(adaptive, "order_levels", short)
     declare("the best five views of eight noise levels", "the best two of two")
 
 

@@ -1,4 +1,4 @@
-"""Learning views on pairs, and comparing with them, as typed."""
+"""Learning levels on pairs, and comparing with them, as typed."""
 
 import json
 from pathlib import Path
@@ -51,16 +51,16 @@ def test_learn_then_compare(reward: Path, tmp_path: Path, capsys: pytest.Capture
         images.append(str(tmp_path / name))
     compare = ["compare", PROMPT, *images, "--model", str(reward), "--adaptive", "--json"]
     assert cli.main(compare) == 2
-    assert "--learn-views" in capsys.readouterr().err
+    assert "--learn-levels" in capsys.readouterr().err
     learn = ["evaluate", "--model", str(reward), "--pairs", str(tmp_path / "pairs.safetensors")]
-    assert cli.main([*learn, "--learn-views", "--json"]) == 0
+    assert cli.main([*learn, "--learn-levels", "--json"]) == 0
     learned = json.loads(capsys.readouterr().out)
-    assert learned["turned"] <= 0.05
-    assert 1 <= learned["views"] <= len(learned["noise_levels"]) <= 5
+    assert learned["flipped"] <= 0.05
+    assert 1 <= learned["num_levels"] <= len(learned["noise_levels"]) <= 5
     assert cli.main(compare) == 0
     told = json.loads(capsys.readouterr().out)
     assert 0 < told["probability_a_preferred"] < 1
-    assert told["noise_levels"] == learned["noise_levels"][: told["views"]]
+    assert told["noise_levels"] == learned["noise_levels"][: told["num_levels"]]
     assert cli.main([*compare, "--noise-levels", "0.4"]) == 2
     assert (
         cli.main(["score", PROMPT, images[0], "--model", str(reward), "--target-error", "0.05", "--json"])
@@ -74,6 +74,6 @@ def test_learn_then_compare(reward: Path, tmp_path: Path, capsys: pytest.Capture
 def test_too_few_pairs(reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs(reward, 20).save(tmp_path / "pairs.safetensors")
     command = ["evaluate", "--model", str(reward), "--pairs", str(tmp_path / "pairs.safetensors")]
-    assert cli.main([*command, "--learn-views"]) == 2
-    assert "too few to learn views on" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--model", "bundled", "--learn-views"]) == 2
+    assert cli.main([*command, "--learn-levels"]) == 2
+    assert "too few to learn levels on" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--model", "bundled", "--learn-levels"]) == 2

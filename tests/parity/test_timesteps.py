@@ -46,7 +46,7 @@ class TestFlowMatching:
     def test_table_bit_for_bit(self, config):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
         schedule = NoiseSchedule.from_config(scheduler.config)
-        assert schedule.law == "rectified_flow"
+        assert schedule.process == "rectified_flow"
         assert torch.equal(schedule.sigmas, scheduler.sigmas)
         assert torch.equal(schedule.timesteps, scheduler.timesteps)
 
@@ -104,7 +104,7 @@ class TestVariancePreserving:
         scheduler = getattr(diffusers, name)(**config)
         schedule = NoiseSchedule.from_config(scheduler.config)
         expected = (1 - scheduler.alphas_cumprod) ** 0.5  # as add_noise rounds it
-        assert schedule.law == "variance_preserving"
+        assert schedule.process == "variance_preserving"
         assert torch.equal(schedule.sigmas, expected)
 
     def test_zero_terminal_snr(self):

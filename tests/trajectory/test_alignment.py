@@ -208,7 +208,7 @@ def test_rewards_that_are_all_alike_teach_nothing(tiny_pipeline: Path, name: str
 
 def test_parted_proxy_and_gold_stop_the_run(tiny_pipeline: Path, tmp_path: Path) -> None:
     """The reward is darkness, gold is brightness: they part at once."""
-    monitor = MonitorConfig(every=1, num_prompts=3, grid_size=2, on_parting="stop", window=2)
+    monitor = MonitorConfig(every=1, num_prompts=3, grid_size=2, on_overoptimisation="stop", window=2)
     config = small(ALGORITHMS["refl"], tmp_path, num_steps=30, monitor=monitor)
     run = new_run(tiny_pipeline, config)
     told: list[str] = []
@@ -219,7 +219,7 @@ def test_parted_proxy_and_gold_stop_the_run(tiny_pipeline: Path, tmp_path: Path)
 
     run.reward = dark
     result = run.train(algorithm_of(replace(config, divergence_weight=0.0, pretraining_weight=0.0)))  # type: ignore[call-arg]
-    assert result.stopped_by == "parting"
+    assert result.stopped_by == "overoptimisation"
     assert result.steps < 30
     assert any("proxy and gold have parted" in line for line in told)
 

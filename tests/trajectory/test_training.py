@@ -451,9 +451,9 @@ def test_every_likelihood_trains(
     assert all(map(math.isfinite, losses(train(config, new_model(), train_pairs))))
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "power", "beta", "constant"])
-def test_every_noise_law_can_be_drawn(law: str) -> None:
-    sigma = draw_step(replace(CONFIG, noise=NoiseConfig(law=law)), 0).sigma
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "power", "beta", "constant"])
+def test_every_noise_distribution_can_be_drawn(distribution: str) -> None:
+    sigma = draw_step(replace(CONFIG, noise=NoiseConfig(distribution=distribution)), 0).sigma
     assert sigma.shape == (1, 8)
     assert bool(((sigma >= 0) & (sigma <= 1)).all())
 

@@ -90,8 +90,8 @@ class MonitorConfig:
     gold: tuple[str, ...] = ("judge",)
     """Independent scores, NAME or NAME=LOCATION: "judge" (bundled domain), or any scorer of the baselines
     guide. The first one is the gold score. Empty: none, and no warning can come."""
-    on_parting: Literal["warn", "stop"] = "warn"
-    """What to do when proxy and gold part (`alignment.gold`)."""
+    on_overoptimisation: Literal["warn", "stop"] = "warn"
+    """What to do when the policy over-optimises the reward: proxy and gold diverge (`alignment.gold`)."""
     window: int = 3
     """Evaluations over which proxy and gold are compared."""
     grid_size: int = 8

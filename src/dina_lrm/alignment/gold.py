@@ -35,8 +35,8 @@ __all__ = [
     "best_evaluation",
     "curves",
     "missing_since",
+    "overoptimisation",
     "paired_gain",
-    "parting",
 ]
 
 Gold = Callable[[Sequence[str], Sequence[Image.Image]], Sequence[float]]
@@ -64,8 +64,8 @@ class Evaluation:
     diversity: float = 0.0
     """Root mean square difference between latents of one prompt, mean over prompts; near 1.4 for unrelated
     latents of unit variance."""
-    parted: str | None = None
-    """Why proxy and gold have parted, if they have."""
+    overoptimised: str | None = None
+    """What shows that the proxy is over-optimised, where anything does."""
 
     @property
     def main_gold(self) -> tuple[float, ...] | None:
@@ -149,8 +149,9 @@ def paired_gain(now: Scores, before: Scores) -> tuple[float, float, float]:
     return mean, mean - 1.96 * error, mean + 1.96 * error
 
 
-def parting(history: Sequence[Evaluation], *, window: int = 3) -> str | None:
-    """Why proxy and gold have parted at the last evaluation, or None.
+def overoptimisation(history: Sequence[Evaluation], *, window: int = 3) -> str | None:
+    """What shows at the last evaluation that the proxy is over-optimised, gaining where gold does not; or
+    None.
 
     Args:
         window: evaluations with a gold score to look back, at least 1.

@@ -25,7 +25,7 @@ class RunResult:
     steps: int
     seconds: float
     stopped_by: str
-    """"steps" or "parting"."""
+    """"steps" or "overoptimisation"."""
     evaluations: tuple[Evaluation, ...]
     history: tuple[Measures, ...]
 

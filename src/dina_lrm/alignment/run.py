@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_lrm.alignment.config import AlignConfig
-from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, parting
+from dina_lrm.alignment.gold import Evaluation, Gold, ask_all, best_evaluation, overoptimisation
 from dina_lrm.alignment.processes import AlignmentError, Processes
 from dina_lrm.alignment.record import Measures, RunResult, append_line, diversity, lines_until
 from dina_lrm.core.seeds import Stream, mix_seeds
@@ -107,7 +107,7 @@ class Run:
     # ------------------------------------------------------------------------------------- the loop
 
     def train(self, update: Update) -> RunResult:
-        """Updates until the last one, or until proxy and gold part where that stops the run.
+        """Updates until the last one, or until the reward is over-optimised, where that stops the run.
 
         Raises:
             AlignmentError: a gradient that is not finite or above `gradient_limit`, or another process has
@@ -162,7 +162,7 @@ class Run:
             and all(earlier.step != state.step for earlier in self.evaluations)
             and self._evaluation_stops()
         ):
-            return "parting"
+            return "overoptimisation"
         while state.step < total:
             state.set_learning_rate()
             measures = self._over_processes(update(self, state.step))
@@ -173,7 +173,7 @@ class Run:
             if due or asked or state.step % config.checkpoint_every == 0:
                 self.checkpoint("last")
             if not asked and due and self._evaluation_stops():
-                return "parting"
+                return "overoptimisation"
             if asked or (due and self.processes.asked(interrupt)):
                 raise Interrupted(interrupt.number, state.kept())
         return "steps"
@@ -273,8 +273,8 @@ class Run:
 
     def _evaluation_stops(self) -> bool:
         """Evaluate; whether the run ends with it."""
-        parted = self._evaluate().parted
-        return parted is not None and self.config.monitor.on_parting == "stop"
+        overoptimised = self._evaluate().overoptimised
+        return overoptimised is not None and self.config.monitor.on_overoptimisation == "stop"
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
@@ -305,8 +305,8 @@ class Run:
                 distance=distance,
                 diversity=diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
             )
-            parted = parting([*self.evaluations, evaluation], window=config.monitor.window)
-            evaluation = replace(evaluation, parted=parted)
+            overoptimised = overoptimisation([*self.evaluations, evaluation], window=config.monitor.window)
+            evaluation = replace(evaluation, overoptimised=overoptimised)
             self._keep(evaluation, pictures[: len(shown)])
             return evaluation
 
@@ -326,8 +326,8 @@ class Run:
                 f"update {self.state.step}: the gold score {name} is missing, the run goes on without: "
                 f"{reason}"
             )
-        if evaluation.parted is not None:
-            self.log(f"update {self.state.step}: proxy and gold have parted: {evaluation.parted}")
+        if evaluation.overoptimised is not None:
+            self.log(f"update {self.state.step}: the reward is over-optimised: {evaluation.overoptimised}")
         if self.output is None:
             return
         folder = self.output / "pictures" / f"{self.state.step:06d}"

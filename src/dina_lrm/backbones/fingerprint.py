@@ -22,7 +22,7 @@ def fingerprint(architecture: Architecture, parts: nn.Module) -> dict[str, Any] 
     """What a checkpoint records of its backbone; None for a backbone without weights (meta)."""
     if any(tensor.device.type == "meta" for tensor in parts.parameters()):
         return None
-    return {"architecture": architecture.to_dict(), "probes": probes(parts)}
+    return {"architecture": architecture.to_dict(), "probes": sampled_values(parts)}
 
 
 def check_fingerprint(recorded: Mapping[str, Any] | None, parts: nn.Module, origin: str) -> None:
@@ -57,7 +57,7 @@ def is_base_of(recorded: Mapping[str, Any] | None, architecture: Architecture, n
 
 
 @torch.no_grad()
-def probes(parts: nn.Module) -> dict[str, list[float]]:
+def sampled_values(parts: nn.Module) -> dict[str, list[float]]:
     """`NUM_VALUES` values of every weight, in float32, by its name without what PEFT puts around it."""
     views = {name: _values(tensor, NUM_VALUES) for name, tensor in _weights(parts) if is_plain(tensor)}
     if not views:

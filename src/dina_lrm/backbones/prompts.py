@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,23 @@ class PromptEncoder:
     def clear_cache(self) -> None:
         self._cache.clear()
 
-    def encode(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        """One row per prompt, in order. Every distinct prompt is encoded once."""
+    def encode(
+        self,
+        prompts: Sequence[str],
+        device: torch.device,
+        *,
+        on_notes: Callable[[list[str]], None] = lambda notes: None,
+    ) -> Conditioning:
+        """One row per prompt, in order. Every distinct prompt is encoded once.
+
+        Args:
+            on_notes: called with the `notes` of prompts that are encoded now.
+        """
         check_prompts(prompts)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         if new:
             self._encode_new(new, device)
+            on_notes(self.notes(new, device))
         for prompt in prompts:
             self._cache.move_to_end(prompt)
         encoded = [self._cache[prompt].conditioning for prompt in prompts]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm.backbones.architecture import Architecture, truncated
-from dina_lrm.backbones.fingerprint import NUM_VALUES, differing, is_plain, probes
+from dina_lrm.backbones.fingerprint import NUM_VALUES, differing, is_plain, sampled_values
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.pipelines.weights import listed
 
@@ -50,7 +50,7 @@ class SharedWeights:
             if tensor is not None
         ]
         self._places: list[Any] = []
-        self._recorded = probes(self.parts)
+        self._recorded = sampled_values(self.parts)
         self._take()
 
     def follow(self) -> None:

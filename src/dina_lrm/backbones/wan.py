@@ -35,7 +35,7 @@ class WanArchitecture(TransformerArchitecture):
     num_attention_heads: int
     attention_head_dim: int
     in_channels: int
-    out_channels: int
+    out_channels: int | None
     text_dim: int
     freq_dim: int = 256
     ffn_dim: int

@@ -320,7 +320,7 @@ def write_alignment_page(
             },
             distance=one.distance,
             diversity=one.diversity,
-            parted=one.parted,
+            overoptimised=one.overoptimised,
         )
         for one in evaluations
     ]

@@ -69,22 +69,22 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdaptiveViews:
-    """Views learned on held-out pairs (`core.adaptive`), on which `compare` and `rank` can stop early.
+class AdaptiveLevels:
+    """Levels learned on held-out pairs (`core.adaptive`), on which `compare` and `rank` can stop early.
 
-    After k views a picture's score is that of the token-level ensemble of the first k levels.
+    After k levels a picture's score is that of the token-level ensemble of the first k levels.
     """
 
     noise_levels: tuple[float, ...]
-    """In the order in which they are looked at, each once."""
-    settled: tuple[float, ...]
-    """After each view but the last, the score difference at which a decision is final."""
+    """In the order in which they are added, each once."""
+    thresholds: tuple[float, ...]
+    """After each level but the last, the score difference at which a decision is final."""
     scales: tuple[float, ...]
-    """After each view, P(a preferred) = Phi(difference / scale)."""
+    """After each level, P(a preferred) = Phi(difference / scale)."""
     offsets: tuple[float, ...]
-    """Mean score after each view, taken off where pictures with different numbers of views are ranked."""
+    """Mean score after each level, taken off where pictures with different numbers of levels are ranked."""
     error: float
-    """Share of decisions that early stops may turn, which `settled` was chosen for."""
+    """Share of decisions that early stops may flip, which `thresholds` were chosen for."""
     num_pairs: int
     """Held-out pairs that all of this was learned on."""
 
@@ -93,11 +93,11 @@ class AdaptiveViews:
         count = len(self.noise_levels)
         distinct = len(set(self.noise_levels)) == count
         _require(distinct, "adaptive.noise_levels", self.noise_levels, "without repeats")
-        for name, wanted in (("settled", count - 1), ("scales", count), ("offsets", count)):
+        for name, wanted in (("thresholds", count - 1), ("scales", count), ("offsets", count)):
             values = getattr(self, name)
             good = len(values) == wanted and all(map(math.isfinite, values))
             _require(good, f"adaptive.{name}", values, f"{wanted} finite numbers")
-        _require(min(self.settled, default=0.0) >= 0, "adaptive.settled", self.settled, "at least 0")
+        _require(min(self.thresholds, default=0.0) >= 0, "adaptive.thresholds", self.thresholds, "at least 0")
         _require(min(self.scales) > 0, "adaptive.scales", self.scales, "above 0")
         _require(0 < self.error < 1, "adaptive.error", self.error, "in (0, 1)")
 
@@ -138,8 +138,8 @@ class RewardModelConfig:
     """False: latents enter clean while the backbone is still told the noise level (an ablation)."""
     calibration: Calibration | None = None
     """Fitted after training; `compare` uses it."""
-    adaptive: AdaptiveViews | None = None
-    """Learned after training by `dina-lrm evaluate --learn-views`; adaptive `compare` and `rank` need it."""
+    adaptive: AdaptiveLevels | None = None
+    """Learned after training by `dina-lrm evaluate --learn-levels`; adaptive `compare` and `rank` need it."""
     max_text_tokens: int | None = None
     """Tokens per prompt of the longest encoder (T5, UMT5, Qwen); None: what the backbone's pipeline reads."""
 

@@ -112,7 +112,7 @@ def summary(config: "AlignConfig", result: "RunResult") -> dict[str, Any]:
             name: {"since": since, "reason": reason}
             for name, (since, reason) in missing_since(result.evaluations).items()
         },
-        "parted_at": [one.step for one in result.evaluations if one.parted is not None],
+        "parted_at": [one.step for one in result.evaluations if one.overoptimised is not None],
     }
 
 

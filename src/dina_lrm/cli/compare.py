@@ -30,8 +30,8 @@ class Compare:
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     viewing: Annotated[Viewing, tyro.conf.arg(name="")] = field(default_factory=Viewing)
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """View the images one noise level after another and stop when it is settled which leads, instead of at
-    --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-views."""
+    """Score the images one noise level after another and stop when it is decided which leads, instead of at
+    --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-levels."""
     as_json: JsonFlag = False
     """Print one JSON object instead of a table."""
 
@@ -66,12 +66,12 @@ def compare_images(options: Compare) -> int:
     pictures = [load_image(Path(name)) for name in options.images]
     model = options.model.load()
     if options.adaptive:
-        found = model.compare_views(prompt, *pictures, seed=viewing.seed)
-        probability, views = found.probability, found.views
+        comparison = model.compare_adaptively(prompt, *pictures, seed=viewing.seed)
+        probability, num_levels = comparison.probability, comparison.num_levels
         assert model.config.adaptive is not None
-        levels = list(model.config.adaptive.noise_levels[:views])
+        levels = list(model.config.adaptive.noise_levels[:num_levels])
     else:
-        levels, views = viewing.levels(model.config.noise_levels), None
+        levels, num_levels = viewing.levels(model.config.noise_levels), None
         probability = model.compare(
             prompt, *pictures, noise_levels=levels, seed=viewing.seed, num_draws=viewing.num_draws
         )
@@ -84,7 +84,7 @@ def compare_images(options: Compare) -> int:
                 "image_b": image_b,
                 "probability_a_preferred": float(probability),
                 "noise_levels": levels if isinstance(levels, list) else [levels],
-                "views": views,
+                "num_levels": num_levels,
                 "num_draws": None if options.adaptive else viewing.num_draws,
                 "seed": viewing.seed,
                 "model": options.model.model,
@@ -93,6 +93,6 @@ def compare_images(options: Compare) -> int:
         return 0
     rows = [(image_a, f"{probability:.1%}"), (image_b, f"{1 - probability:.1%}")]
     print_table(["image", "preferred"], rows, title=prompt)
-    if views is not None:
-        log(f"settled after {views} views of each image")
+    if num_levels is not None:
+        log(f"decided after {num_levels} noise levels")
     return 0

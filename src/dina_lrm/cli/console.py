@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dina_lrm.errors import PromptWarning, ScoringError
+from dina_lrm.errors import ScoringError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,5 +116,4 @@ def quiet_libraries() -> None:
     if "PYTEST_CURRENT_TEST" not in os.environ:  # pytest collects warnings itself, and makes them errors
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
-        warnings.simplefilter("once", PromptWarning)
         warnings.showwarning = show

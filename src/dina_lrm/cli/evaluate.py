@@ -24,21 +24,21 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("num_prompts", "num_draws", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1; got {getattr(options, name)}")
-    if not 0 < options.max_turned < 1:
-        raise UsageError(f"--max-turned is between 0 and 1; got {options.max_turned:g}")
+    if not 0 < options.max_flipped < 1:
+        raise UsageError(f"--max-flipped is between 0 and 1; got {options.max_flipped:g}")
     refuse_ignored(options)
     if options.benchmark != "shapes":
         if options.root is None:
             raise UsageError(f"--benchmark {options.benchmark} needs --root DIR, the folder of its files")
         return evaluate_public(options)
-    if options.learn_views and not Path(options.model.model).is_dir():
-        raise UsageError("--learn-views stores what it learns in the model's folder: give --model FOLDER")
+    if options.learn_levels and not Path(options.model.model).is_dir():
+        raise UsageError("--learn-levels stores what it learns in the model's folder: give --model FOLDER")
     ensembles = [
         parse_noise_levels(levels)
         for levels in (("0.2,0.5,0.7",) if options.ensembles is None else options.ensembles)
     ]
     output = options.output or default_output(options)
-    if not options.learn_views:
+    if not options.learn_levels:
         refuse_to_replace(output, options.model.model, options.seed)
     model = options.model.load()
 
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     from dina_lrm.reporting.evaluation import pairs_page
 
     pairs = latent_pairs_of(options, model)
-    if options.learn_views:
-        return learn_views(options, model, pairs)
+    if options.learn_levels:
+        return learn_levels(options, model, pairs)
     with WorkProgress() as progress:
         result = evaluate_latent_pairs(
             model,
@@ -93,17 +93,17 @@ def latent_pairs_of(options: Evaluate, model: "RewardModel") -> "PairSet":
     return pairs
 
 
-def learn_views(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> int:
+def learn_levels(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> int:
     """Learn the order of the levels and when to stop, store it, say what it saves."""
     from dataclasses import replace
 
     from dina_lrm.evaluation import adaptive
 
     with WorkProgress() as progress:
-        learned, found = adaptive.learn_views(
+        learned, found = adaptive.learn_levels(
             model,
             pairs,
-            error=options.max_turned,
+            error=options.max_flipped,
             seed=options.seed,
             on_progress=lambda done, total: progress.tell("images", done, total=total),
         )
@@ -114,10 +114,13 @@ def learn_views(options: Evaluate, model: "RewardModel", pairs: "PairSet") -> in
         return 0
     order = ", ".join(f"{level:g}" for level in learned.noise_levels)
     rows = [
-        ["views in order, sigma", order],
-        ["all views", f"{100 * found['accuracy_all']:.1f} % right"],
-        ["stopping early", f"{100 * found['accuracy']:.1f} % right, {found['views']:.2f} views on average"],
-        ["decisions turned", f"{100 * found['turned']:.1f} % (allowed {100 * options.max_turned:g} %)"],
+        ["levels in order, sigma", order],
+        ["all levels", f"{100 * found['accuracy_all']:.1f} % right"],
+        [
+            "stopping early",
+            f"{100 * found['accuracy']:.1f} % right, {found['num_levels']:.2f} levels on average",
+        ],
+        ["decisions flipped", f"{100 * found['flipped']:.1f} % (allowed {100 * options.max_flipped:g} %)"],
     ]
     print_table(["", "found"], rows, title=f"{options.model.model}: learned on {len(pairs):,} pairs")
     log(f'next: dina-lrm compare --adaptive --model {options.model.model} "PROMPT" A B')

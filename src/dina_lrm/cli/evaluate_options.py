@@ -38,8 +38,8 @@ class Evaluate:
         "folder",
         "jsonl",
     ] = "shapes"
-    """shapes: pictures of the bundled generator, simulated raters whose law is known. Any other is a set of
-    human preferences in its original layout, under --root."""
+    """shapes: pictures of the bundled generator, simulated raters whose distribution is known. Any other is a
+    set of human preferences in its original layout, under --root."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the benchmark's files as published; for jsonl, also the file. Not for shapes."""
     split: str | None = None
@@ -83,11 +83,11 @@ class Evaluate:
     pairs of latents, none for public benchmarks."""
     num_draws: int = 1
     """More than 1 measures the default over that many noise draws too."""
-    learn_views: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Learn on these pairs how many views a comparison needs, and store it in the model's folder, for
+    learn_levels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Learn on these pairs how many levels a comparison needs, and store it in the model's folder, for
     `compare --adaptive`. For shapes, or --pairs; use pairs that the reward is not tested on."""
-    max_turned: float = 0.05
-    """Share of decisions that an early stop may turn; read only with --learn-views."""
+    max_flipped: float = 0.05
+    """Share of decisions that an early stop may flip; read only with --learn-levels."""
     seed: int = 0
     """Seed of the test pairs and of the noise."""
     batch_size: int = 128
@@ -120,24 +120,24 @@ def refuse_ignored(options: Evaluate) -> None:
     """UsageError for an option that is not read for what is measured."""
     made = options.pairs is None or not options.pairs.exists()
     if options.benchmark != "shapes":
-        what, unread = f"--benchmark {options.benchmark}", ["pairs", "num_prompts", "learn_views"]
+        what, unread = f"--benchmark {options.benchmark}", ["pairs", "num_prompts", "learn_levels"]
         if options.scorers:
             what = "--scorers"
             unread += ["model.model", "model.pipeline", "noise_levels", "ensembles", "num_draws"]
     else:
         what = f"--pairs {options.pairs}" if options.pairs is not None else "--benchmark shapes"
         unread = [*PUBLIC_ONLY, *([] if made else ["num_prompts"])]
-        if options.learn_views:
-            what = "--learn-views"
+        if options.learn_levels:
+            what = "--learn-levels"
             unread += ["noise_levels", "ensembles", "num_draws", "batch_size", "output"]
-    if not options.learn_views:
-        unread.append("max_turned")
+    if not options.learn_levels:
+        unread.append("max_flipped")
     default = Evaluate()
     for name in unread:
         read = attrgetter(name)
         if read(options) != read(default):
             flag = name.rpartition(".")[2].replace("_", "-")
-            reason = "goes with --learn-views" if name == "max_turned" else f"has no effect with {what}"
+            reason = "goes with --learn-levels" if name == "max_flipped" else f"has no effect with {what}"
             raise UsageError(f"--{flag} {reason}")
 
 

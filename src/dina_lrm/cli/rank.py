@@ -36,8 +36,8 @@ class Rank:
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
     viewing: Annotated[Viewing, tyro.conf.arg(name="")] = field(default_factory=Viewing)
     adaptive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """View the images one noise level after another and stop when the order of neighbours is settled, instead
-    of at --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-views."""
+    """Score the images one noise level after another and stop when the order of neighbours is decided,
+    instead of at --noise-levels. The reward must have learned this: dina-lrm evaluate --learn-levels."""
     as_json: JsonFlag = False
     """Print one JSON object for each image instead of a table."""
 
@@ -49,8 +49,8 @@ class Place:
     name: str
     score: float
     standard_error: float | None
-    views: int | None
-    """Noise levels it was viewed at, where that adapts."""
+    num_levels: int | None
+    """Noise levels it was scored at, where that adapts."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
                     "standard_error": place.standard_error,
                     "probability_preferred_to_next": probabilities[index] if probabilities[index:] else None,
                     "noise_levels": levels,
-                    "views": place.views,
+                    "num_levels": place.num_levels,
                     "seed": options.viewing.seed,
                     "model": options.model.model,
                 }
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     ]
     print_table(["rank", "image", "score", "beats next"], rows, title=options.prompt, text_columns=2)
     if options.adaptive:
-        views = sum(place.views or 0 for place in places) / len(places)
-        log(f"settled after {views:.1f} views of an image; scores are in probits")
+        mean_levels = sum(place.num_levels or 0 for place in places) / len(places)
+        log(f"decided after {mean_levels:.1f} noise levels of an image; scores are in probits")
     return 0
 
 
@@ -107,7 +107,7 @@ def rank_by_score(options: Rank) -> tuple[list[Place], list[float], list[float]]
 
 
 def rank_adaptively(options: Rank) -> tuple[list[Place], list[float], list[float]]:
-    """As `rank_by_score`, each image viewed as often as it needs."""
+    """As `rank_by_score`, each image scored as often as it needs."""
     from dina_lrm.data.pairs import load_image
 
     names, bad = find_pictures(options.images, skip_bad=options.skip_bad)
@@ -127,6 +127,6 @@ def rank_adaptively(options: Rank) -> tuple[list[Place], list[float], list[float
         options.prompt, [picture for _, picture in found], seed=options.viewing.seed, adaptive=True
     )
     assert model.config.adaptive is not None
-    places = [Place(found[one.index][0], one.score, None, one.views) for one in ranked]
+    places = [Place(found[place.index][0], place.score, None, place.num_levels) for place in ranked]
     probabilities = [NormalDist().cdf(a.score - b.score) for a, b in pairwise(places)]
     return places, list(model.config.adaptive.noise_levels), probabilities

@@ -1,15 +1,15 @@
-"""How many views of a pair are enough: a sequential test that stops when the answer is known.
+"""How many levels of a pair are enough: a sequential test that stops when the answer is known.
 
-A view is one pass of the backbone at one noise level. After k views the head scores the tokens of all k
+Each noise level is one pass of the backbone. After k levels the head scores the tokens of all k
 together, so m_k, the margin between the two sides, is that of the token-level ensemble of the first k levels,
-and m_K that of the whole plan. Looking on can only turn a decision while m_k is small, so
+and m_K that of the whole plan. Another level can only flip a decision while m_k is small, so
 
     stop at the first k with |m_k| >= c s_k,    P(m_K > 0 | m_k) = Phi(m_k / s_k)
 
-s_k puts the views on one scale; nothing depends on its being right. c is the smallest threshold at which, on
-pairs that chose neither the levels nor s_k, early stops turn at most a share alpha of the decisions that all
-K views would make, with 95 % confidence over the choice of those pairs. That holds for any law of the
-margins: it asks only that the pairs are drawn independently, from where later pairs come from.
+s_k puts the levels on one scale; nothing depends on its being right. c is the smallest threshold at which, on
+pairs that chose neither the levels nor s_k, early stops flip at most a share alpha of the decisions that all
+K levels would make, with 95 % confidence over the choice of those pairs. That holds for any distribution of
+the margins: it asks only that the pairs are drawn independently, from where later pairs come from.
 
 The same file fixes how many noise draws of one picture reach a wanted standard error (`stein_draws`).
 
@@ -32,17 +32,17 @@ from torch import Tensor
 from dina_lrm.core.calibration import fit_scale
 from dina_lrm.core.likelihood import log_normal_cdf, negative_log_likelihood
 
-__all__ = ["agreement_spreads", "controlled_threshold", "likeliest", "stein_draws", "stopping_views"]
+__all__ = ["agreement_spreads", "controlled_threshold", "levels_taken", "most_likely", "stein_draws"]
 
 THRESHOLDS = tuple(round(4.0 - 0.05 * step, 2) for step in range(81))
 """Candidates of `controlled_threshold`, from hardly ever stopping early to always."""
 CONFIDENCE = 0.95
 
 
-def likeliest(
+def most_likely(
     margins: Float[Tensor, "candidate pair"], target: Float[Tensor, " pair"]
 ) -> tuple[int, float, float]:
-    """The candidate under which the votes are likeliest, each read on the scale that suits it best.
+    """The candidate under which the votes are most likely, each read on the scale that suits it best.
 
     Args:
         margins: score_chosen - score_rejected, of each way of scoring.
@@ -52,25 +52,25 @@ def likeliest(
         Its row, the nats per pair of its votes (lower is better), its scale as in `calibration.fit_scale`.
 
     >>> margins = torch.tensor([[1.0, 1.0, 1.0, -1.0], [2.0, 2.0, 2.0, 2.0]])
-    >>> row, nats, scale = likeliest(margins, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    >>> row, round(nats, 3), round(likeliest(margins[1:], torch.tensor([1.0, 1.0, 1.0, 0.0]))[1], 4)
+    >>> row, nats, scale = most_likely(margins, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    >>> row, round(nats, 3), round(most_likely(margins[1:], torch.tensor([1.0, 1.0, 1.0, 0.0]))[1], 4)
     (0, 0.0, 0.5623)
     """
     y = target.double()
-    found: list[tuple[float, int, float]] = []
+    fits: list[tuple[float, int, float]] = []
     for row, margin in enumerate(margins.double()):
         scale = fit_scale(margin, y)
         z = margin / scale
         loss = negative_log_likelihood(log_normal_cdf(z), log_normal_cdf(-z), y).mean()
-        found.append((float(loss), row, scale))
-    nats, row, scale = min(found)
+        fits.append((float(loss), row, scale))
+    nats, row, scale = min(fits)
     return row, nats, scale
 
 
-def agreement_spreads(margins: Float[Tensor, "view pair"]) -> list[float]:
-    """s_k of every view but the last: the last margin has the sign of m_k with P = Phi(|m_k| / s_k).
+def agreement_spreads(margins: Float[Tensor, "level pair"]) -> list[float]:
+    """s_k of every level but the last: the last margin has the sign of m_k with P = Phi(|m_k| / s_k).
 
-    By hand: margins of 1 after the first view, of which three in four keep their sign, have
+    By hand: margins of 1 after the first level, of which three in four keep their sign, have
     s = 1 / Phi^-1(3/4) = 1.4826.
 
     >>> [round(s, 4) for s in agreement_spreads(torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 3.0, -1.0]]))]
@@ -79,32 +79,32 @@ def agreement_spreads(margins: Float[Tensor, "view pair"]) -> list[float]:
     return [fit_scale(margin, (margins[-1] > 0).double()) for margin in margins[:-1]]
 
 
-def stopping_views(margins: Float[Tensor, "view pair"], settled: Sequence[float]) -> Int64[Tensor, " pair"]:
-    """How many views each pair takes: up to the first whose |margin| is large enough, else all.
+def levels_taken(margins: Float[Tensor, "level pair"], thresholds: Sequence[float]) -> Int64[Tensor, " pair"]:
+    """How many levels each pair takes: up to the first whose |margin| is large enough, else all.
 
     Args:
-        settled: margin at which a decision is final, after every view but the last.
+        thresholds: margin at which a decision is final, after every level but the last.
 
-    >>> stopping_views(torch.tensor([[0.5, -2.0], [1.7, 0.1], [1.0, 0.1]]), [1.6, 1.6]).tolist()
+    >>> levels_taken(torch.tensor([[0.5, -2.0], [1.7, 0.1], [1.0, 0.1]]), [1.6, 1.6]).tolist()
     [2, 1]
     """
-    limits = margins.new_tensor([*settled, 0.0])
+    limits = margins.new_tensor([*thresholds, 0.0])
     return (margins.abs() >= limits[:, None]).to(torch.int64).argmax(dim=0) + 1
 
 
 def controlled_threshold(
-    margins: Float[Tensor, "view pair"], spreads: Sequence[float], *, error: float
+    margins: Float[Tensor, "level pair"], spreads: Sequence[float], *, error: float
 ) -> float:
-    """The smallest threshold whose early stops turn at most `error` of the decisions of all views.
+    """The smallest threshold whose early stops flip at most `error` of the decisions of all levels.
 
-    A pair is settled after view k when |margin| >= threshold * spreads[k - 1]. Thresholds are tried from the
+    A pair is decided after level k when |margin| >= threshold * spreads[k - 1]. Thresholds are tried from the
     largest down; each passes if the exact binomial upper bound (95 %) on the share of pairs that stop early
     on the other side than they would end is at most `error`; the first failure ends the search. Testing in a
     fixed order needs no correction for the number of tests.
 
     Args:
         margins: of pairs that are independent of each other and of the spreads.
-        spreads: of every view but the last.
+        spreads: of every level but the last.
         error: in (0, 1).
 
     Returns:
@@ -114,10 +114,10 @@ def controlled_threshold(
         raise ValueError(f"error = {error}: must be in (0, 1)")
     num_pairs, passed = margins.shape[1], math.inf
     for threshold in THRESHOLDS:
-        views = stopping_views(margins, [threshold * spread for spread in spreads])
-        early = margins.gather(0, views[None] - 1)[0]
-        turned = int((early.sign() != margins[-1].sign()).sum())
-        bound = 1.0 if turned == num_pairs else float(beta.ppf(CONFIDENCE, turned + 1, num_pairs - turned))
+        levels = levels_taken(margins, [threshold * spread for spread in spreads])
+        early = margins.gather(0, levels[None] - 1)[0]
+        flipped = int((early.sign() != margins[-1].sign()).sum())
+        bound = 1.0 if flipped == num_pairs else float(beta.ppf(CONFIDENCE, flipped + 1, num_pairs - flipped))
         if bound > error:
             break
         passed = threshold
@@ -131,7 +131,7 @@ def stein_draws(
 
         N = max( n, ceil( (t / z)^2 s^2 / target_error^2 ) ),    s: of the n pilot draws
 
-    with t and z the 97.5 % points of Student's law (n - 1) and the normal one. The spread is read once and
+    with t and z the 97.5 % points of Student's t (n - 1) and the normal one. The spread is read once and
     the number of draws fixed then, not watched until it happens to look small, so that mean +- 1.96
     target_error over N draws covers the mean over unlimited draws with at least 95 % probability, for
     Gaussian draws of any spread.

@@ -101,7 +101,7 @@ def constant_thurstone_log_likelihood(
 ) -> Float[Tensor, " batch"]:
     """Thurstone's case V with one variance for every noise level: log p = log Phi(margin / sqrt(2 variance)).
 
-    The ablation of the noise-calibrated law. variance = 0.5 makes it probit regression on the margin.
+    The ablation of the noise-calibrated variance. variance = 0.5 makes it probit regression on the margin.
 
     >>> constant_thurstone_log_likelihood(torch.ones(1), torch.zeros(1)).exp()
     tensor([0.8413])
@@ -139,7 +139,7 @@ def preference_log_likelihood(
     variance: float = 0.5,
     margin: float = 1.0,
 ) -> Float[Tensor, " batch"]:
-    """Log-probability of the observed preference under the law named `likelihood`.
+    """Log-probability of the observed preference under `likelihood`.
 
     Args:
         sigma: read only by "thurstone".
@@ -170,7 +170,7 @@ def win_probability(
     """Probability that the side whose score leads by `margin` is preferred; 1/2 at margin 0.
 
     Exact: no eps. A model trained with a Bradley-Terry margin is read without it, so that p(m) + p(-m) = 1
-    for every law.
+    for every likelihood.
 
     >>> win_probability(torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.4, 0.0, 1.0]))
     tensor([0.5000, 0.9431, 0.5975])
@@ -200,7 +200,7 @@ def negative_log_likelihood(
 
     Args:
         log_likelihood: log p, that `chosen` is preferred.
-        log_likelihood_reversed: log p', that `rejected` is: the same law with the scores swapped.
+        log_likelihood_reversed: log p', that `rejected` is: the same likelihood with the scores swapped.
         target: y, the share of votes for `chosen`; None is a plain label, y = 1.
 
     >>> half = torch.tensor([0.5]).log()

@@ -9,8 +9,9 @@ A backbone was trained on finitely many levels, so a wanted sigma is snapped to 
 that row gives the sigma for mixing and for the loss, and the timestep for the network.
 
 Departures from the paper's code: every draw goes through a generator that the caller passes (theirs used the
-global one for scoring and ignored the generator for the beta law), laws take typed numbers instead of strings
-that are evaluated, and noise for scoring is drawn per sample, so that a score does not depend on its batch.
+global one for scoring and ignored the generator for the beta distribution), distributions take typed numbers
+instead of strings that are evaluated, and noise for scoring is drawn per sample, so that a score does not
+depend on its batch.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -29,9 +30,9 @@ from torch import Tensor
 from dina_lrm.core.tensors import Latents, NoiseLevel, TableIndex
 
 __all__ = [
+    "ForwardProcess",
     "MatchedLevel",
-    "NoiseFamily",
-    "NoiseLaw",
+    "NoiseDistribution",
     "NoiseSchedule",
     "sample_noise_levels",
     "seeded_generator",
@@ -39,8 +40,8 @@ __all__ = [
     "torch_seed",
 ]
 
-NoiseFamily = Literal["rectified_flow", "variance_preserving"]
-NoiseLaw = Literal["uniform", "logit_normal", "mode", "power", "beta", "constant"]
+ForwardProcess = Literal["rectified_flow", "variance_preserving"]
+NoiseDistribution = Literal["uniform", "logit_normal", "mode", "power", "beta", "constant"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,8 +68,8 @@ class NoiseSchedule:
     """Noise level of each row: descending for rectified flow, ascending for variance preserving."""
     timesteps: Float32[Tensor, " num"]
     """What the network is told at each row: 1000 sigma for rectified flow, the step's number otherwise."""
-    law: NoiseFamily
-    """Which of the two mixing rules applies."""
+    process: ForwardProcess
+    """How clean latents and noise are mixed."""
     signals: Float32[Tensor, " num"] | None = None
     """sqrt(abar_t) of each row, as the scheduler rounds it; variance preserving only."""
 
@@ -87,7 +88,7 @@ class NoiseSchedule:
             )
         u = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)
-        return cls(sigmas=sigmas, timesteps=sigmas * num_train_timesteps, law="rectified_flow")
+        return cls(sigmas=sigmas, timesteps=sigmas * num_train_timesteps, process="rectified_flow")
 
     @classmethod
     def variance_preserving(cls, alphas_cumprod: Float[Tensor, " num"]) -> "NoiseSchedule":
@@ -104,7 +105,7 @@ class NoiseSchedule:
             )
         timesteps = torch.arange(abar.numel(), dtype=torch.float32)
         return cls(
-            sigmas=(1 - abar).sqrt(), timesteps=timesteps, law="variance_preserving", signals=abar.sqrt()
+            sigmas=(1 - abar).sqrt(), timesteps=timesteps, process="variance_preserving", signals=abar.sqrt()
         )
 
     @classmethod
@@ -157,7 +158,7 @@ class NoiseSchedule:
 
         Rectified flow: timestep / num_train_timesteps. Variance preserving: that of the nearest row.
         """
-        if self.law == "rectified_flow":
+        if self.process == "rectified_flow":
             return timestep * (self.sigmas[0] / self.timesteps[0]).to(timestep)
         return self.sigmas.to(timestep)[timestep.round().long().clamp(0, len(self.sigmas) - 1)]
 
@@ -205,7 +206,7 @@ class NoiseSchedule:
         return (s * after.to(dtype) - t * before.to(dtype)) / (s * a_t - t * a_s)
 
     def _signal(self, level: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        if self.law == "rectified_flow":
+        if self.process == "rectified_flow":
             return 1 - level
         signal = ((1 - level) * (1 + level)).sqrt()  # 1 - level is exact near 1, where 1 - level^2 cancels
         if self.signals is None or level.dtype != torch.float32:
@@ -216,7 +217,7 @@ class NoiseSchedule:
 
 
 def sample_noise_levels(
-    law: NoiseLaw,
+    distribution: NoiseDistribution,
     num: int,
     *,
     generator: torch.Generator,
@@ -228,7 +229,7 @@ def sample_noise_levels(
     beta_b: float = 2.0,
     level: float = 0.4,
 ) -> Float32[Tensor, " num"]:
-    """Training noise levels: `num` draws of sigma from `law`, all randomness out of `generator`.
+    """Training noise levels: `num` draws of sigma from `distribution`, all randomness out of `generator`.
 
     With r uniform in [0, 1), sigma is
 
@@ -239,7 +240,7 @@ def sample_noise_levels(
         beta          quantile r of Beta(beta_a, beta_b)
         constant      level
 
-    Each law is a function of one uniform draw: runs that differ in the law alone see the same quantiles.
+    Each distribution is a function of one uniform draw: runs that differ in it alone see the same quantiles.
 
     Returns:
         float32 levels on the generator's device, not yet matched to a table.
@@ -250,14 +251,14 @@ def sample_noise_levels(
     Source: uniform is the choice of arXiv:2602.11146; logit-normal and mode are from arXiv:2403.03206.
     """
     r = torch.rand(num, generator=generator, dtype=torch.float64, device=generator.device)
-    match law:
+    match distribution:
         case "uniform":
             sigma = r
         case "logit_normal":
             _require(logit_std >= 0, "logit_std", logit_std, "at least 0")
             sigma = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(r))
         case "mode":
-            # Outside this range the law is not monotone in r and leaves [0, 1].
+            # Outside this range sigma is not monotone in r and leaves [0, 1].
             _require(-1 <= mode_scale <= 2 / (math.pi - 2), "mode_scale", mode_scale, "in [-1, 1.7519]")
             sigma = 1 - r - mode_scale * ((math.pi * r / 2).cos().square() - 1 + r)
         case "power":
@@ -369,7 +370,7 @@ def _alphas_cumprod(config: Mapping[str, Any], num: int) -> Float32[Tensor, " nu
 
 def _beta_quantile(r: Float[Tensor, " num"], a: float, b: float) -> Float[Tensor, " num"]:
     """Inverse of the regularised incomplete beta function: torch's own sampler of Beta takes no generator."""
-    # Imported here: this one law needs it, and it is slow to load.
+    # Imported here: this one distribution needs it, and it is slow to load.
     from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
     return torch.from_numpy(special.betaincinv(a, b, r.cpu().numpy())).to(r)

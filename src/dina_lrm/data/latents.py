@@ -61,7 +61,8 @@ class LatentPairs:
     """Pairs that point into a table of latents and a table of prompts.
 
     `target` is the share of votes for `chosen`, below 0.5 when a majority preferred the other side.
-    `bayes`, known only for simulated raters, is the probability under their law that `chosen` is preferred.
+    `bayes`, known only for simulated raters, is the probability under their distribution that `chosen` is
+    preferred.
     """
 
     latents: Float[Tensor, "image channel *frame height width"]
@@ -246,7 +247,7 @@ class LatentPairs:
         Raises:
             InvalidInputError: there are no sets, their latents or prompt embeddings differ in shape, their
                 latents come from different VAEs, or only some of them have a pooled embedding, a mask, or a
-                known law of the raters.
+                known distribution of the raters.
         """
         if not parts:
             raise InvalidInputError("there are no pairs to join")

@@ -1,4 +1,4 @@
-"""Learning how many views a pair needs, and measuring what that saves."""
+"""Learning how many levels a pair needs, and measuring what that saves."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dina_lrm.checkpoints.config import AdaptiveViews
-from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, likeliest, stopping_views
+from dina_lrm.checkpoints.config import AdaptiveLevels
+from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, levels_taken, most_likely
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
@@ -18,17 +18,17 @@ from dina_lrm.evaluation.noise_sweep import PairScores, score_images
 from dina_lrm.models.reward_model import RewardModel
 
 __all__ = [
-    "ViewOrder",
+    "LevelOrder",
     "joined_scores",
-    "learn_views",
-    "measure_views",
-    "order_views",
+    "learn_levels",
+    "measure_levels",
+    "order_levels",
     "stop_early",
-    "stop_views",
+    "stopping_rule",
 ]
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-NUM_VIEWS = 5
+NUM_LEVELS = 5
 FEWEST_PAIRS = 100
 """In each half of the prompts."""
 Progress = Callable[[int, int], None] | None
@@ -64,26 +64,26 @@ def joined_scores(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewOrder:
-    """Levels in the order in which they are looked at, and what the votes say about each number of views."""
+class LevelOrder:
+    """Levels in the order in which they are added, and what the votes say about each number of levels."""
 
     noise_levels: tuple[float, ...]
     scales: tuple[float, ...]
-    """After each view, P(a preferred) = Phi(margin / scale)."""
+    """After each level, P(a preferred) = Phi(margin / scale)."""
     nats: tuple[float, ...]
-    """After each view, the negative log-likelihood of a pair's votes on that scale."""
+    """After each level, the negative log-likelihood of a pair's votes on that scale."""
     scores: PairScores
-    """Scores of the pairs that this was learned on, a row a view."""
+    """Scores of the pairs that this was learned on, a row a level."""
 
     @property
     def ensembles(self) -> list[tuple[float, ...]]:
-        """The levels of the first view, of the first two, and so on."""
-        return [self.noise_levels[: view + 1] for view in range(len(self.noise_levels))]
+        """The first level, the first two, and so on."""
+        return [self.noise_levels[: level + 1] for level in range(len(self.noise_levels))]
 
-    def until_likeliest(self) -> "ViewOrder":
-        """The views up to those under which the votes are likeliest: what comes later only costs."""
+    def until_most_likely(self) -> "LevelOrder":
+        """The levels up to those under which the votes are most likely: what comes later only costs."""
         count = self.nats.index(min(self.nats)) + 1
-        return ViewOrder(
+        return LevelOrder(
             noise_levels=self.noise_levels[:count],
             scales=self.scales[:count],
             nats=self.nats[:count],
@@ -91,33 +91,33 @@ class ViewOrder:
         )
 
 
-def order_views(
+def order_levels(
     model: RewardModel,
     pairs: PairSet,
     *,
     levels: Sequence[float] = LEVELS,
-    num_views: int = NUM_VIEWS,
+    num_levels: int = NUM_LEVELS,
     seed: int = 0,
     on_progress: Progress = None,
-) -> ViewOrder:
-    """Greedily: at each turn the level that, joined to those before, makes the votes likeliest."""
+) -> LevelOrder:
+    """Greedily: at each turn the level that, joined to those before, makes the votes most likely."""
     order: tuple[float, ...] = ()
     scales: list[float] = []
     nats: list[float] = []
     chosen: list[Tensor] = []
     rejected: list[Tensor] = []
-    num_views = min(num_views, len(levels))
-    for view in range(num_views):
+    num_levels = min(num_levels, len(levels))
+    for level in range(num_levels):
         ensembles = [(*order, level) for level in levels if level not in order]
-        report = _turn(on_progress, view, num_views)
+        report = _turn(on_progress, level, num_levels)
         scores = joined_scores(model, pairs, ensembles, seed=seed, on_progress=report)
-        best, found, scale = likeliest(scores.chosen - scores.rejected, pairs.target)
+        best, found, scale = most_likely(scores.chosen - scores.rejected, pairs.target)
         order = ensembles[best]
         scales.append(scale)
         nats.append(found)
         chosen.append(scores.chosen[best])
         rejected.append(scores.rejected[best])
-    return ViewOrder(
+    return LevelOrder(
         noise_levels=order,
         scales=tuple(scales),
         nats=tuple(nats),
@@ -125,11 +125,11 @@ def order_views(
     )
 
 
-def stop_views(order: ViewOrder, margins: Float[Tensor, "view pair"], *, error: float) -> AdaptiveViews:
-    """When to stop along these views.
+def stopping_rule(order: LevelOrder, margins: Float[Tensor, "level pair"], *, error: float) -> AdaptiveLevels:
+    """When to stop along these levels.
 
     Args:
-        margins: after each view, of pairs that the order was not learned on.
+        margins: after each level, of pairs that the order was not learned on.
         error: share of decisions that an early stop may turn.
 
     Raises:
@@ -144,9 +144,9 @@ def stop_views(order: ViewOrder, margins: Float[Tensor, "view pair"], *, error: 
             f"the decisions: more pairs are needed, or a larger share"
         )
     both = torch.cat([order.scores.chosen, order.scores.rejected], dim=1)
-    return AdaptiveViews(
+    return AdaptiveLevels(
         noise_levels=order.noise_levels,
-        settled=tuple(threshold * spread for spread in spreads),
+        thresholds=tuple(threshold * spread for spread in spreads),
         scales=order.scales,
         offsets=tuple(both.double().mean(dim=1).tolist()),
         error=error,
@@ -154,15 +154,15 @@ def stop_views(order: ViewOrder, margins: Float[Tensor, "view pair"], *, error: 
     )
 
 
-def learn_views(
+def learn_levels(
     model: RewardModel,
     pairs: PairSet,
     *,
     error: float = 0.05,
     seed: int = 0,
     on_progress: Progress = None,
-) -> tuple[AdaptiveViews, dict[str, float]]:
-    """The views and when to stop, and what that saves, from pairs that nothing is tested on.
+) -> tuple[AdaptiveLevels, dict[str, float]]:
+    """The levels and when to stop, and what that saves, from pairs that nothing is tested on.
 
     Half of the prompts give the order of the levels and the calibration after each, the other half says when
     to stop.
@@ -171,7 +171,7 @@ def learn_views(
         error: share of decisions that an early stop may turn.
 
     Returns:
-        What `compare` needs, and `measure_views` of the second half.
+        What `compare` needs, and `measure_levels` of the second half.
 
     Raises:
         InvalidInputError: fewer than 100 pairs in a half, or too few for this error.
@@ -179,34 +179,34 @@ def learn_views(
     first, second = pairs.split_by_prompt(0.5, seed=seed)
     if min(len(first), len(second)) < FEWEST_PAIRS:
         raise InvalidInputError(
-            f"{len(pairs)} pairs of {pairs.num_prompts} prompts are too few to learn views on: each half of "
+            f"{len(pairs)} pairs of {pairs.num_prompts} prompts are too few to learn levels on: each half of "
             f"the prompts needs {FEWEST_PAIRS} pairs"
         )
-    order = order_views(model, first, seed=seed, on_progress=on_progress).until_likeliest()
+    order = order_levels(model, first, seed=seed, on_progress=on_progress).until_most_likely()
     margins = joined_scores(model, second, order.ensembles, seed=seed)
     margins = margins.chosen - margins.rejected
-    learned = stop_views(order, margins, error=error)
-    return learned, measure_views(learned, margins, second.target)
+    learned = stopping_rule(order, margins, error=error)
+    return learned, measure_levels(learned, margins, second.target)
 
 
-def measure_views(
-    views: AdaptiveViews, margins: Float[Tensor, "view pair"], target: Float[Tensor, " pair"]
+def measure_levels(
+    levels: AdaptiveLevels, margins: Float[Tensor, "level pair"], target: Float[Tensor, " pair"]
 ) -> dict[str, float]:
-    """What stopping early costs and saves on these pairs: mean views, accuracies, decisions turned."""
-    taken, stopped = stop_early(views, margins)
+    """What stopping early costs and saves on these pairs: mean levels, accuracies, decisions flipped."""
+    taken, stopped = stop_early(levels, margins)
     return {
-        "views": float(taken.double().mean()),
+        "num_levels": float(taken.double().mean()),
         "accuracy": pairwise_accuracy(stopped.numpy(), target.numpy()).value,
         "accuracy_all": pairwise_accuracy(margins[-1].numpy(), target.numpy()).value,
-        "turned": float((stopped.sign() != margins[-1].sign()).double().mean()),
+        "flipped": float((stopped.sign() != margins[-1].sign()).double().mean()),
     }
 
 
 def stop_early(
-    views: AdaptiveViews, margins: Float[Tensor, "view pair"]
+    levels: AdaptiveLevels, margins: Float[Tensor, "level pair"]
 ) -> tuple[Int64[Tensor, " pair"], Float[Tensor, " pair"]]:
-    """How many views each pair takes, and its margin then."""
-    taken = stopping_views(margins, views.settled)
+    """How many levels each pair takes, and its margin then."""
+    taken = levels_taken(margins, levels.thresholds)
     return taken, margins.gather(0, taken[None] - 1)[0]
 
 

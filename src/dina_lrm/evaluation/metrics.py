@@ -161,7 +161,7 @@ def pairwise_accuracy(
 
 
 def expected_correctness(margin: ArrayLike, bayes: ArrayLike) -> NDArray[np.float64]:
-    """Probability that a fresh rater agrees with the higher score, given the raters' true law.
+    """Probability that a fresh rater agrees with the higher score, given the raters' true distribution.
 
     Free of the luck of the labels: its mean for a perfect reward is the Bayes-optimal accuracy exactly.
 
@@ -231,7 +231,7 @@ def cluster_bootstrap(
     rng = np.random.default_rng(seed)
     sums, count = np.unique(above + 1j * below, return_counts=True)
     if len(above) > MANY_CLUSTERS and 10 * len(sums) < len(above):
-        # How often each sum is drawn has a multinomial law: the same bootstrap, without a draw a cluster.
+        # How often each sum is drawn is multinomial: the same bootstrap, without a draw a cluster.
         share, step = count / len(above), max(1, 4_000_000 // len(sums))
         sizes = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
         drawn = np.concatenate([rng.multinomial(len(above), share, size) @ sums for size in sizes])

@@ -95,9 +95,10 @@ class SettingResult:
     num_score_ties: int
     """Pairs on which both sides have the same score, counted by the policy of the evaluation."""
     expected_accuracy: Interval | None
-    """Probability of agreeing with a fresh rater, where the raters' law is known."""
+    """Probability of agreeing with a fresh rater, where the raters' distribution is known."""
     bayes_share: Interval | None
-    """Accuracy over that of the Bayes-optimal rule on the same votes, where the raters' law is known."""
+    """Accuracy over that of the Bayes-optimal rule on the same votes, where the raters' distribution is
+    known."""
     expected_bayes_share: Interval | None
     """Expected accuracy over that of the Bayes-optimal rule: the same without the luck of the votes."""
     reliability: Reliability

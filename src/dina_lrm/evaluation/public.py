@@ -335,7 +335,7 @@ def evaluate_comparisons(
     def accuracy(name: str, margin: NDArray[np.float64], limit: float) -> RuleAccuracy:
         return accuracy_by_rule(name, margin, ties, prompts, threshold=limit, seed=seed)
 
-    def measured(label: str, scale: float | None) -> SettingAccuracy:
+    def accuracy_of(label: str, scale: float | None) -> SettingAccuracy:
         margins = both[label][0] - both[label][1]
         margin, several = margins.mean(axis=0), len(margins) > 1
         strict = ~ties if (~ties).any() else np.ones_like(ties)
@@ -350,7 +350,7 @@ def evaluate_comparisons(
         )
 
     default = next(iter(both))
-    settings = tuple(measured(label, calibration_scale if label == default else None) for label in both)
+    settings = tuple(accuracy_of(label, calibration_scale if label == default else None) for label in both)
     of_sides = both[default][0].mean(axis=0), both[default][1].mean(axis=0)
     margin = (both[default][0] - both[default][1]).mean(axis=0)
     return PublicResult(

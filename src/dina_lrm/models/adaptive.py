@@ -1,4 +1,4 @@
-"""Comparing with as many views as a pair needs, and no more."""
+"""Comparing with as many levels as a pair needs, and no more."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dina_lrm.checkpoints.config import AdaptiveViews
+from dina_lrm.checkpoints.config import AdaptiveLevels
 from dina_lrm.core.adaptive import stein_draws
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.ensemble import mean_and_standard_error
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptiveComparison:
-    """Two pictures, and how much looking it took."""
+    """Which of two pictures is preferred, and how many noise levels it took."""
 
     probability: float
     """That the first is preferred, calibrated."""
-    views: int
-    """Noise levels at which each picture was looked at: passes of the backbone."""
+    num_levels: int
+    """Noise levels at which each picture was scored: passes of the backbone."""
     decided: bool
-    """Whether the test ended before the last view: more would hardly change which side leads."""
+    """Whether the test ended before the last level: more would hardly change which side leads."""
 
 
-class Views:
-    """Scores of some pictures of one prompt, view by view: the backbone runs at one more noise level, and the
-    head again on the tokens of all levels so far, which are kept. All levels have the same noise sample.
+class LevelByLevel:
+    """Scores of some pictures of one prompt, level by level: the backbone runs at one more noise level, and
+    the head again on the tokens of all levels so far, which are kept. All levels have the same noise sample.
 
     Args:
         conditioning: one row.
@@ -51,7 +51,7 @@ class Views:
         conditioning: Conditioning,
         latents: Sequence[Tensor],
         seed: int,
-        plan: AdaptiveViews,
+        plan: AdaptiveLevels,
     ) -> None:
         self.model, self.latents, self.plan = model, list(latents), plan
         self.conditioning = conditioning
@@ -63,7 +63,7 @@ class Views:
         self.scores: list[list[float]] = [[] for _ in latents]
 
     def draw(self, pictures: Sequence[int]) -> None:
-        """One more view of each of these pictures."""
+        """One more level of each of these pictures."""
         groups: dict[tuple[torch.Size, int], list[int]] = {}
         for picture in pictures:
             key = self.latents[picture].shape, len(self.scores[picture])
@@ -74,21 +74,21 @@ class Views:
                 self._draw(group[start : start + size])
 
     def _draw(self, pictures: Sequence[int]) -> None:
-        """For pictures of one shape that have been viewed equally often."""
-        shape, view, count = self.latents[pictures[0]].shape, len(self.scores[pictures[0]]), len(pictures)
+        """For pictures of one shape that have been scored equally often."""
+        shape, level, count = self.latents[pictures[0]].shape, len(self.scores[pictures[0]]), len(pictures)
         latents = torch.stack([self.latents[picture] for picture in pictures])
         self.model.backbone.check_latents(latents)
         with without_autocast(latents.device.type):
             found = self.model.noisy_tokens(
                 latents,
                 self.conditioning.index_select(torch.zeros(count, dtype=torch.int64, device=latents.device)),
-                torch.full((1, count), self.plan.noise_levels[view], device=latents.device),
+                torch.full((1, count), self.plan.noise_levels[level], device=latents.device),
                 self.noise[shape].expand(count, *shape),
             )
             for row, picture in enumerate(pictures):
                 self.tokens[picture].append(found.rows(slice(row, row + 1)))
-            seen = [self.tokens[picture][past] for past in range(view + 1) for picture in pictures]
-            scores = self.model.score_tokens(HeadTokens.stack(seen).unfold(view + 1))
+            seen = [self.tokens[picture][past] for past in range(level + 1) for picture in pictures]
+            scores = self.model.score_tokens(HeadTokens.stack(seen).unfold(level + 1))
         for picture, score in zip(pictures, scores.tolist(), strict=True):
             self.scores[picture].append(score)
 
@@ -97,28 +97,28 @@ class Views:
         last = len(self.scores[picture]) - 1
         return (self.scores[picture][last] - self.plan.offsets[last]) / self.plan.scales[last]
 
-    def settled(self, first: int, second: int) -> bool:
-        """Is it final that `first`, whose estimate is the larger, leads? By the last view that both have."""
-        views = min(len(self.scores[first]), len(self.scores[second]))
-        if views == len(self.plan.noise_levels):
+    def decided(self, first: int, second: int) -> bool:
+        """Is it final that `first`, whose estimate is the larger, leads? By the last level that both have."""
+        levels = min(len(self.scores[first]), len(self.scores[second]))
+        if levels == len(self.plan.noise_levels):
             return True
-        lead = self.scores[first][views - 1] - self.scores[second][views - 1]
-        return lead >= self.plan.settled[views - 1]
+        lead = self.scores[first][levels - 1] - self.scores[second][levels - 1]
+        return lead >= self.plan.thresholds[levels - 1]
 
     def exhausted(self, picture: int) -> bool:
         return len(self.scores[picture]) == len(self.plan.noise_levels)
 
 
-def plan_of(model: "RewardNetwork") -> AdaptiveViews:
-    """The views that the model learned.
+def plan_of(model: "RewardNetwork") -> AdaptiveLevels:
+    """The levels that the model learned.
 
     Raises:
         InvalidInputError: it has not learned any.
     """
     if model.config.adaptive is None:
         raise InvalidInputError(
-            "this reward has not learned how many views a pair needs: run "
-            "`dina-lrm evaluate --model RUN --learn-views`, or compare without adaptive=True"
+            "this reward has not learned how many levels a pair needs: run "
+            "`dina-lrm evaluate --model RUN --learn-levels`, or compare without adaptive=True"
         )
     return model.config.adaptive
 
@@ -126,15 +126,15 @@ def plan_of(model: "RewardNetwork") -> AdaptiveViews:
 def compare_adaptively(
     model: "RewardNetwork", conditioning: Conditioning, latents: Sequence[Tensor], seed: int
 ) -> AdaptiveComparison:
-    """View two pictures until it is settled which leads, at most as often as the plan has views."""
-    views = Views(model, conditioning, latents, seed, plan_of(model))
+    """Score two pictures until it is decided which leads, at most as often as the plan has levels."""
+    scored = LevelByLevel(model, conditioning, latents, seed, plan_of(model))
     while True:
-        views.draw([0, 1])
-        lead = views.estimate(0) - views.estimate(1)
-        if views.settled(0, 1) if lead > 0 else views.settled(1, 0):
+        scored.draw([0, 1])
+        lead = scored.estimate(0) - scored.estimate(1)
+        if scored.decided(0, 1) if lead > 0 else scored.decided(1, 0):
             break
     probability = float(log_normal_cdf(torch.tensor(lead, dtype=torch.float64)).exp())
-    return AdaptiveComparison(probability, len(views.scores[0]), not views.exhausted(0))
+    return AdaptiveComparison(probability, len(scored.scores[0]), not scored.exhausted(0))
 
 
 def rank_adaptively(
@@ -144,28 +144,28 @@ def rank_adaptively(
     latents: Sequence[Tensor],
     seed: int,
 ) -> list[RankedImage]:
-    """Best first; pictures are viewed until each is settled against its neighbours in the ranking.
+    """Best first; pictures are scored until each is decided against its neighbours in the ranking.
 
     The error that the plan states holds for each comparison of neighbours, not for the ranking as a whole.
     """
-    views = Views(model, conditioning, latents, seed, plan_of(model))
+    scored = LevelByLevel(model, conditioning, latents, seed, plan_of(model))
     everyone = range(len(latents))
-    views.draw(everyone)
+    scored.draw(everyone)
     while True:
-        order = sorted(everyone, key=lambda picture: -views.estimate(picture))
+        order = sorted(everyone, key=lambda picture: -scored.estimate(picture))
         open_ones = {
             picture
             for pair in pairwise(order)
-            if not views.settled(*pair)
+            if not scored.decided(*pair)
             for picture in pair
-            if not views.exhausted(picture)
+            if not scored.exhausted(picture)
         }
         if not open_ones:
             break
-        fewest = min(len(views.scores[picture]) for picture in open_ones)
-        views.draw(sorted(one for one in open_ones if len(views.scores[one]) == fewest))
+        fewest = min(len(scored.scores[picture]) for picture in open_ones)
+        scored.draw(sorted(one for one in open_ones if len(scored.scores[one]) == fewest))
     return [
-        RankedImage(picture, images[picture], views.estimate(picture), len(views.scores[picture]))
+        RankedImage(picture, images[picture], scored.estimate(picture), len(scored.scores[picture]))
         for picture in order
     ]
 

@@ -34,11 +34,10 @@ class EncodedReward(RewardNetwork):
         """Conditioning with one row per prompt, from the pipeline's own text encoders; cached per prompt.
 
         Warns:
-            PromptWarning: what the encoders do not see of a prompt, as in `prompt_notes`.
+            PromptWarning: what the encoders do not see of a prompt, when it is encoded first.
         """
-        conditioning, notes = self.read_prompts(prompts)
-        warn_of_prompts(notes)
-        return conditioning
+        encoders = self._need_encoders("prompts", "text_encoder")
+        return encoders.encode_prompts(prompt_list(prompts), self.device, on_notes=warn_of_prompts)
 
     @in_turn
     def read_prompts(self, prompts: str | Sequence[str]) -> tuple[Conditioning, list[str]]:

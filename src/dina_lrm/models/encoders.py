@@ -9,7 +9,7 @@ Departures from the paper's code: the VAE's mean is the default, so a picture ha
 is an error that names it, at the moment it is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +65,19 @@ class Encoders:
         """Class and normalisation of the VAE; None without one."""
         return _latent_space(self.source.config("vae", "config.json")) if self.source.has("vae") else None
 
-    def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        """One row per prompt, in the encoders' own precision whatever `torch.autocast` the caller is in."""
-        return self.text.encode(prompts, device)
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        device: torch.device,
+        *,
+        on_notes: Callable[[list[str]], None] = lambda notes: None,
+    ) -> Conditioning:
+        """One row per prompt, in the encoders' own precision whatever `torch.autocast` the caller is in.
+
+        Args:
+            on_notes: called with what the encoders do not see of prompts that were not encoded before.
+        """
+        return self.text.encode(prompts, device, on_notes=on_notes)
 
     def prompt_notes(self, prompts: Sequence[str], device: torch.device) -> list[str]:
         """What the text encoders do not see of prompts (`PromptEncoder.notes`)."""

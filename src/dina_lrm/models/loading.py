@@ -133,7 +133,7 @@ def attach(model: "RewardNetwork", pipeline: Any) -> tuple[Backbone, LoraAdapter
             f"({listed(changed)}): it is of another training, or a LoRA was fused into it (unfuse_lora() "
             f"takes it out). Use the reward without attach, with base weights of its own"
         )
-    return _again(own, shared.parts, shared), _copy_of(model.adapter, shared.parts, config)
+    return _same_over(own, shared.parts, shared), _copy_of(model.adapter, shared.parts, config)
 
 
 def check_same_architecture(model: "RewardNetwork", pipeline: Any) -> PipelineSource:
@@ -162,7 +162,7 @@ def detach(model: "RewardNetwork", pipeline: Any) -> tuple[Backbone, LoraAdapter
         device=weight.device,
         dtype=weight.dtype,
     )
-    return _again(shared, parts, None), _copy_of(model.adapter, parts, model.config)
+    return _same_over(shared, parts, None), _copy_of(model.adapter, parts, model.config)
 
 
 def _copy_of(adapter: LoraAdapter | None, parts: nn.Module, config: RewardModelConfig) -> LoraAdapter | None:
@@ -210,7 +210,7 @@ def _backbone(
     )
 
 
-def _again(backbone: Backbone, parts: nn.Module, shared: SharedWeights | None) -> Backbone:
+def _same_over(backbone: Backbone, parts: nn.Module, shared: SharedWeights | None) -> Backbone:
     """The same backbone over other parts."""
     return type(backbone)(
         backbone.architecture,

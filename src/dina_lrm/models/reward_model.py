@@ -300,11 +300,11 @@ class RewardModel(EncodedReward):
         """Probability that `image_a` is preferred to `image_b`, both seen through the same noise.
 
         Args:
-            adaptive: look at one noise level after another and stop when it is settled which side leads
+            adaptive: score at one noise level after another and stop when it is decided which side leads
                 (`config.adaptive`); noise_levels and num_draws are not used then.
         """
         if adaptive:
-            return self.compare_views(prompt, image_a, image_b, seed).probability
+            return self.compare_adaptively(prompt, image_a, image_b, seed).probability
         check_prompts([prompt])
         (seed,) = resolve_seeds(seed, 1)
         pictures = _two_images(image_a, image_b)
@@ -317,11 +317,13 @@ class RewardModel(EncodedReward):
 
     @in_turn
     @torch.no_grad()
-    def compare_views(self, prompt: str, image_a: Any, image_b: Any, seed: Any = 0) -> AdaptiveComparison:
-        """An adaptive `compare` that also says how many views it took.
+    def compare_adaptively(
+        self, prompt: str, image_a: Any, image_b: Any, seed: Any = 0
+    ) -> AdaptiveComparison:
+        """An adaptive `compare` that also says how many levels it took.
 
         Raises:
-            InvalidInputError: the reward has not learned views.
+            InvalidInputError: the reward has not learned levels.
         """
         self._require_trained(None)
         check_prompts([prompt])
@@ -345,7 +347,7 @@ class RewardModel(EncodedReward):
         """Pictures from best to worst, with scores, all seen through the same noise.
 
         Args:
-            adaptive: as in `compare`: pictures are viewed until each is settled against its neighbours.
+            adaptive: as in `compare`: pictures are scored until each is decided against its neighbours.
                 Scores are then in probits: P(a preferred to b) = Phi(score_a - score_b).
         """
         check_prompts([prompt])

@@ -38,7 +38,7 @@ class RankedImage:
     """Its place in the list that was given."""
     image: Any
     score: float
-    views: int | None = None
+    num_levels: int | None = None
     """Scores that it took, where the number adapts to the picture."""
 
 

@@ -90,7 +90,7 @@ def shapes_clean() -> TrainConfig:
     base = shapes_constant_variance()
     return replace(
         base,
-        noise=NoiseConfig(law="constant", level=0.0),
+        noise=NoiseConfig(distribution="constant", level=0.0),
         validation=replace(base.validation, noise_levels=(0.0,), ensembles=()),
         ensemble_fraction=0.0,
         output="runs/shapes-clean",
@@ -192,17 +192,19 @@ def sd35m_12_layers_clean() -> TrainConfig:
     base = sd35m_12_layers_constant_variance()
     return replace(
         base,
-        noise=NoiseConfig(law="constant", level=0.0),
+        noise=NoiseConfig(distribution="constant", level=0.0),
         validation=replace(base.validation, noise_levels=(0.0,), ensembles=()),
         output="runs/sd35m-12-layers-clean",
     )
 
 
 def sd35m_12_layers_logit_normal() -> TrainConfig:
-    """sigma from the law that trained the generator, instead of uniform."""
+    """sigma from the distribution that the generator was trained with, instead of uniform."""
     base = sd35m_12_layers()
     return replace(
-        base, noise=replace(base.noise, law="logit_normal"), output="runs/sd35m-12-layers-logit-normal"
+        base,
+        noise=replace(base.noise, distribution="logit_normal"),
+        output="runs/sd35m-12-layers-logit-normal",
     )
 
 

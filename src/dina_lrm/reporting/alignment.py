@@ -38,7 +38,7 @@ class AlignmentPoint:
     means: Mapping[str, float]
     distance: float
     diversity: float
-    parted: str | None
+    overoptimised: str | None
 
 
 def alignment_page(
@@ -60,7 +60,7 @@ def alignment_page(
     """
     steps, last = [point.step for point in points], points[-1]
     names = list(dict.fromkeys(name for point in points for name in point.gains))
-    parted = next((point for point in points if point.parted is not None), None)
+    overoptimised = next((point for point in points if point.overoptimised is not None), None)
     plots = []
     for name in names:
         having = [point for point in points if name in point.gains]
@@ -68,7 +68,7 @@ def alignment_page(
             [point.step for point in having],
             [point.gains[name] for point in having],
             label=name,
-            parted=parted.step if parted else None,
+            overoptimised=overoptimised.step if overoptimised else None,
         )
         kind = "proxy, which is maximised" if name == names[0] else "gold, which the run never sees"
         plots.append(
@@ -89,9 +89,10 @@ def alignment_page(
     ]
     facts.append(Fact(value=str(last.step), label="updates"))
     blocks: list[Block] = [Plots(plots=plots)]
-    if parted is not None:
+    if overoptimised is not None:
         blocks.insert(
-            0, Paragraph(text=f"Update {parted.step}: proxy and gold have parted: {parted.parted}.")
+            0,
+            Paragraph(text=f"Update {overoptimised.step}: over-optimised: {overoptimised.overoptimised}."),
         )
     blocks[:0] = [
         Paragraph(

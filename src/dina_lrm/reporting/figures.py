@@ -233,7 +233,7 @@ def gain_curve(
     gains: Sequence[Interval],
     *,
     label: str,
-    parted: int | None = None,
+    overoptimised: int | None = None,
     axes: Axes | None = None,
 ) -> Figure:
     """A gain over the start with its interval; `parted` marks the update at which a warning came."""
@@ -242,11 +242,11 @@ def gain_curve(
     lows, highs = [one.low for one in gains], [one.high for one in gains]
     axes.fill_between(steps, lows, highs, color=SERIES[0], alpha=0.18, linewidth=0)
     axes.plot(steps, [one.value for one in gains], color=SERIES[0], marker="o", markersize=4.5)
-    if parted is not None:
-        axes.axvline(parted, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)))
+    if overoptimised is not None:
+        axes.axvline(overoptimised, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
-            "parted",
-            (parted, axes.get_ylim()[0]),
+            "overoptimised",
+            (overoptimised, axes.get_ylim()[0]),
             xytext=(-4, 4),
             textcoords="offset points",
             ha="right",

@@ -105,7 +105,7 @@ class Policy:
             if source.has("vae")
             else 8,
         )
-        flow = self.schedule.law == "rectified_flow"
+        flow = self.schedule.process == "rectified_flow"
         self.kind: Prediction = (
             "flow_prediction" if flow else scheduler.get("prediction_type", "epsilon")  # type: ignore[assignment]
         )
@@ -266,11 +266,10 @@ class Policy:
         encodes beside it.
 
         Warns:
-            PromptWarning: what the encoders do not see of a prompt.
+            PromptWarning: what the encoders do not see of a prompt, when it is encoded first.
         """
         for prompt in dict.fromkeys(prompts):
-            self.encoders.encode_prompts([prompt], self.device)
-        warn_of_prompts(self.encoders.prompt_notes(prompts, self.device))
+            self.encoders.encode_prompts([prompt], self.device, on_notes=warn_of_prompts)
         return self.encoders.encode_prompts(prompts, self.device)
 
     def predict(

@@ -32,7 +32,7 @@ from dina_lrm.remote.protocol import CONTENT_TYPE, FIELDS, PROTOCOL_VERSION, VER
 from dina_lrm.serving.batching import Draining, QueueFull
 from dina_lrm.serving.bodies import LARGE_BYTES, check_content_type, form_schema, read_body, read_pictures
 from dina_lrm.serving.callers import CallerFull
-from dina_lrm.serving.gate import Gate
+from dina_lrm.serving.middleware import ServerMiddleware
 from dina_lrm.serving.pictures import EncodedPicture, picture_header
 from dina_lrm.serving.schemas import (
     CompareReply,
@@ -115,9 +115,9 @@ def create_app(
     }
     app.add_middleware(_Methods, methods=methods)
     app.add_middleware(
-        Gate,
+        ServerMiddleware,
         settings=settings,
-        entrance=service.entrance,
+        login=service.login,
         metrics=service.metrics,
         closing=service.closing,
         names_requests=names_requests,

@@ -24,7 +24,7 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.models.scoring import preference_probability
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.stepwise import MAX_GUIDANCE, MAX_STEPS, Executor, check_settings, sample_stepwise
-from dina_lrm.serving.measuring import LEVELS, Measurer, measured, pil_picture, places
+from dina_lrm.serving.page_model import LEVELS, PageModel, mean_score, pil_picture, places
 from dina_lrm.serving.page_parts import (
     CAPTIONS,
     FILE_TYPES,
@@ -102,7 +102,7 @@ def build_page(
         max_megapixels: of a picture, read before any pixel is.
         max_prompt_length: in characters.
     """
-    measurer = Measurer(
+    page_model = PageModel(
         model=model,
         run=run or one_at_a_time(),
         max_megapixels=max_megapixels,
@@ -111,20 +111,20 @@ def build_page(
     with PageBlocks(title=title, analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gr.HTML(
             f'<header class="reward-head"><h1>{escape(title)}</h1><p>How well would people like a picture '
-            f"for a prompt? Read from noisy latents at {levels_text(measurer.model_levels)}. A score "
+            f"for a prompt? Read from noisy latents at {levels_text(page_model.model_levels)}. A score "
             "has no unit and no zero: compare pictures for the same prompt.</p></header>"
         )
         with gr.Tab("Compare"):  # the first: a probability says something by itself, a score does not
-            _compare_tab(measurer)
+            _compare_tab(page_model)
         with gr.Tab("Rank"):
-            _rank_tab(measurer)
+            _rank_tab(page_model)
         with gr.Tab("Score"):
-            _score_tab(measurer)
+            _score_tab(page_model)
         with gr.Tab("Generate"):
             if pipeline is None:
                 gr.HTML("<p>This server has no generator: it scores pictures that you bring.</p>")
             else:
-                _generate_tab(measurer, Policy(pipeline))
+                _generate_tab(page_model, Policy(pipeline))
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
 
 
@@ -171,11 +171,11 @@ def _beside(name: str) -> str:
 # --- the four tabs -----------------------------------------------------------------------------------------
 
 
-def _score_tab(measurer: Measurer) -> None:
+def _score_tab(page_model: PageModel) -> None:
     with gr.Row():
         with gr.Column():
             picture = picture_box("Picture", 280)
-            prompt = prompt_box(measurer)
+            prompt = prompt_box(page_model)
             button = gr.Button("Score", variant="primary")
         with gr.Column():
             result = gr.HTML(waiting("The score, and what it is at every noise level, comes here."))
@@ -185,19 +185,19 @@ def _score_tab(measurer: Measurer) -> None:
     )
 
     def score(upload: Any, text: Any) -> Iterator[str]:
-        pixels, notes = measurer.open(path_of(upload), "Picture")
-        encoded = measurer.prompt(text)
+        pixels, notes = page_model.open(path_of(upload), "Picture")
+        encoded = page_model.prompt(text)
         notes += encoded.notes
-        latents = measurer.latents(pixels, "Picture")
-        total = measured(measurer.draws(latents, encoded, measurer.model_levels))
-        yield score_view(total, measurer.model_levels, None, notes)
-        scores = [measured(measurer.draws(latents, encoded, (level,))) for level in LEVELS]
-        yield score_view(total, measurer.model_levels, LevelScores(LEVELS, scores), notes)
+        latents = page_model.latents(pixels, "Picture")
+        total = mean_score(page_model.draws(latents, encoded, page_model.model_levels))
+        yield score_view(total, page_model.model_levels, None, notes)
+        scores = [mean_score(page_model.draws(latents, encoded, (level,))) for level in LEVELS]
+        yield score_view(total, page_model.model_levels, LevelScores(LEVELS, scores), notes)
 
     answer(score, button, prompt, examples, inputs=[picture, prompt], outputs=[result])
 
 
-def _compare_tab(measurer: Measurer) -> None:
+def _compare_tab(page_model: PageModel) -> None:
     first, second, third = CAPTIONS
     rng = np.random.default_rng(0)
     with gr.Row():
@@ -205,7 +205,7 @@ def _compare_tab(measurer: Measurer) -> None:
             with gr.Row():
                 picture_a = picture_box("Picture A", 220, 120)
                 picture_b = picture_box("Picture B", 220, 120)
-            prompt = prompt_box(measurer)
+            prompt = prompt_box(page_model)
             button = gr.Button("Compare", variant="primary")
         with gr.Column():
             result = gr.HTML(waiting("The probability that A is preferred comes here."))
@@ -225,27 +225,27 @@ def _compare_tab(measurer: Measurer) -> None:
     )
 
     def compare(upload_a: Any, upload_b: Any, text: Any) -> Iterator[str]:
-        levels, model = measurer.model_levels, measurer.model
+        levels, model = page_model.model_levels, page_model.model
         names = ("Picture A", "Picture B")
         uploads = (upload_a, upload_b)
-        pictures = [measurer.open(path_of(one), name) for one, name in zip(uploads, names, strict=True)]
-        encoded = measurer.prompt(text)
+        pictures = [page_model.open(path_of(one), name) for one, name in zip(uploads, names, strict=True)]
+        encoded = page_model.prompt(text)
         notes = [note for _, of_picture in pictures for note in of_picture] + encoded.notes
-        latents = [measurer.latents(one, name) for (one, _), name in zip(pictures, names, strict=True)]
+        latents = [page_model.latents(one, name) for (one, _), name in zip(pictures, names, strict=True)]
 
         def draws(at: Sequence[float]) -> list[Tensor]:
-            return [measurer.draws(one, encoded, at) for one in latents]
+            return [page_model.draws(one, encoded, at) for one in latents]
 
-        score_a, score_b = (measured(one) for one in draws(levels))
+        score_a, score_b = (mean_score(one) for one in draws(levels))
         probability = preference_probability(score_a.value - score_b.value, levels, model.config)
         yield comparison_view(probability, (score_a, score_b), levels, None, notes)
-        leads = [measured(a - b) for a, b in (draws((level,)) for level in LEVELS)]
+        leads = [mean_score(a - b) for a, b in (draws((level,)) for level in LEVELS)]
         yield comparison_view(probability, (score_a, score_b), levels, LevelScores(LEVELS, leads), notes)
 
     answer(compare, button, prompt, examples, inputs=[picture_a, picture_b, prompt], outputs=[result])
 
 
-def _rank_tab(measurer: Measurer) -> None:
+def _rank_tab(page_model: PageModel) -> None:
     with gr.Row():
         with gr.Column():
             files = gr.File(
@@ -255,7 +255,7 @@ def _rank_tab(measurer: Measurer) -> None:
                 height=220,
                 elem_classes="reward-files",
             )
-            prompt = prompt_box(measurer)
+            prompt = prompt_box(page_model)
             button = gr.Button("Rank", variant="primary")
         with gr.Column():
             status = gr.HTML(waiting("The pictures come here, best first."))
@@ -278,20 +278,20 @@ def _rank_tab(measurer: Measurer) -> None:
         paths = [path for path in map(path_of, uploads or []) if path is not None]
         if not 2 <= len(paths) <= MAX_PICTURES:
             raise InvalidInputError(f"Pictures: {len(paths)} given, 2 to {MAX_PICTURES} can be ranked")
-        encoded = measurer.prompt(text)
+        encoded = page_model.prompt(text)
         notes = list(encoded.notes)
         found: list[tuple[Tensor, str, Image.Image]] = []
         for path in paths:
             name = Path(path).name
-            picture, of_picture = measurer.open(path, name)
+            picture, of_picture = page_model.open(path, name)
             notes += of_picture
-            latents = measurer.latents(picture, name)
-            draws = measurer.draws(latents, encoded, measurer.model_levels)
+            latents = page_model.latents(picture, name)
+            draws = page_model.draws(latents, encoded, page_model.model_levels)
             found.append((draws, name, pil_picture(picture, max_side=512)))
             yield waiting(f"{len(found)} of {len(paths)} scored."), gr.skip(), gr.skip()
         found.sort(key=lambda one: -one[0].mean().item())
         ranking = [
-            Ranked(name, measured(draws), place)
+            Ranked(name, mean_score(draws), place)
             for (draws, name, _), place in zip(found, places([one[0] for one in found]), strict=True)
         ]
         shown = [
@@ -301,7 +301,7 @@ def _rank_tab(measurer: Measurer) -> None:
         yield (
             waiting(f"{len(found)} pictures, best first:"),
             gr.update(value=shown, visible=True),
-            ranking_view(ranking, measurer.model_levels, notes),
+            ranking_view(ranking, page_model.model_levels, notes),
         )
 
     answer(
@@ -315,10 +315,10 @@ def _rank_tab(measurer: Measurer) -> None:
     )
 
 
-def _generate_tab(measurer: Measurer, policy: Policy) -> None:
+def _generate_tab(page_model: PageModel, policy: Policy) -> None:
     with gr.Row():
         with gr.Column():
-            prompt = prompt_box(measurer, CAPTIONS[0])
+            prompt = prompt_box(page_model, CAPTIONS[0])
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=100)
                 steps = gr.Slider(
@@ -349,7 +349,7 @@ def _generate_tab(measurer: Measurer, policy: Policy) -> None:
         text: str | None, seed: float, steps: float, guidance: float
     ) -> Iterator[tuple[Any, Any, Any]]:
         seed, steps = check_settings(seed, steps, guidance)
-        encoded = measurer.prompt(text)
+        encoded = page_model.prompt(text)
         shown = set(np.linspace(0, steps - 1, min(STRIP_LENGTH, steps)).round().astype(int).tolist())
         sigmas: list[float] = []
         of_states: list[float] = []
@@ -362,14 +362,14 @@ def _generate_tab(measurer: Measurer, policy: Policy) -> None:
             seed=seed,
             num_steps=steps,
             guidance_scale=guidance,
-            run=measurer.run,
+            run=page_model.run,
         ):
             latents = state.clean
             sigmas.append(state.sigma)
-            of_states.append(measurer.state(state, encoded))
-            of_pictures.append(measurer.draws(latents, encoded, measurer.model_levels, 1).item())
+            of_states.append(page_model.state(state, encoded))
+            of_pictures.append(page_model.draws(latents, encoded, page_model.model_levels, 1).item())
             if state.step in shown:
-                strip.append(Strip(state.step + 1, state.sigma, measurer.decoded(latents)))
+                strip.append(Strip(state.step + 1, state.sigma, page_model.decoded(latents)))
                 yield (
                     waiting(f"Step {state.step + 1} of {steps}."),
                     gr.update(visible=False),
@@ -377,16 +377,16 @@ def _generate_tab(measurer: Measurer, policy: Policy) -> None:
                         sigmas,
                         of_states,
                         of_pictures,
-                        measurer.model_levels,
+                        page_model.model_levels,
                         strip,
                         encoded.notes,
                         num_steps=steps,
                     ),
                 )
         assert latents is not None
-        total = measured(measurer.draws(latents, encoded, measurer.model_levels))
+        total = mean_score(page_model.draws(latents, encoded, page_model.model_levels))
         yield (
-            headline(total, measurer.model_levels),
+            headline(total, page_model.model_levels),
             gr.update(value=strip[-1].picture, visible=True),
             gr.skip(),
         )

@@ -12,7 +12,7 @@ from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
 from dina_lrm.errors import DinaError
-from dina_lrm.serving.measuring import Measurer
+from dina_lrm.serving.page_model import PageModel
 from dina_lrm.shapes.render import blur, render
 from dina_lrm.shapes.scenes import parse_caption, sample_scene
 
@@ -49,14 +49,14 @@ def path_of(upload: Any) -> str | None:
     return None if upload is None else upload.get("path")
 
 
-def prompt_box(measurer: Measurer, value: str | None = None) -> gr.Textbox:
+def prompt_box(page_model: PageModel, value: str | None = None) -> gr.Textbox:
     return gr.Textbox(
         value,
         label="Prompt",
         placeholder="What the picture should show",
         lines=1,
         max_lines=4,
-        max_length=measurer.max_prompt_length,
+        max_length=page_model.max_prompt_length,
     )
 
 

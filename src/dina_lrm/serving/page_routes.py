@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dina_lrm.serving.gate import DISK_FULL
+from dina_lrm.serving.middleware import DISK_FULL
 
 __all__ = ["MAX_UPLOADED_BYTES", "PageBlocks", "PageRoutes"]
 

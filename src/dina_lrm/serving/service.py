@@ -20,7 +20,7 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.serving.batching import Done, Draining, MicroBatcher, QueueFull, Ticket
 from dina_lrm.serving.callers import Caller, read_callers
 from dina_lrm.serving.engine import Draws, Encode, Encoded, Engine, Result, Row, Unit
-from dina_lrm.serving.entrance import Entrance
+from dina_lrm.serving.login import Login
 from dina_lrm.serving.metrics import Metrics
 from dina_lrm.serving.pictures import EncodedPicture, open_picture
 from dina_lrm.serving.schemas import ModelInfo, RequestError
@@ -199,7 +199,7 @@ class Service:
     def __init__(self, settings: ServerSettings, models: dict[str, RewardModel]) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.entrance = Entrance(
+        self.login = Login(
             None,
             cookie="dina_lrm_page",
             title="Reward server",

@@ -27,7 +27,7 @@ from dina_lrm.reporting.style import INK, MUTED, RULE, page_svg
 
 __all__ = [
     "LevelScores",
-    "Measured",
+    "MeanScore",
     "Ranked",
     "Strip",
     "comparison_view",
@@ -64,7 +64,7 @@ _drawing = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeanScore:
     """A mean over noise draws."""
 
     value: float
@@ -83,7 +83,7 @@ class LevelScores:
     """Scores, or leads, at single noise levels."""
 
     levels: Sequence[float]
-    scores: Sequence[Measured]
+    scores: Sequence[MeanScore]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Ranked:
     """One picture of a ranking, best first."""
 
     name: str
-    score: Measured
+    score: MeanScore
     place: int
     """From 1; the same for pictures whose scores cannot be told apart."""
 
@@ -129,7 +129,7 @@ def number(value: float, digits: int = 2) -> str:
 # --- the four results --------------------------------------------------------------------------------------
 
 
-def headline(total: Measured, model_levels: Sequence[float]) -> str:
+def headline(total: MeanScore, model_levels: Sequence[float]) -> str:
     """A score with its interval."""
     low, high = total.interval
     return (
@@ -140,7 +140,7 @@ def headline(total: Measured, model_levels: Sequence[float]) -> str:
 
 
 def score_view(
-    total: Measured, model_levels: Sequence[float], by_level: LevelScores | None, notes: Sequence[str]
+    total: MeanScore, model_levels: Sequence[float], by_level: LevelScores | None, notes: Sequence[str]
 ) -> str:
     """A score with its interval, and what it is at single noise levels once that is known."""
     head = headline(total, model_levels)
@@ -162,7 +162,7 @@ def score_view(
 
 def comparison_view(
     probability: float,
-    scores: tuple[Measured, Measured],
+    scores: tuple[MeanScore, MeanScore],
     model_levels: Sequence[float],
     lead: LevelScores | None,
     notes: Sequence[str],

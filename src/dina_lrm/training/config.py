@@ -88,22 +88,22 @@ class DataConfig:
 class NoiseConfig:
     """How sigma is drawn in training; scoring ignores it."""
 
-    law: Literal["uniform", "logit_normal", "mode", "power", "beta", "constant"] = "uniform"
+    distribution: Literal["uniform", "logit_normal", "mode", "power", "beta", "constant"] = "uniform"
     """Law of sigma, drawn once per pair."""
     logit_mean: float = 0.0
-    """Centre in logit units; read only when law = "logit_normal"."""
+    """Centre in logit units; read only when distribution = "logit_normal"."""
     logit_std: float = 1.0
-    """Spread in logit units; read only when law = "logit_normal"."""
+    """Spread in logit units; read only when distribution = "logit_normal"."""
     mode_scale: float = 1.29
-    """Weight of the middle of the range; read only when law = "mode"."""
+    """Weight of the middle of the range; read only when distribution = "mode"."""
     exponent: float = 2.0
-    """sigma = r ** exponent for uniform r; read only when law = "power"."""
+    """sigma = r ** exponent for uniform r; read only when distribution = "power"."""
     beta_a: float = 2.0
-    """First shape of the beta law; read only when law = "beta"."""
+    """First shape of the beta distribution; read only when distribution = "beta"."""
     beta_b: float = 2.0
-    """Second shape of the beta law; read only when law = "beta"."""
+    """Second shape of the beta distribution; read only when distribution = "beta"."""
     level: float = 0.4
-    """The one level; read only when law = "constant"."""
+    """The one level; read only when distribution = "constant"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,8 +49,9 @@ def draw_step(config: TrainConfig, step: int) -> StepDraws:
     if torch.rand((), generator=generator).item() < config.ensemble_fraction:
         sizes = config.ensemble_sizes
         num_levels = sizes[int(torch.randint(len(sizes), (), generator=generator))]
-    law = asdict(config.noise)
-    sigma = sample_noise_levels(law.pop("law"), num_levels * config.batch_size, generator=generator, **law)
+    noise = asdict(config.noise)
+    distribution = noise.pop("distribution")
+    sigma = sample_noise_levels(distribution, num_levels * config.batch_size, generator=generator, **noise)
     return StepDraws(sigma=sigma.reshape(num_levels, config.batch_size), noise_seeds=seeds)
 
 

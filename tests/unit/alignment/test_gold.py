@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dina_lrm.alignment.gold import Evaluation, paired_gain, parting
+from dina_lrm.alignment.gold import Evaluation, overoptimisation, paired_gain
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rewards import RewardError, RewardSum, checked
 
@@ -29,7 +29,7 @@ def history(proxy: list[float], gold: list[float], *, noise: float = 0.05, seed:
 def first_warning(proxy: list[float], gold: list[float], **settings: float) -> int | None:
     """The evaluation at which the rule first speaks, as a run would see them one by one."""
     found = history(proxy, gold, **settings)
-    return next((k for k in range(len(found)) if parting(found[: k + 1], window=3)), None)
+    return next((k for k in range(len(found)) if overoptimisation(found[: k + 1], window=3)), None)
 
 
 def test_a_real_gain_raises_no_warning() -> None:
@@ -61,7 +61,7 @@ def test_a_reward_that_never_helped_is_found_out() -> None:
 
 
 def test_a_fall_is_said_with_its_size() -> None:
-    found = parting(history([0.0, 1.0, 2.0], [0.0, 0.5, 0.2]), window=3)
+    found = overoptimisation(history([0.0, 1.0, 2.0], [0.0, 0.5, 0.2]), window=3)
     assert found is not None
     assert "gold has fallen by 0.299" in found
     assert "update 10" in found
@@ -69,7 +69,7 @@ def test_a_fall_is_said_with_its_size() -> None:
 
 def test_without_gold_nothing_can_part() -> None:
     plain = [Evaluation(step=k, seconds=0.0, proxy=(float(k), float(k))) for k in range(9)]
-    assert parting(plain, window=3) is None
+    assert overoptimisation(plain, window=3) is None
 
 
 def test_paired_gain_sees_what_prompts_have_in_common() -> None:

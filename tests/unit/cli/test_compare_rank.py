@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from dina_lrm.checkpoints.config import AdaptiveViews
+from dina_lrm.checkpoints.config import AdaptiveLevels
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.scoring import RankedImage
@@ -106,9 +106,9 @@ def test_rank(pictures, monkeypatch, capsys):
 def test_rank_adaptively(pictures, monkeypatch, capsys):
     """Scores are probits, so neighbours are told apart by Phi of their difference; a picture that is cut off
     or too small is left out when asked."""
-    plan = AdaptiveViews(
+    plan = AdaptiveLevels(
         noise_levels=(0.2, 0.6),
-        settled=(0.1,),
+        thresholds=(0.1,),
         scales=(1.0, 1.0),
         offsets=(0.0, 0.0),
         error=0.05,
@@ -120,7 +120,7 @@ def test_rank_adaptively(pictures, monkeypatch, capsys):
     def rank(prompt, images, *, seed, adaptive):
         assert (prompt, seed, adaptive) == ("gray", 3, True)
         scores = model.score([prompt], images, num_draws=1).scores.tolist()
-        ranked = [RankedImage(index, None, score, views=1) for index, score in enumerate(scores)]
+        ranked = [RankedImage(index, None, score, num_levels=1) for index, score in enumerate(scores)]
         return sorted(ranked, key=lambda one: -one.score)
 
     def picture_size(height, width, name):
@@ -138,10 +138,10 @@ def test_rank_adaptively(pictures, monkeypatch, capsys):
     first, second = (json.loads(line) for line in captured.out.splitlines())
     assert (first["image"], second["image"]) == ("gray4.png", "gray1.png")
     assert first["probability_preferred_to_next"] == pytest.approx(NormalDist().cdf(0.6), abs=1e-6)
-    assert (first["views"], second["probability_preferred_to_next"]) == (1, None)
+    assert (first["num_levels"], second["probability_preferred_to_next"]) == (1, None)
     assert "skipped: small.png" in captured.err
     assert main([*arguments, "--skip-bad"]) == 0
-    assert "settled after 1.0 views of an image" in capsys.readouterr().err
+    assert "decided after 1.0 noise levels of an image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

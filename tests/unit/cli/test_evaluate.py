@@ -95,19 +95,19 @@ def test_a_model_that_was_trained_on_is_another(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (
-            ["--learn-views", "--benchmark", "jsonl", "--root", "."],
-            "--learn-views has no effect with --bench",
+            ["--learn-levels", "--benchmark", "jsonl", "--root", "."],
+            "--learn-levels has no effect with --bench",
         ),
         (["--pairs", "x.safetensors", "--benchmark", "jsonl", "--root", "."], "--pairs has no effect with"),
         (["--against", "elsewhere"], "--against has no effect with --benchmark shapes"),
         (["--rule", "strict", "--pairs", "x.safetensors"], "--rule has no effect with --pairs x.safetensors"),
         (["--root", "."], "--root has no effect with --benchmark shapes"),
-        (["--max-turned", "0.1"], "--max-turned goes with --learn-views"),
+        (["--max-flipped", "0.1"], "--max-flipped goes with --learn-levels"),
         (
             ["--scorers", "hpsv2", "--num-draws", "3", "--benchmark", "jsonl", "--root", "."],
             "--num-draws has",
         ),
-        (["--learn-views", "--model", ".", "--num-draws", "3"], "--num-draws has no effect with --learn"),
+        (["--learn-levels", "--model", ".", "--num-draws", "3"], "--num-draws has no effect with --learn"),
         (["--benchmark", "hpdv2"], "--benchmark hpdv2 needs --root DIR"),
         (["--num-draws", "0"], "--num-draws is at least 1; got 0"),
         (["--pairs", "LATENTS/tset"], "no folder of prepared pairs at LATENTS/tset"),
@@ -190,7 +190,7 @@ def test_evaluate_on_a_prepared_folder(
     for text in (page, (run / "evaluation" / "latents" / "results.md").read_text()):
         assert "shapes" not in text.lower()
         assert "Bayes" not in text
-    # Measured again, the results are the same; those of another seed or model do not take their place.
+    # MeanScore again, the results are the same; those of another seed or model do not take their place.
     assert main.main([*command, "--ensembles", "0.2,0.6", "--json"]) == 0
     capsys.readouterr()
     assert main.main([*command, "--seed", "3"]) == main.EXIT_USAGE

@@ -1,4 +1,4 @@
-"""Views one after another: closed forms, and the guarantee on simulated pairs whose truth is known."""
+"""Levels one after another: closed forms, and the guarantee on simulated pairs whose truth is known."""
 
 import math
 
@@ -8,35 +8,35 @@ import torch
 from dina_lrm.core.adaptive import (
     agreement_spreads,
     controlled_threshold,
-    likeliest,
+    levels_taken,
+    most_likely,
     stein_draws,
-    stopping_views,
 )
 
 NOISE = 0.8
-"""Standard deviation of what a view adds to a pair's own margin, which has 1."""
+"""Standard deviation of what a level adds to a pair's own margin, which has 1."""
 NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 
 
 def simulate(
-    num_pairs: int, num_views: int, seed: int, *, heavy: bool = False
+    num_pairs: int, num_levels: int, seed: int, *, heavy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins (view, pair) that settle as the views go on, and the margin theta that they settle at.
+    """Margins (level, pair) that settle as the levels go on, and the margin theta that they settle at.
 
-    heavy: pairs differ in size by powers of e, and views have outliers.
+    heavy: pairs differ in size by powers of e, and levels have outliers.
     """
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(num_pairs, generator=generator, dtype=torch.float64)
-    noise = NOISE * torch.randn(num_views, num_pairs, generator=generator, dtype=torch.float64)
+    noise = NOISE * torch.randn(num_levels, num_pairs, generator=generator, dtype=torch.float64)
     if heavy:
         size = torch.exp(torch.randn(num_pairs, generator=generator, dtype=torch.float64))
         theta, noise = theta * size, size * noise + 0.3 * noise**3
-    looks = torch.arange(1, num_views + 1, dtype=torch.float64)[:, None]
+    looks = torch.arange(1, num_levels + 1, dtype=torch.float64)[:, None]
     return theta + noise.cumsum(0) / looks, theta
 
 
-def stopped(margins: torch.Tensor, settled: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    taken = stopping_views(margins, settled)
+def stopped(margins: torch.Tensor, decided: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    taken = levels_taken(margins, decided)
     return taken, margins.gather(0, taken[None] - 1)[0]
 
 
@@ -44,8 +44,8 @@ def test_spreads_are_those_of_the_regression_of_the_last_margin_on_each() -> Non
     """Jointly Gaussian: m_K given m_k is Gaussian with a mean b m_k and a variance r, so
     P(m_K > 0 | m_k) = Phi(m_k b / sqrt r). Here var m_k = cov of later ones with it = 1 + 0.64 / k."""
     margins, _ = simulate(60_000, 4, seed=0)
-    for view, spread in enumerate(agreement_spreads(margins), 1):
-        own, last = 1 + NOISE**2 / view, 1 + NOISE**2 / 4
+    for level, spread in enumerate(agreement_spreads(margins), 1):
+        own, last = 1 + NOISE**2 / level, 1 + NOISE**2 / 4
         slope = last / own
         assert spread == pytest.approx(math.sqrt(last - slope * last) / slope, rel=0.03)
 
@@ -55,7 +55,7 @@ def test_the_likeliest_candidate_and_its_scale() -> None:
     the one, on scale 1, with the entropy of the votes as its loss."""
     margins, theta = simulate(4000, 1, seed=1)
     target = NORMAL.cdf(theta / 0.5)
-    row, nats, scale = likeliest(torch.stack([margins[0], 2 * theta, -theta]), target)
+    row, nats, scale = most_likely(torch.stack([margins[0], 2 * theta, -theta]), target)
     entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)).mean()
     assert row == 1
     assert scale == pytest.approx(1.0, abs=1e-4)
@@ -64,15 +64,15 @@ def test_the_likeliest_candidate_and_its_scale() -> None:
 
 def test_the_last_view_always_ends_it() -> None:
     margins = torch.tensor([[0.1, -3.0, 0.5], [-0.2, 0.0, 0.5], [0.0, 0.0, 0.0]])
-    assert stopping_views(margins, [1.0, 0.5]).tolist() == [3, 1, 2]
-    assert stopping_views(margins[:1], []).tolist() == [1, 1, 1]
+    assert levels_taken(margins, [1.0, 0.5]).tolist() == [3, 1, 2]
+    assert levels_taken(margins[:1], []).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.1])
 def test_early_stops_err_within_the_guarantee_on_5000_pairs(alpha: float) -> None:
     """The first side is preferred with probability Phi(theta). Of 5,000 new pairs early stops turn at most
     the stated share of the decisions, so they choose the side that is known to be the worse one at most
-    that much more often than all nine views do; and hard pairs take more views than easy ones."""
+    that much more often than all nine levels do; and hard pairs take more levels than easy ones."""
     learned, _ = simulate(2000, 9, seed=2)
     spreads = agreement_spreads(learned)
     threshold = controlled_threshold(simulate(2000, 9, seed=3)[0], spreads, error=alpha)
@@ -101,11 +101,11 @@ def test_the_controlled_threshold_keeps_its_promise_on_new_pairs(heavy: bool) ->
         broken += float((decision.sign() != new[-1].sign()).double().mean()) > 0.05
         early += float((taken < 6).double().mean()) > 0.3
     assert broken <= 5
-    assert early >= 36  # and it does save views
+    assert early >= 36  # and it does save levels
 
 
 def test_too_few_pairs_show_nothing() -> None:
-    """Without a single turned decision n pairs bound the share by 1 - 0.05^(1 / n): 5 % needs 59."""
+    """Without a single flipped decision n pairs bound the share by 1 - 0.05^(1 / n): 5 % needs 59."""
     margins = torch.ones(3, 59, dtype=torch.float64)
     assert controlled_threshold(margins[:, :58], [1.0, 1.0], error=0.05) == math.inf
     assert controlled_threshold(margins, [1.0, 1.0], error=0.05) == 0.0

@@ -54,7 +54,7 @@ class TestTables:
             schedule.sigmas.double(), torch.tensor(expected).double(), rtol=5e-5, atol=0
         )
         assert schedule.sigmas[-1].item() == pytest.approx(0.99767, abs=1e-5)
-        assert schedule.law == "variance_preserving"
+        assert schedule.process == "variance_preserving"
         assert schedule.timesteps.tolist() == list(range(1000))
 
     def test_zero_terminal_snr_ends_in_pure_noise(self):
@@ -79,7 +79,7 @@ class TestTables:
             "beta_end": 0.02,
         }
         schedule = NoiseSchedule.from_config(config)
-        assert schedule.law == "rectified_flow"
+        assert schedule.process == "rectified_flow"
         torch.testing.assert_close(schedule.sigmas, NoiseSchedule.rectified_flow(5.0).sigmas)
 
     def test_unknown_beta_schedule(self):
@@ -137,7 +137,7 @@ class TestMixing:
         sigma = schedule.match(torch.tensor([0.1, 0.5, 0.9])).sigma
         mixed = schedule.add_noise(z0, eps, sigma)
         for row, s in enumerate(sigma.tolist()):
-            signal = 1 - s if schedule.law == "rectified_flow" else math.sqrt(1 - s * s)
+            signal = 1 - s if schedule.process == "rectified_flow" else math.sqrt(1 - s * s)
             torch.testing.assert_close(mixed[row], signal * z0[row] + s * eps[row], rtol=1e-12, atol=1e-14)
 
     def test_ends(self, schedule):
@@ -180,7 +180,7 @@ class TestMixing:
         w = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
         quality = x.flatten(1) @ w
         residual = quality - z @ torch.linalg.lstsq(z, quality.unsqueeze(1)).solution.squeeze(1)
-        signal = 1 - sigma if schedule.law == "rectified_flow" else math.sqrt(1 - sigma**2)
+        signal = 1 - sigma if schedule.process == "rectified_flow" else math.sqrt(1 - sigma**2)
         expected = w.square().sum().item() * sigma**2 / (signal**2 + sigma**2)
         assert residual.var().item() == pytest.approx(expected, rel=0.03)  # 4 standard errors of a variance
 
@@ -200,13 +200,13 @@ DISTRIBUTIONS = {
 }
 
 
-class TestLaws:
-    @pytest.mark.parametrize("law", list(DISTRIBUTIONS))
-    def test_distribution(self, law):
-        params, distribution = DISTRIBUTIONS[law]
-        sigma = sample_noise_levels(law, 4000, generator=generator(), **params)
+class TestNoiseDistributions:
+    @pytest.mark.parametrize("distribution", list(DISTRIBUTIONS))
+    def test_distribution(self, distribution):
+        params, expected = DISTRIBUTIONS[distribution]
+        sigma = sample_noise_levels(distribution, 4000, generator=generator(), **params)
         assert sigma.dtype == torch.float32
-        assert stats.kstest(sigma.double().numpy(), distribution.cdf).pvalue > 0.01
+        assert stats.kstest(sigma.double().numpy(), expected.cdf).pvalue > 0.01
 
     def test_logit_normal(self):
         sigma = sample_noise_levels(
@@ -226,18 +226,18 @@ class TestLaws:
     def test_constant(self):
         assert sample_noise_levels("constant", 3, generator=generator(), level=0.25).tolist() == [0.25] * 3
 
-    @pytest.mark.parametrize("law", ["uniform", "logit_normal", "mode", "power", "beta", "constant"])
-    def test_all_randomness_is_the_generators(self, law):
+    @pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "power", "beta", "constant"])
+    def test_all_randomness_is_the_generators(self, distribution):
         torch.manual_seed(1)
-        first = sample_noise_levels(law, 8, generator=generator(7))
+        first = sample_noise_levels(distribution, 8, generator=generator(7))
         torch.manual_seed(2)
         state = torch.get_rng_state()
-        second = sample_noise_levels(law, 8, generator=generator(7))
+        second = sample_noise_levels(distribution, 8, generator=generator(7))
         assert torch.equal(first, second)
         assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize(
-        ("law", "params"),
+        ("distribution", "params"),
         [
             ("logit_normal", {"logit_std": -1.0}),
             ("mode", {"mode_scale": 2.0}),
@@ -246,9 +246,9 @@ class TestLaws:
             ("constant", {"level": 1.5}),
         ],
     )
-    def test_bad_parameters_are_named(self, law, params):
+    def test_bad_parameters_are_named(self, distribution, params):
         with pytest.raises(ValueError, match=next(iter(params))):
-            sample_noise_levels(law, 1, generator=generator(), **params)
+            sample_noise_levels(distribution, 1, generator=generator(), **params)
 
 
 class TestSeededNoise:
@@ -314,10 +314,10 @@ class TestSeededNoise:
             seeded_generator(seed)
 
 
-@pytest.mark.parametrize("law", ["rectified_flow", "variance_preserving"])
-def test_the_clean_latent_is_read_off_two_states(law: str) -> None:
+@pytest.mark.parametrize("process", ["rectified_flow", "variance_preserving"])
+def test_the_clean_latent_is_read_off_two_states(process: str) -> None:
     """Two mixtures of one clean latent and one noise give the clean latent back; each row has its levels."""
-    if law == "rectified_flow":
+    if process == "rectified_flow":
         schedule = NoiseSchedule.rectified_flow()
     else:
         schedule = NoiseSchedule.variance_preserving(torch.linspace(0.999, 0.005, 1000))

@@ -1,4 +1,4 @@
-"""Learning views: every join of levels from one pass a level, the greedy order, when to stop."""
+"""Learning levels: every join of levels from one pass a level, the greedy order, when to stop."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,12 @@ from dina_lrm import RewardModel
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.adaptive import (
-    ViewOrder,
+    LevelOrder,
     joined_scores,
-    learn_views,
-    measure_views,
-    order_views,
-    stop_views,
+    learn_levels,
+    measure_levels,
+    order_levels,
+    stopping_rule,
 )
 from dina_lrm.evaluation.noise_sweep import PairScores, Setting, score_pairs
 from tests.tiny import make_tiny_reward
@@ -60,21 +60,21 @@ def test_the_order_finds_the_levels_that_the_votes_follow(model: RewardModel, pa
     votes = torch.distributions.Normal(0, 1).cdf(truth.margin / (2 * truth.margin.std()))
     voted = replace(pairs, target=votes)
     done: list[tuple[int, int]] = []
-    order = order_views(
-        model, voted, levels=LEVELS, num_views=9, seed=3, on_progress=lambda *now: done.append(now)
+    order = order_levels(
+        model, voted, levels=LEVELS, num_levels=9, seed=3, on_progress=lambda *now: done.append(now)
     )
     assert set(order.noise_levels[:2]) == {0.8, 0.1}
     assert order.noise_levels[2] == 0.4
     assert order.scales[1] == pytest.approx(2 * float(truth.margin.std()), rel=1e-3)
     assert done[-1][0] == done[-1][1]
-    plan = order.until_likeliest()
+    plan = order.until_most_likely()
     assert plan.noise_levels == order.noise_levels[:2]
     assert plan.ensembles == [order.noise_levels[:1], order.noise_levels[:2]]
     torch.testing.assert_close(plan.scores.chosen[1], truth.chosen[0], atol=1e-5, rtol=0)
 
 
-def by_hand(first: torch.Tensor, last: torch.Tensor) -> ViewOrder:
-    return ViewOrder(
+def by_hand(first: torch.Tensor, last: torch.Tensor) -> LevelOrder:
+    return LevelOrder(
         noise_levels=(0.3, 0.6),
         scales=(1.0, 2.0),
         nats=(0.5, 0.4),
@@ -89,24 +89,24 @@ def test_when_to_stop_by_hand() -> None:
     order = by_hand(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -1.0]))
     margins = torch.full((2, 100), 2.0)
     margins[0, :3], margins[1, :3] = 0.5, -1.0
-    views = stop_views(order, margins, error=0.05)
-    assert views.settled[0] == pytest.approx(0.35 * 1.4826, rel=1e-4)
-    assert views.scales == (1.0, 2.0)
-    assert views.offsets == pytest.approx((1.5, 1.25))  # means of chosen 2 and 1.5, rejected 1
-    assert views.num_pairs == 104
-    found = measure_views(views, margins, torch.ones(100))
-    assert found["views"] == pytest.approx(1.03)
-    assert found["turned"] == 0.0
+    levels = stopping_rule(order, margins, error=0.05)
+    assert levels.thresholds[0] == pytest.approx(0.35 * 1.4826, rel=1e-4)
+    assert levels.scales == (1.0, 2.0)
+    assert levels.offsets == pytest.approx((1.5, 1.25))  # means of chosen 2 and 1.5, rejected 1
+    assert levels.num_pairs == 104
+    found = measure_levels(levels, margins, torch.ones(100))
+    assert found["num_levels"] == pytest.approx(1.03)
+    assert found["flipped"] == 0.0
     assert found["accuracy"] == found["accuracy_all"] == pytest.approx(0.97)
-    loose = measure_views(replace(views, settled=(0.0,)), margins, torch.ones(100))
-    assert loose["views"] == 1.0
-    assert loose["turned"] == pytest.approx(0.03)
+    loose = measure_levels(replace(levels, thresholds=(0.0,)), margins, torch.ones(100))
+    assert loose["num_levels"] == 1.0
+    assert loose["flipped"] == pytest.approx(0.03)
     assert loose["accuracy"] == 1.0
 
 
 def test_too_few_pairs_are_refused(model: RewardModel, pairs: LatentPairs) -> None:
     with pytest.raises(InvalidInputError, match="196 pairs of 49 prompts are too few"):
-        learn_views(model, pairs.subset((pairs.prompt_index < 49).nonzero().flatten()))
+        learn_levels(model, pairs.subset((pairs.prompt_index < 49).nonzero().flatten()))
     order = by_hand(torch.ones(4), torch.ones(4))
     with pytest.raises(InvalidInputError, match=r"100 pairs do not show .* at most 0.5 %"):
-        stop_views(order, torch.ones(2, 100), error=0.005)
+        stopping_rule(order, torch.ones(2, 100), error=0.005)

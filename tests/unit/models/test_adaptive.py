@@ -1,4 +1,4 @@
-"""Comparing and ranking with as many views as it takes, and scoring to a target error."""
+"""Comparing and ranking with as many levels as it takes, and scoring to a target error."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dina_lrm import RewardModel
-from dina_lrm.checkpoints.config import AdaptiveViews, RewardModelConfig
+from dina_lrm.checkpoints.config import AdaptiveLevels, RewardModelConfig
 from dina_lrm.errors import InvalidInputError
 from tests.tiny import PROMPT, make_tiny_reward
 
-PLAN = AdaptiveViews(
+PLAN = AdaptiveLevels(
     noise_levels=(0.4, 0.1, 0.6),
-    settled=(1.0, 0.5),
+    thresholds=(1.0, 0.5),
     scales=(0.5, 0.8, 0.6),
     offsets=(0.1, -0.1, 0.2),
     error=0.05,
@@ -39,15 +39,15 @@ def pictures(count: int, size: int = 32) -> list[torch.Tensor]:
 
 
 def view_scores(model: RewardModel, images: list[torch.Tensor], seed: int) -> torch.Tensor:
-    """(view, picture), through `score_latents`: after k views the ensemble of the first k levels."""
+    """(level, picture), through `score_latents`: after k levels the ensemble of the first k levels."""
     latents = model.encode_images(images)
     conditioning = model.encode_prompts(PROMPT)
     with torch.no_grad():
-        views = [
-            model.score_latents(latents, conditioning, list(PLAN.noise_levels[: view + 1]), seed=seed)
-            for view in range(3)
+        levels = [
+            model.score_latents(latents, conditioning, list(PLAN.noise_levels[: level + 1]), seed=seed)
+            for level in range(3)
         ]
-    return torch.stack(views).double()
+    return torch.stack(levels).double()
 
 
 def estimates(scores: torch.Tensor) -> torch.Tensor:
@@ -56,17 +56,17 @@ def estimates(scores: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_comparison_stops_when_it_is_settled(model: RewardModel) -> None:
-    """Margins at which it is final, put just below and just above what each view finds."""
+    """Margins at which it is final, put just below and just above what each level finds."""
     a, b = pictures(2)
     leads = view_scores(model, [a, b], seed=3).diff(dim=1)[:, 0].neg()
     below, above = (0.99 * leads.abs()).tolist(), (1.01 * leads.abs()).tolist()
-    for settled, expected in (
+    for thresholds, expected in (
         ((below[0], 0.0), 1),
         ((above[0], below[1]), 2),
         ((above[0], above[1]), 3),
     ):
-        found = with_plan(model, settled=settled).compare_views(PROMPT, a, b, seed=3)
-        assert found.views == expected
+        found = with_plan(model, thresholds=thresholds).compare_adaptively(PROMPT, a, b, seed=3)
+        assert found.num_levels == expected
         assert found.decided == (expected < 3)
         normal = torch.distributions.Normal(0, 1)
         probability = float(normal.cdf(leads[expected - 1] / PLAN.scales[expected - 1]))
@@ -75,7 +75,7 @@ def test_a_comparison_stops_when_it_is_settled(model: RewardModel) -> None:
 
 
 def test_the_backbone_runs_once_a_view(model: RewardModel) -> None:
-    with_plan(model, settled=(1e6, 1e6))
+    with_plan(model, thresholds=(1e6, 1e6))
     levels: list[float] = []
     features = model.backbone.features
 
@@ -85,7 +85,7 @@ def test_the_backbone_runs_once_a_view(model: RewardModel) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.backbone, "features", counted)
-        model.compare_views(PROMPT, *pictures(2))
+        model.compare_adaptively(PROMPT, *pictures(2))
     wanted = [level for level in PLAN.noise_levels for _ in range(2)]
     assert levels == pytest.approx(wanted, abs=2e-3)  # the schedule's nearest entries
 
@@ -93,49 +93,51 @@ def test_the_backbone_runs_once_a_view(model: RewardModel) -> None:
 def test_sides_may_be_exchanged(model: RewardModel) -> None:
     with_plan(model)
     a, b = pictures(2)
-    forward, backward = model.compare_views(PROMPT, a, b), model.compare_views(PROMPT, b, a)
-    assert forward.views == backward.views
+    forward, backward = model.compare_adaptively(PROMPT, a, b), model.compare_adaptively(PROMPT, b, a)
+    assert forward.num_levels == backward.num_levels
     assert forward.probability == pytest.approx(1 - backward.probability, abs=1e-6)
 
 
 def test_a_ranking_views_what_is_not_settled(model: RewardModel) -> None:
-    """With margins of 0 everything is settled at once; where nothing ever is, all pictures take every view;
+    """With margins of 0 everything is decided at once; where nothing ever is, all pictures take every level;
     either way the order is that of the last estimates."""
     images = pictures(5)
     by_hand = view_scores(model, images, seed=1)
     found = estimates(by_hand)
-    for settled, views in ((0.0, 1), (1e6, 3)):
-        ranked = with_plan(model, settled=(settled, settled)).rank(PROMPT, images, seed=1, adaptive=True)
-        assert [item.index for item in ranked] == found[views - 1].argsort(descending=True).tolist()
-        assert [item.views for item in ranked] == [views] * 5
-        assert ranked[0].score == pytest.approx(float(found[views - 1].max()), abs=1e-4)
+    for threshold, levels in ((0.0, 1), (1e6, 3)):
+        ranked = with_plan(model, thresholds=(threshold, threshold)).rank(
+            PROMPT, images, seed=1, adaptive=True
+        )
+        assert [item.index for item in ranked] == found[levels - 1].argsort(descending=True).tolist()
+        assert [item.num_levels for item in ranked] == [levels] * 5
+        assert ranked[0].score == pytest.approx(float(found[levels - 1].max()), abs=1e-4)
     gap = float(by_hand[0].sort().values.diff().median())
-    between = with_plan(model, settled=(gap, gap)).rank(PROMPT, images, seed=1, adaptive=True)
+    between = with_plan(model, thresholds=(gap, gap)).rank(PROMPT, images, seed=1, adaptive=True)
     assert sorted(item.index for item in between) == list(range(5))
-    assert len({item.views for item in between}) > 1
+    assert len({item.num_levels for item in between}) > 1
     for item in between:
-        assert item.views is not None
-        assert item.score == pytest.approx(float(found[item.views - 1, item.index]), abs=1e-4)
+        assert item.num_levels is not None
+        assert item.score == pytest.approx(float(found[item.num_levels - 1, item.index]), abs=1e-4)
     for first, second in pairwise(between):
         assert first.score >= second.score
-        views = min(first.views or 0, second.views or 0)
-        lead = by_hand[views - 1, first.index] - by_hand[views - 1, second.index]
-        assert views == 3 or float(lead) >= gap - 1e-5
+        levels = min(first.num_levels or 0, second.num_levels or 0)
+        lead = by_hand[levels - 1, first.index] - by_hand[levels - 1, second.index]
+        assert levels == 3 or float(lead) >= gap - 1e-5
 
 
 def test_pictures_of_different_size_compare(model: RewardModel) -> None:
-    with_plan(model, settled=(1e6, 1e6))
-    found = model.compare_views(PROMPT, *pictures(1), torch.rand(3, 32, 48))
-    assert found.views == 3
+    with_plan(model, thresholds=(1e6, 1e6))
+    found = model.compare_adaptively(PROMPT, *pictures(1), torch.rand(3, 32, 48))
+    assert found.num_levels == 3
     assert 0 < found.probability < 1
 
 
 def test_without_learned_views_it_says_how_to_get_them(model: RewardModel) -> None:
     model.config = replace(model.config, adaptive=None)
-    for call in (model.compare_views, lambda *a: model.compare(*a, adaptive=True)):
-        with pytest.raises(InvalidInputError, match="evaluate --model RUN --learn-views"):
+    for call in (model.compare_adaptively, lambda *a: model.compare(*a, adaptive=True)):
+        with pytest.raises(InvalidInputError, match="evaluate --model RUN --learn-levels"):
             call(PROMPT, *pictures(2))
-    with pytest.raises(InvalidInputError, match="learn-views"):
+    with pytest.raises(InvalidInputError, match="learn-levels"):
         model.rank(PROMPT, pictures(2), adaptive=True)
 
 
@@ -149,9 +151,9 @@ def test_the_plan_travels_with_the_checkpoint(model: RewardModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"settled": (1.0, 0.5, 0.5)}, "settled"),
-        ({"settled": (1.0, -0.5)}, "settled"),
-        ({"settled": (float("inf"), 0.5)}, "settled"),
+        ({"thresholds": (1.0, 0.5, 0.5)}, "thresholds"),
+        ({"thresholds": (1.0, -0.5)}, "thresholds"),
+        ({"thresholds": (float("inf"), 0.5)}, "thresholds"),
         ({"offsets": (0.0, 0.0, float("nan"))}, "offsets"),
         ({"scales": (0.5, 0.8)}, "scales"),
         ({"scales": (0.5, 0.8, 0.0)}, "scales"),

@@ -110,7 +110,7 @@ def test_seeds_that_are_no_whole_numbers(model: RewardModel, seed: object) -> No
     with pytest.raises(InvalidInputError, match=r"^seed = "):
         model.score(PROMPT, [picture] * 3, seed=seed)
     if not isinstance(seed, list | torch.Tensor):
-        for method in (model.compare, model.compare_views):
+        for method in (model.compare, model.compare_adaptively):
             with pytest.raises(InvalidInputError, match=r"^seed = "):
                 method(PROMPT, picture, picture, seed=seed)
 
@@ -146,7 +146,7 @@ def test_prompts_that_are_no_text(model: RewardModel) -> None:
         model.score([PROMPT, cut], picture)
     with pytest.raises(InvalidInputError, match=f"^prompt 1 {message}"):
         model.encode_prompts([PROMPT, cut])
-    for method in (model.compare, model.compare_views):
+    for method in (model.compare, model.compare_adaptively):
         with pytest.raises(InvalidInputError, match=f"^prompt 0 {message}"):
             method(cut, picture, picture)
     for adaptive in (False, True):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dina_lrm import CheckpointError, RewardModel
-from dina_lrm.backbones.fingerprint import check_fingerprint, differing, fingerprint, probes
+from dina_lrm.backbones.fingerprint import check_fingerprint, differing, fingerprint, sampled_values
 from tests.tiny import make_tiny_reward
 
 
@@ -21,9 +21,13 @@ def model(tiny_backbone: Path) -> RewardModel:
 def test_every_base_weight_and_nothing_else_is_recorded(model: RewardModel, tiny_backbone: Path) -> None:
     frozen = make_tiny_reward(tiny_backbone, lora_rank=0)
     names = [name for name, _ in frozen.backbone.parts.named_parameters()]
-    assert list(probes(frozen.backbone.parts)) == names
+    assert list(sampled_values(frozen.backbone.parts)) == names
     assert model.fingerprint is not None
-    assert model.fingerprint["probes"] == probes(model.backbone.parts) == probes(frozen.backbone.parts)
+    assert (
+        model.fingerprint["probes"]
+        == sampled_values(model.backbone.parts)
+        == sampled_values(frozen.backbone.parts)
+    )
     assert any("attn.to_q.weight" in name for name in names)
     assert make_tiny_reward(tiny_backbone, device="meta").fingerprint is None
 
@@ -33,8 +37,8 @@ def test_other_precisions_are_the_same_weights(model: RewardModel, chain: tuple[
     parts = copy.deepcopy(model.backbone.parts)
     for dtype in chain:
         parts.to(dtype)
-    assert differing(probes(model.backbone.parts), parts) == []
-    assert differing(probes(parts), model.backbone.parts) == []
+    assert differing(sampled_values(model.backbone.parts), parts) == []
+    assert differing(sampled_values(parts), model.backbone.parts) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,16 +56,16 @@ def test_a_small_lora_in_every_attention_shows(model: RewardModel, dtype: torch.
                 )
                 weight.add_(0.01 * weight.norm() * delta / delta.norm())
                 changed += 1
-    found = differing(probes(model.backbone.parts), parts.to(dtype))
+    found = differing(sampled_values(model.backbone.parts), parts.to(dtype))
     assert len(found) > changed / 2
     assert all("attn" in name for name in found)
 
 
 def test_the_layout_in_memory_is_not_the_order_of_values() -> None:
     layer = nn.Conv2d(6, 5, 3)
-    recorded = probes(layer)
+    recorded = sampled_values(layer)
     assert differing(recorded, layer.to(memory_format=torch.channels_last)) == []  # type: ignore[call-overload]
-    assert probes(layer) == recorded
+    assert sampled_values(layer) == recorded
 
 
 def test_older_checkpoints_recorded_eight_values_of_three_weights(model: RewardModel) -> None:

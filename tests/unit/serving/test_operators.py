@@ -29,10 +29,10 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.callers import read_callers
 from dina_lrm.serving.connections import descriptors_allow
-from dina_lrm.serving.entrance import Entrance
 from dina_lrm.serving.forwarded import ForwardedHeaders
-from dina_lrm.serving.gate import Gate
+from dina_lrm.serving.login import Login
 from dina_lrm.serving.metrics import Metrics, joined
+from dina_lrm.serving.middleware import ServerMiddleware
 from dina_lrm.serving.server import Reloadable
 from dina_lrm.serving.settings import ServerSettings, settings_from
 from tests.unit.serving.conftest import HEADERS, calling, form, listening
@@ -209,7 +209,7 @@ def test_callers_have_names_and_limits(
         assert [vars(one)["caller"] for one in caplog.records if hasattr(one, "rows")] == ["bob"]
         assert ask("the first").status_code == 200
         assert ask("alices").status_code == 200
-        alice = next(one for one in app.state.service.entrance._callers.all if one.name == "alice")
+        alice = next(one for one in app.state.service.login._callers.all if one.name == "alice")
         alice.rows = 2
         refused = ask("alices")
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -484,9 +484,9 @@ def gated() -> tuple[FastAPI, asyncio.Event]:
         return StreamingResponse(forever(), media_type="text/event-stream")
 
     app.add_middleware(
-        Gate,
+        ServerMiddleware,
         settings=SETTINGS,
-        entrance=Entrance(None, cookie="c", title="t"),
+        login=Login(None, cookie="c", title="t"),
         metrics=Metrics(),
         closing=closing,
     )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dina_lrm import RewardModel
-from dina_lrm.serving.measuring import Measurer
+from dina_lrm.serving.page_model import PageModel
 from dina_lrm.shapes.pipeline import load_pipeline
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import parse_caption, sample_scene
@@ -61,8 +61,8 @@ def run() -> Iterator[ModelThread]:
 
 
 @pytest.fixture
-def measurer(reward: RewardModel, run: ModelThread) -> Measurer:
-    return Measurer(model=reward, run=run, max_megapixels=0.1, max_prompt_length=200)
+def page_model(reward: RewardModel, run: ModelThread) -> PageModel:
+    return PageModel(model=reward, run=run, max_megapixels=0.1, max_prompt_length=200)
 
 
 def picture_of(caption: str, seed: int = 0) -> Image.Image:

@@ -9,32 +9,32 @@ from PIL import Image
 
 from dina_lrm import RewardModel
 from dina_lrm.errors import InvalidInputError, ScoringError
-from dina_lrm.serving.measuring import LEVELS, NUM_DRAWS, Measurer, measured, places
+from dina_lrm.serving.page_model import LEVELS, NUM_DRAWS, PageModel, mean_score, places
 from tests.unit.serving_page.conftest import PROMPT, ModelThread
 
 
 @pytest.mark.parametrize("levels", [(0.2, 0.5, 0.7), (LEVELS[0],), (LEVELS[-1],)])
 @pytest.mark.parametrize("name", ["fits", "wide"])
 def test_scores_are_the_librarys(
-    measurer: Measurer, reward: RewardModel, files: dict[str, Path], name: str, levels: tuple[float, ...]
+    page_model: PageModel, reward: RewardModel, files: dict[str, Path], name: str, levels: tuple[float, ...]
 ) -> None:
     expected = reward.score(PROMPT, files[name], list(levels), seed=0, num_draws=NUM_DRAWS)
-    latents = measurer.latents(measurer.open(str(files[name]), name)[0], name)
-    found = measured(measurer.draws(latents, measurer.prompt(PROMPT), levels))
+    latents = page_model.latents(page_model.open(str(files[name]), name)[0], name)
+    found = mean_score(page_model.draws(latents, page_model.prompt(PROMPT), levels))
     assert found.value == pytest.approx(expected.scores.item(), rel=1e-5)
     assert expected.standard_errors is not None
     assert found.standard_error == pytest.approx(expected.standard_errors.item(), rel=1e-3)
     assert found.num_draws == NUM_DRAWS
 
 
-def test_levels_are_the_models_own(measurer: Measurer, reward: RewardModel) -> None:
-    assert measurer.model_levels == tuple(reward.config.noise_levels)
+def test_levels_are_the_models_own(page_model: PageModel, reward: RewardModel) -> None:
+    assert page_model.model_levels == tuple(reward.config.noise_levels)
     assert len(LEVELS) == 9
     assert (LEVELS[0], LEVELS[-1]) == (0.05, 0.95)
 
 
 def test_the_model_is_used_in_its_thread_only(
-    measurer: Measurer, reward: RewardModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    page_model: PageModel, reward: RewardModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[str] = []
 
@@ -51,9 +51,9 @@ def test_the_model_is_used_in_its_thread_only(
 
     for name in ("read_prompts", "encode_images", "score_latents", "decode_latents"):
         watch(name)
-    latents = measurer.latents(measurer.open(str(files["fits"]), "fits")[0], "fits")
-    measurer.draws(latents, measurer.prompt(PROMPT), (0.4,))
-    measurer.decoded(latents)
+    latents = page_model.latents(page_model.open(str(files["fits"]), "fits")[0], "fits")
+    page_model.draws(latents, page_model.prompt(PROMPT), (0.4,))
+    page_model.decoded(latents)
     assert sorted(used) == [
         "decode_latents",
         "encode_images",
@@ -62,19 +62,19 @@ def test_the_model_is_used_in_its_thread_only(
     ]
 
 
-def test_a_picture_survives_the_way_there_and_back(measurer: Measurer, files: dict[str, Path]) -> None:
+def test_a_picture_survives_the_way_there_and_back(page_model: PageModel, files: dict[str, Path]) -> None:
     """The autoencoder's picture is near the one that went in: 5 of 255 steps on average."""
-    picture, notes = measurer.open(str(files["fits"]), "fits")
+    picture, notes = page_model.open(str(files["fits"]), "fits")
     assert notes == []
-    decoded = measurer.decoded(measurer.latents(picture, "fits"))
+    decoded = page_model.decoded(page_model.latents(picture, "fits"))
     assert decoded.size == (64, 64)
     pixels = torch.tensor(list(decoded.convert("RGB").tobytes())).reshape(64, 64, 3)
     assert (pixels / 255 - picture.permute(1, 2, 0)).abs().mean() < 5 / 255
 
 
-def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
-    assert measurer.prompt(PROMPT).notes == []
-    (note,) = measurer.prompt("a red zebra on a gray background").notes
+def test_what_the_encoders_do_not_see_is_noted(page_model: PageModel) -> None:
+    assert page_model.prompt(PROMPT).notes == []
+    (note,) = page_model.prompt("a red zebra on a gray background").notes
     assert "zebra" in note
 
 
@@ -87,11 +87,13 @@ def test_what_the_encoders_do_not_see_is_noted(measurer: Measurer) -> None:
         ("narrow", "fits.png of 64x2 pixels is too small"),
     ],
 )
-def test_wrong_pictures_are_named(measurer: Measurer, files: dict[str, Path], name: str, told: str) -> None:
+def test_wrong_pictures_are_named(
+    page_model: PageModel, files: dict[str, Path], name: str, told: str
+) -> None:
     with pytest.raises(InvalidInputError, match=told):
-        measurer.latents(measurer.open(str(files[name]), "fits.png")[0], "fits.png")
-    assert isinstance(measurer.run, ModelThread)
-    assert measurer.run.jobs == 0
+        page_model.latents(page_model.open(str(files[name]), "fits.png")[0], "fits.png")
+    assert isinstance(page_model.run, ModelThread)
+    assert page_model.run.jobs == 0
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_wrong_pictures_are_named(measurer: Measurer, files: dict[str, Path], na
     ],
 )
 def test_a_picture_over_the_limit_is_shrunk(
-    measurer: Measurer,
+    page_model: PageModel,
     tmp_path: Path,
     form: str,
     size: tuple[int, int],
@@ -118,7 +120,7 @@ def test_a_picture_over_the_limit_is_shrunk(
     picture.paste("blue", (0, 0, size[0], size[1] // 4))  # a quarter at the top, which rotation moves
     exif[0x0112] = orientation
     picture.save(tmp_path / "a", form, exif=exif)
-    pixels, notes = measurer.open(str(tmp_path / "a"), "Picture")
+    pixels, notes = page_model.open(str(tmp_path / "a"), "Picture")
     width, height = now
     assert pixels.shape == (3, height, width)
     assert width * height <= 100_000
@@ -140,24 +142,24 @@ def test_places_are_shared_where_scores_cannot_be_told_apart() -> None:
     assert places([noise]) == [1]
 
 
-def test_no_picture_is_told(measurer: Measurer) -> None:
+def test_no_picture_is_told(page_model: PageModel) -> None:
     with pytest.raises(InvalidInputError, match="Picture A: none is given"):
-        measurer.open(None, "Picture A")
+        page_model.open(None, "Picture A")
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [("", "Prompt: empty"), ("  ", "Prompt: empty"), (None, "Prompt: empty"), ("a" * 201, "at most 200")],
 )
-def test_wrong_prompts_are_told(measurer: Measurer, text: Any, told: str) -> None:
+def test_wrong_prompts_are_told(page_model: PageModel, text: Any, told: str) -> None:
     with pytest.raises(InvalidInputError, match=told):
-        measurer.prompt(text)
+        page_model.prompt(text)
 
 
 def test_a_busy_server_is_told(reward: RewardModel) -> None:
     def busy(job: Any) -> Any:
         raise ScoringError("the server is busy")
 
-    measurer = Measurer(model=reward, run=busy, max_megapixels=1.0, max_prompt_length=200)
+    page_model = PageModel(model=reward, run=busy, max_megapixels=1.0, max_prompt_length=200)
     with pytest.raises(ScoringError, match="busy"):
-        measurer.prompt(PROMPT)
+        page_model.prompt(PROMPT)

@@ -327,7 +327,7 @@ def test_only_uploads_are_opened(
     client: TestClient, page: gr.Blocks, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
-    monkeypatch.setattr(page_module.Measurer, "open", lambda *values: opened.append(values))
+    monkeypatch.setattr(page_module.PageModel, "open", lambda *values: opened.append(values))
     for tab, data in (
         ("score", [as_file(path), PROMPT]),
         ("compare", [as_file(path), as_file(path), PROMPT]),

@@ -14,7 +14,7 @@ from scipy import stats
 from dina_lrm.serving.views import (
     VARIABLES,
     LevelScores,
-    Measured,
+    MeanScore,
     Ranked,
     Strip,
     comparison_view,
@@ -25,8 +25,8 @@ from dina_lrm.serving.views import (
 )
 
 MODEL_LEVELS = (0.2, 0.5)
-TOTAL = Measured(-1.5, 0.25, 8)
-BY_LEVEL = LevelScores((0.1, 0.9), (Measured(-2.0, 0.1, 8), Measured(3.25, 0.5, 8)))
+TOTAL = MeanScore(-1.5, 0.25, 8)
+BY_LEVEL = LevelScores((0.1, 0.9), (MeanScore(-2.0, 0.1, 8), MeanScore(3.25, 0.5, 8)))
 
 
 class Outline(HTMLParser):
@@ -57,7 +57,7 @@ class Outline(HTMLParser):
 def test_the_interval_is_students() -> None:
     """The mean of 2, 4, 6 is 4 with standard error 2 / sqrt(3)."""
     expected = stats.t.interval(0.95, df=2, loc=4, scale=2 / 3**0.5)
-    assert Measured(4.0, 2 / 3**0.5, 3).interval == pytest.approx(expected)
+    assert MeanScore(4.0, 2 / 3**0.5, 3).interval == pytest.approx(expected)
 
 
 def test_a_score_with_its_levels() -> None:
@@ -89,7 +89,7 @@ def test_a_score_before_its_levels_are_known() -> None:
     ],
 )
 def test_a_comparison(probability: float, verdict: str, width: str) -> None:
-    markup = comparison_view(probability, (TOTAL, Measured(0.5, 0.1, 8)), MODEL_LEVELS, BY_LEVEL, [])
+    markup = comparison_view(probability, (TOTAL, MeanScore(0.5, 0.1, 8)), MODEL_LEVELS, BY_LEVEL, [])
     outline = Outline(markup)
     assert outline.open == []
     assert outline.rows[1:3] == [["A", "−1.50", "0.250"], ["B", "0.50", "0.100"]]

@@ -30,7 +30,7 @@ def test_the_published_recipe_has_the_published_values() -> None:
     assert (model.tuning, model.lora_rank, model.lora_alpha) == ("lora", 64, 128.0)
     assert (model.head.num_queries, model.head.num_attention_heads, model.head.width) == (4, 8, None)
     assert (config.optimizer.learning_rate, config.optimizer.ema_decay) == (5e-5, 0.995)
-    assert config.noise.law == "uniform"
+    assert config.noise.distribution == "uniform"
     loss = config.loss
     assert (loss.likelihood, loss.loss, loss.slope, loss.floor) == ("thurstone", "fidelity", 2.0, 0.05)
 

@@ -160,7 +160,7 @@ class LatentShards:
 
     @property
     def bayes(self) -> None:
-        """The law of the raters is not known."""
+        """The distribution of the raters is not known."""
 
     def order(
         self, step: int, *, batch_size: int, seed: int, by_prompt: bool = False

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dina_lrm.serving.entrance import Entrance
+from dina_lrm.serving.login import Login
 from dina_lrm.serving.origins import foreign_site, host_name
 
 __all__ = ["HEALTH_PATH", "Guard", "error_answer", "page_file"]
@@ -42,7 +42,7 @@ class Guard:
     """ASGI middleware around the whole app.
 
     Args:
-        token: see `Entrance`.
+        token: see `Login`.
         hosts: names that it is known by, such as label.example.org, whatever Host a proxy sends.
         local_hosts: names of a server that listens on this machine alone. Where there are hosts of either
             kind, it is called by no other name: a page elsewhere could reach it through a name of its own.
@@ -60,7 +60,7 @@ class Guard:
         root_path: str,
     ) -> None:
         self.app = app
-        self.entrance = Entrance(token, cookie="dina_lrm_label", title="Which picture is better?")
+        self.login = Login(token, cookie="dina_lrm_label", title="Which picture is better?")
         self.hosts = {host.lower() for host in hosts}
         self.known_hosts = self.hosts | {host.lower() for host in local_hosts}
         self.root_path = root_path
@@ -125,12 +125,12 @@ class Guard:
             if refusal is not None:
                 return refusal
         root = request.scope["root_path"]
-        if self.entrance.knows(request.headers):
+        if self.login.knows(request.headers):
             return RedirectResponse(f"{root}/", status_code=303) if path == "/login" else None
         if path == "/login" and request.method == "POST":
-            return await self.entrance.login(request)
+            return await self.login.login(request)
         if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
-            return self.entrance.form(prefix=root)
+            return self.login.form(prefix=root)
         refusal = error_answer(401, "authorization: a bearer token is needed")
         refusal.headers["www-authenticate"] = "Bearer"
         return refusal

@@ -15,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dina_lrm.serving.entrance import Entrance
+from dina_lrm.serving.login import Login
 from dina_lrm.serving.metrics import Metrics
 from dina_lrm.serving.origins import foreign_site, host_name
 from dina_lrm.serving.schemas import RequestError
 from dina_lrm.serving.settings import ServerSettings
 from dina_lrm.serving.trace import trace_of
 
-__all__ = ["DISK_FULL", "Gate", "log"]
+__all__ = ["DISK_FULL", "ServerMiddleware", "log"]
 
 log = logging.getLogger("dina_lrm.serving")
 
@@ -43,7 +43,7 @@ _LOGGED = 500
 """Characters of a text from outside that go into the log."""
 
 
-class Gate:
+class ServerMiddleware:
     """ASGI middleware around the whole app, the page included.
 
     Args:
@@ -59,13 +59,13 @@ class Gate:
         app: ASGIApp,
         *,
         settings: ServerSettings,
-        entrance: Entrance,
+        login: Login,
         metrics: Metrics,
         closing: asyncio.Event,
         names_requests: bool = True,
     ) -> None:
         self.app = app
-        self.settings, self.metrics, self.entrance = settings, metrics, entrance
+        self.settings, self.metrics, self.login = settings, metrics, login
         self.max_body = int(settings.max_body_mib * 2**20)
         self.max_inflight = int(settings.max_inflight_mib * 2**20)
         self.hosts = None if settings.known_hosts is None else {one.lower() for one in settings.known_hosts}
@@ -80,7 +80,7 @@ class Gate:
         self._place(scope)
         self.metrics.inflight.inc()
         try:
-            await _Passage(self, scope, receive, send).run()
+            await _Request(self, scope, receive, send).run()
         finally:
             self.metrics.inflight.dec()
 
@@ -93,11 +93,11 @@ class Gate:
             scope["path"] = root + path
 
 
-class _Passage:
-    """One request on its way through the gate."""
+class _Request:
+    """One request on its way through the server."""
 
-    def __init__(self, gate: Gate, scope: Scope, receive: Receive, send: Send) -> None:
-        self.gate, self.scope = gate, scope
+    def __init__(self, server: ServerMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        self.server, self.scope = server, scope
         self._receive, self._send = receive, send
         # The first of each name, as starlette reads them; it decodes them all at every look.
         self.headers = {
@@ -112,7 +112,7 @@ class _Passage:
         self.received = 0
         self.complete = False
         """Whether all of the body was received."""
-        self._step_ends, self._step_bytes = self.started + gate.settings.body_seconds, 0
+        self._step_ends, self._step_bytes = self.started + server.settings.body_seconds, 0
         scope.setdefault("state", {})
         self.facts: dict[str, Any] = {}
         scope["state"] |= {"request_id": self.request_id, "facts": self.facts, "caller": None}
@@ -121,7 +121,7 @@ class _Passage:
         try:
             answer = await self._own_answer()
             app: Callable[[Scope, Receive, Send], Awaitable[None]] = (
-                self.gate.app if answer is None else answer
+                self.server.app if answer is None else answer
             )
             await self._unless_closing(app)
         except ClientDisconnect:
@@ -147,7 +147,7 @@ class _Passage:
                 self._refuse(500, "a fault of the server; its log tells more", None, "fault")
             )
         finally:
-            self.gate.inflight_bytes -= self.received
+            self.server.inflight_bytes -= self.received
             self._write_down()
 
     async def _answer_once(self, answer: Response) -> None:
@@ -159,7 +159,7 @@ class _Passage:
         if self.path.startswith("/v1/") or self.path in _WATCHED:
             return await app(self.scope, self.receive, self.send)
         running = asyncio.ensure_future(app(self.scope, self.receive, self.send))
-        closing = asyncio.ensure_future(self.gate.closing.wait())
+        closing = asyncio.ensure_future(self.server.closing.wait())
         try:
             await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
@@ -174,12 +174,12 @@ class _Passage:
 
     async def _own_answer(self) -> Response | None:
         """What the gate itself says; None lets the request in."""
-        gate, path, method = self.gate, self.path, self.scope["method"]
+        server, path, method = self.server, self.path, self.scope["method"]
         host = self.headers.get("host", "")
-        if gate.hosts is not None and path not in OPEN_PATHS and host_name(host) not in gate.hosts:
+        if server.hosts is not None and path not in OPEN_PATHS and host_name(host) not in server.hosts:
             return self._refuse(403, f"host: this server is not called {host[:80]!r}", "host", "host")
         if method not in ("GET", "HEAD", "OPTIONS"):
-            settings = gate.settings
+            settings = server.settings
             site = foreign_site(self.headers, host, origins=settings.cors_origins, hosts=settings.hosts)
             if site is not None:
                 return self._refuse(
@@ -190,13 +190,13 @@ class _Passage:
             return self._refuse(
                 400, f"content-length: {length[:40]!r} is not a number", "content-length", "bad"
             )
-        if int(length) > gate.max_body:
+        if int(length) > server.max_body:
             if "expect" not in self.headers:
                 await self._throw_away()
             return self._refuse(
-                413, f"body: {int(length)} bytes, at most {gate.max_body} are taken", "body", "too_large"
+                413, f"body: {int(length)} bytes, at most {server.max_body} are taken", "body", "too_large"
             )
-        if gate.inflight_bytes and gate.inflight_bytes + int(length) > gate.max_inflight:
+        if server.inflight_bytes and server.inflight_bytes + int(length) > server.max_inflight:
             return self._too_busy()
         coding = self.headers.get("content-encoding", "identity").strip().lower()
         if coding != "identity":
@@ -208,19 +208,19 @@ class _Passage:
             )
         if path in OPEN_PATHS:
             return None
-        caller = gate.entrance.caller(self.headers)
-        if caller is not None or gate.entrance.is_open:
+        caller = server.login.caller(self.headers)
+        if caller is not None or server.login.is_open:
             self.scope["state"]["caller"] = caller
             if caller is not None and caller.name:
                 self.facts["caller"] = caller.name
             return None
         if path == "/login" and method == "POST":
-            answer = await gate.entrance.login(Request(self.scope, self.receive))
+            answer = await server.login.login(Request(self.scope, self.receive))
             if answer.status_code == 401:
-                gate.metrics.rejected.labels("no_token").inc()
+                server.metrics.rejected.labels("no_token").inc()
             return answer
         if method == "GET" and "text/html" in self.headers.get("accept", ""):
-            return gate.entrance.form(prefix=self.scope["root_path"])
+            return server.login.form(prefix=self.scope["root_path"])
         refusal = self._refuse(401, "authorization: a bearer token is needed", "authorization", "no_token")
         refusal.headers["www-authenticate"] = "Bearer"
         return refusal
@@ -233,22 +233,26 @@ class _Passage:
                 message = await self._receive()
         except TimeoutError as error:
             raise RequestError(
-                f"body: less than {BODY_STEP_BYTES} bytes came within {self.gate.settings.body_seconds:g} s",
+                f"body: less than {BODY_STEP_BYTES} bytes came within "
+                f"{self.server.settings.body_seconds:g} s",
                 field="body",
                 status=408,
             ) from error
         size = len(message.get("body", b""))
         self.received += size
-        self.gate.inflight_bytes += size
+        self.server.inflight_bytes += size
         self.complete = not message.get("more_body", False)
         self._step_bytes += size
         if self._step_bytes >= BODY_STEP_BYTES:
-            self._step_ends, self._step_bytes = time.monotonic() + self.gate.settings.body_seconds, 0
-        if self.received > self.gate.max_body:
+            self._step_ends, self._step_bytes = time.monotonic() + self.server.settings.body_seconds, 0
+        if self.received > self.server.max_body:
             raise RequestError(
-                f"body: more than the {self.gate.max_body} bytes that are taken", field="body", status=413
+                f"body: more than the {self.server.max_body} bytes that are taken", field="body", status=413
             )
-        if self.gate.inflight_bytes > self.gate.max_inflight and self.received < self.gate.inflight_bytes:
+        if (
+            self.server.inflight_bytes > self.server.max_inflight
+            and self.received < self.server.inflight_bytes
+        ):
             raise RequestError("overloaded: too many bytes are under way; try again", status=503)
         return message
 
@@ -256,7 +260,7 @@ class _Passage:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            if self.gate.names_requests:
+            if self.server.names_requests:
                 headers["x-request-id"] = self.request_id
             headers["traceparent"] = self.trace.header
             headers["x-content-type-options"] = "nosniff"
@@ -283,7 +287,7 @@ class _Passage:
         return answer
 
     def _refuse(self, status: int, message: str, field: str | None, reason: str) -> JSONResponse:
-        self.gate.metrics.rejected.labels(reason).inc()
+        self.server.metrics.rejected.labels(reason).inc()
         self.facts["error"] = message[:_LOGGED]
         content = {"error": message, "field": field, "request_id": self.request_id}
         return JSONResponse(content, status_code=status)
@@ -291,8 +295,8 @@ class _Passage:
     def _write_down(self) -> None:
         seconds = time.monotonic() - self.started
         route = getattr(self.scope.get("route"), "path", "other")
-        self.gate.metrics.requests.labels(route, str(self.status)).inc()
-        self.gate.metrics.duration.labels(route).observe(seconds)
+        self.server.metrics.requests.labels(route, str(self.status)).inc()
+        self.server.metrics.duration.labels(route).observe(seconds)
         client = self.scope.get("client")
         facts = {name: value for name, value in self.facts.items() if name != "stream"}
         log.log(

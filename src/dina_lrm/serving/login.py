@@ -13,14 +13,14 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from dina_lrm.serving.callers import Caller, Callers, read_callers
 
-__all__ = ["Entrance"]
+__all__ = ["Login"]
 
 MAX_FORM = 4096
 """Bytes of the login form."""
 COOKIE_SECONDS = 30 * 24 * 3600
 
 
-class Entrance:
+class Login:
     """A token, asked for as `Authorization: Bearer TOKEN`, or of a browser once, which then holds a cookie
     made from it. Compared in constant time.
 

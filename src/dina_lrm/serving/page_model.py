@@ -22,9 +22,9 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.sampling.stepwise import Executor, SamplerState
 from dina_lrm.serving.pictures import FORMATS, open_picture
 from dina_lrm.serving.schemas import check_prompt
-from dina_lrm.serving.views import Measured
+from dina_lrm.serving.views import MeanScore
 
-__all__ = ["LEVELS", "NUM_DRAWS", "EncodedPrompt", "Measurer", "measured", "pil_picture", "places"]
+__all__ = ["LEVELS", "NUM_DRAWS", "EncodedPrompt", "PageModel", "mean_score", "pil_picture", "places"]
 
 LEVELS = (0.05, 0.16, 0.28, 0.39, 0.5, 0.61, 0.73, 0.84, 0.95)
 """Single noise levels that are looked at, evenly spaced."""
@@ -48,7 +48,7 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurer:
+class PageModel:
     """A reward, and what it takes from visitors.
 
     Every method may raise ScoringError (there is too much other work) and InvalidInputError (it names what is
@@ -146,16 +146,16 @@ def places(draws: Sequence[Float[Tensor, " draw"]]) -> list[int]:
     found: list[int] = []
     for index, one in enumerate(draws):
         best = found.index(found[-1]) if found else 0
-        told_apart = index == 0 or measured(draws[best] - one).interval[0] > 0
+        told_apart = index == 0 or mean_score(draws[best] - one).interval[0] > 0
         found.append(index + 1 if told_apart else found[-1])
     return found
 
 
-def measured(draws: Float[Tensor, " draw"]) -> Measured:
+def mean_score(draws: Float[Tensor, " draw"]) -> MeanScore:
     """The mean of draws and how well it is known."""
     mean, error = mean_and_standard_error(draws[:, None])
     assert error is not None
-    return Measured(mean.item(), error.item(), len(draws))
+    return MeanScore(mean.item(), error.item(), len(draws))
 
 
 def _shrunk(data: bytes, max_megapixels: float) -> tuple[Image.Image, tuple[int, int]] | None:
