@@ -94,7 +94,7 @@ examples: $(VENV)/.installed-base  ## run every script under examples/
 
 # What a release needs: the parts that lean on other libraries, with the lowest and the newest versions that pyproject.toml
 # allows, each in an environment of its own. Their own deprecation warnings are theirs, and jaxtyping's hook is of one version.
-VERSION_TESTS := tests/parity tests/unit/models tests/unit/cli tests/unit/test_client.py
+VERSION_TESTS := tests/parity tests/unit/backbones tests/unit/models tests/unit/checkpoints tests/unit/pipelines tests/unit/cli tests/unit/remote
 versions: lowest highest  ## the tests of scoring and the command line with the lowest and newest dependencies: 12 GB of disk
 
 lowest highest: $(VENV)/.installed-dev

@@ -7,7 +7,7 @@ import pytest
 
 from dina_lrm.reporting.demo import build_report
 from dina_lrm.reporting.html import write_html
-from tests.unit.cli.demo_results import make_demo_results
+from tests.unit.reporting.demo_results import make_demo_results
 
 pytestmark = pytest.mark.browser
 

@@ -392,7 +392,7 @@ def few_views() -> None:
 def short_demo() -> None:
     """`dina-lrm demo` with results that are made up; tests/end_to_end/test_demo.py runs it."""
     from dina_lrm.cli import demo
-    from tests.unit.cli.demo_results import make_demo_results
+    from tests.unit.reporting.demo_results import make_demo_results
 
     current().patch.setattr(demo, "run_demo", lambda options: make_demo_results())
     declare("the demo's five minutes", "made up results, from which the report is written")

@@ -9,7 +9,7 @@ import pytest
 from dina_lrm.reporting import demo as demo_report
 from dina_lrm.reporting import demo_results
 from dina_lrm.reporting.html import render_html
-from tests.unit.cli.demo_results import make_demo_results
+from tests.unit.reporting.demo_results import make_demo_results
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from PIL import Image
 from dina_lrm import RewardModel
 from dina_lrm.errors import InvalidInputError, ScoringError
 from dina_lrm.serving.page_model import LEVELS, NUM_DRAWS, PageModel, mean_score, places
-from tests.unit.serving_page.conftest import PROMPT, ModelThread
+from tests.unit.serving.page.conftest import PROMPT, ModelThread
 
 
 @pytest.mark.parametrize("levels", [(0.2, 0.5, 0.7), (LEVELS[0],), (LEVELS[-1],)])

@@ -10,7 +10,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.stepwise import MAX_SEED, SamplerState, check_settings, sample_stepwise
 from dina_lrm.shapes.networks import MAX_TOKENS
-from tests.unit.serving_page.conftest import OTHER, PROMPT, ModelThread
+from tests.unit.serving.page.conftest import OTHER, PROMPT, ModelThread
 
 
 def sampling(pipeline: Any, run: ModelThread, prompt: str = PROMPT, **changes: Any) -> Iterator[SamplerState]:

@@ -13,7 +13,7 @@ from dina_lrm.cli.serve import read
 from dina_lrm.serving.metrics import Metrics
 from dina_lrm.serving.settings import ENVIRONMENT, ServerSettings
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[3] / "deploy"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "reward.yaml").read_text()))
 
 

@@ -10,7 +10,7 @@ from dina_lrm import RewardModel
 from dina_lrm.serving.labelling.estimates import Estimates, model_digest
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
-from tests.unit.serving_labelling.conftest import write_picture, write_rows
+from tests.unit.serving.labelling.conftest import write_picture, write_rows
 
 PROMPTS = ("a red circle on a gray background", "a blue square on a white background")
 

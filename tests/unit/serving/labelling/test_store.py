@@ -14,7 +14,7 @@ import pytest
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteConflict, VoteStore, rater_name
-from tests.unit.serving_labelling.conftest import make_items, make_vote
+from tests.unit.serving.labelling.conftest import make_items, make_vote
 
 Reopen = Callable[[], VoteStore]
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from dina_lrm.cli.main import main
-from tests.unit.serving_labelling.conftest import make_items, write_rows
+from tests.unit.serving.labelling.conftest import make_items, write_rows
 
 
 @pytest.mark.parametrize(

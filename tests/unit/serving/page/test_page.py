@@ -22,7 +22,7 @@ from dina_lrm.serving import page as page_module
 from dina_lrm.serving import page_parts, page_routes
 from dina_lrm.serving.page import MAX_PICTURES, build_page, mount_page
 from dina_lrm.shapes.pipeline import GUIDANCE_SCALE
-from tests.unit.serving_page.conftest import OTHER, PROMPT
+from tests.unit.serving.page.conftest import OTHER, PROMPT
 
 # Gradio computes statistics of its queue with options of pandas that are on their way out.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.PandasDeprecationWarning")

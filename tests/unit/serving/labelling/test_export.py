@@ -18,7 +18,7 @@ from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
-from tests.unit.serving_labelling.conftest import make_vote, write_picture, write_rows
+from tests.unit.serving.labelling.conftest import make_vote, write_picture, write_rows
 
 CHOICES = {"a": "left", "b": "right", "tie": "tie", "skip": "skip"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import Items, read_items
-from tests.unit.serving_labelling.conftest import write_picture, write_rows
+from tests.unit.serving.labelling.conftest import write_picture, write_rows
 
 
 def names_of(items: Items) -> list[set[str]]:

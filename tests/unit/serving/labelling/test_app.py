@@ -18,7 +18,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.app import RESULTS_HEADER, Labelling, create_app
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
-from tests.unit.serving_labelling.conftest import make_items, write_picture, write_rows
+from tests.unit.serving.labelling.conftest import make_items, write_picture, write_rows
 
 HERE = "http://127.0.0.1:8080"
 

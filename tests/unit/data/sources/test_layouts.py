@@ -131,7 +131,7 @@ def test_the_commands_read_them(name: str, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_every_source_is_named_where_it_is_taken() -> None:
-    guide = (Path(__file__).parents[3] / "docs/guides/data.md").read_text()
+    guide = (Path(__file__).parents[4] / "docs/guides/data.md").read_text()
     choices = get_args(Evaluate.__annotations__["benchmark"])
     for name in SOURCES:
         assert name in choices

@@ -4,7 +4,7 @@ import pytest
 
 from dina_lrm.serving.labelling.agreement import Share, nominal_alpha, results, vote_agreement
 from dina_lrm.serving.labelling.store import Vote
-from tests.unit.serving_labelling.conftest import make_vote
+from tests.unit.serving.labelling.conftest import make_vote
 
 CHOICES = {"a": "left", "b": "right", "tie": "tie", "skip": "skip"}
 
