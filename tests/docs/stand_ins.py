@@ -279,7 +279,7 @@ def clip_scorer(name: str) -> None:
     """CLIP, PickScore and the like on the hub: a tiny random CLIP."""
 
     def make(folder: Path) -> None:
-        from tests.unit.evaluation.test_baselines import save_clip_processor, tiny_clip
+        from tests.unit.evaluation.baselines.scorers import save_clip_processor, tiny_clip
 
         tiny_clip().save_pretrained(folder)
         save_clip_processor(folder)
@@ -434,7 +434,7 @@ def hpsv2_file(file: str) -> None:
     """HPSv2's published file."""
     import torch
 
-    from tests.unit.evaluation.test_baselines import tiny_clip, to_open_clip
+    from tests.unit.evaluation.baselines.scorers import tiny_clip, to_open_clip
 
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": to_open_clip(tiny_clip())}, file)
@@ -443,7 +443,7 @@ def hpsv2_file(file: str) -> None:
 
 def hpsv3(folder: str) -> None:
     """HPSv3's published files."""
-    from tests.unit.evaluation.test_baselines import save_tiny_hpsv3
+    from tests.unit.evaluation.baselines.scorers import save_tiny_hpsv3
 
     save_tiny_hpsv3(Path(folder))
     declare(f"HPSv3's weights in {folder}", "those of a tiny random Qwen2-VL under the published names")

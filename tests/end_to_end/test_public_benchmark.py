@@ -191,7 +191,7 @@ def test_several_models_on_one_benchmark(
     hpdv2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bundled reward beside a CLIP score with random weights: results of each, and what they cost."""
-    from tests.unit.evaluation.test_baselines import save_clip_processor, tiny_clip
+    from tests.unit.evaluation.baselines.scorers import save_clip_processor, tiny_clip
 
     clip = tmp_path / "clip"
     tiny_clip().save_pretrained(clip)

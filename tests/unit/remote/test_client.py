@@ -1,193 +1,24 @@
-"""What goes over the wire, what is tried again, what is final; and the client against the server itself."""
+"""Both clients: what they send, what they take, and what they refuse to send."""
 
 import asyncio
 import io
 import json
-import random
-import socket
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from email import message_from_bytes
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx_retries.retry
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 
 import dina_lrm
 from dina_lrm import AsyncClient, Client, Conditioning, InvalidInputError, PromptWarning, RewardModel
-from dina_lrm.errors import ScoringError
 from dina_lrm.remote import calls
-from tests.local_server import answering
-
-PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
-Reply = tuple[int, dict[str, str], bytes]
-
-
-@dataclass
-class Request:
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return safetensors.torch.load(self.body)
-
-    @property
-    def form(self) -> list[tuple[str, bytes]]:
-        """Fields in order, read by the standard library's parser of MIME messages."""
-        head = f"content-type: {self.headers['content-type']}\r\n\r\n".encode()
-        parts: Any = message_from_bytes(head + self.body).get_payload()
-        return [
-            (part.get_param("name", header="content-disposition"), part.get_payload(decode=True))
-            for part in parts
-        ]
-
-
-@dataclass
-class Fake:
-    """A server that scores by arithmetic: mean of the latent + 10 u + 100 seed; mean red of a picture."""
-
-    url: str
-    plan: list[Reply | str] = field(default_factory=list)
-    """Answers before it scores; "hang up" closes the connection, "break" does so in the middle of a reply."""
-    requests: list[Request] = field(default_factory=list)
-    connections: int = 0
-
-    def answer(self, request: Request) -> Reply:
-        match request.path:
-            case "/healthz":
-                return ok({"status": "ok"})
-            case "/v1/score":
-                t = request.tensors
-                scores = t["latents"].double().mean(dim=(1, 2, 3)) + 10 * t["u"] + 100 * t["seeds"]
-                return ok({"protocol_version": "1", "raw_scores": scores.tolist()})
-            case "/v1/score/images":
-                reds = [red(file) for name, file in request.form if name == "images"]
-                errors = [value / 100 for value in reds]
-                draws = json.loads(request.form[0][1])["num_draws"]
-                return ok({"scores": reds, "standard_errors": errors if draws > 1 else None, "notes": []})
-            case "/v1/compare":
-                a, b = (red(file) for name, file in request.form[1:])
-                return ok({"probability": a / (a + b), "scores": [a, b]})
-        return 404, {}, b"no such page"
-
-
-def ok(content: Any) -> Reply:
-    return 200, {"content-type": "application/json"}, json.dumps(content).encode()
-
-
-def red(file: bytes) -> float:
-    with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:
-        return float(np.asarray(picture)[..., 0].mean())
-
-
-@pytest.fixture
-def fake() -> Iterator[Fake]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def setup(self) -> None:
-            super().setup()
-            server.connections += 1
-
-        def do_POST(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            body = self.rfile.read(int(headers.get("content-length", 0)))
-            request = Request(self.path, headers, body)
-            server.requests.append(request)
-            reply = server.plan.pop(0) if server.plan else server.answer(request)
-            if isinstance(reply, str):
-                if reply == "break":
-                    self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
-                self.close_connection = True
-                return
-            status, extra, content = reply
-            self.send_response(status)
-            for name, value in ({"content-length": str(len(content))} | extra).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = Fake("")
-    with answering(Handler) as server.url:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "DINA_LRM_TOKEN",
-        "http_proxy",
-        "HTTP_PROXY",
-        "all_proxy",
-        "ALL_PROXY",
-        "no_proxy",
-        "NO_PROXY",
-    ):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that a client would have waited between attempts."""
-    found: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        found.append(seconds)
-
-    monkeypatch.setattr(httpx_retries.retry, "time", types.SimpleNamespace(sleep=found.append))
-    monkeypatch.setattr(httpx_retries.retry, "asyncio", types.SimpleNamespace(sleep=sleep))
-    return found
-
-
-Call = Callable[..., Any]
-"""(url, method, *arguments, **settings of the client): one method of a client that is closed after."""
-
-
-@pytest.fixture(params=["sync", "async"])
-def call(request: pytest.FixtureRequest) -> Call:
-    def sync(url: str, method: str, *arguments: Any, **settings: Any) -> Any:
-        with Client(url, **settings) as one:
-            return getattr(one, method)(*arguments)
-
-    async def awaited(url: str, method: str, *arguments: Any, **settings: Any) -> Any:
-        async with AsyncClient(url, **settings) as one:
-            return await getattr(one, method)(*arguments)
-
-    if request.param == "sync":
-        return sync
-    return lambda *arguments, **settings: asyncio.run(awaited(*arguments, **settings))
-
-
-def rows(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Conditioning]:
-    generator = torch.Generator().manual_seed(count)
-    latents = torch.randn(count, 16, 8, 8, generator=generator).to(dtype)
-    embeds = torch.randn(count, 5, 12, generator=generator)
-    return latents, Conditioning(embeds, torch.randn(count, 6, generator=generator))
-
-
-def pictures(count: int) -> list[Image.Image]:
-    """Of 6 x 4 pixels, the red of each being its place."""
-    return [Image.new("RGB", (6, 4), (10 * index + 1, 0, 255)) for index in range(count)]
-
-
-# --- what is sent, and what comes back ---------------------------------------------------------------------
+from tests.unit.remote.fake import PROMPTS, Call, Fake, free_port, ok, pictures, rows
 
 
 def test_latents_on_the_wire(call: Call, fake: Fake) -> None:
@@ -317,11 +148,6 @@ def test_health(call: Call, fake: Fake, waits: list[float]) -> None:
     assert waits == []
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
-
-
 def test_connections_are_kept(fake: Fake) -> None:
     latents, conditioning = rows(6)
     with Client(fake.url, max_rows=2) as one:
@@ -349,143 +175,6 @@ def test_requests_at_once(fake: Fake) -> None:
 
     with Client(fake.url) as one:
         torch.testing.assert_close(torch.cat(asyncio.run(gather())), one.score_latents(latents, conditioning))
-
-
-# --- what is tried again -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("passing", [408, 429, 500, 502, 503, 504, "hang up", "break"])
-def test_what_passes_is_tried_again(call: Call, fake: Fake, waits: list[float], passing: int | str) -> None:
-    one: Reply | str = passing if isinstance(passing, str) else (passing, {}, b'{"error": "full"}')
-    fake.plan = [one, one]
-    latents, conditioning = rows(2)
-    scores = call(fake.url, "score_latents", latents, conditioning, 0.0)
-    torch.testing.assert_close(scores, latents.mean(dim=(1, 2, 3)))
-    first, *others = fake.requests
-    assert [other.body for other in others] == [first.body] * 2
-    assert len(waits) == 2
-
-
-def test_forms_are_sent_again_whole(call: Call, fake: Fake, waits: list[float]) -> None:
-    fake.plan = [(503, {}, b""), "hang up"]
-    assert call(fake.url, "score", "x", pictures(2)).scores.tolist() == [1.0, 11.0]
-    assert [len(request.form) for request in fake.requests] == [3, 3, 3]
-
-
-def test_waits_are_random_and_double(fake: Fake, waits: list[float]) -> None:
-    random.seed(0)
-    for _ in range(50):
-        fake.plan = [(503, {}, b"")] * 4
-        with Client(fake.url) as one:
-            one.score_latents(*rows(1))
-    by_attempt = np.array(waits).reshape(50, 4)
-    longest = np.array([1.0, 2.0, 4.0, 8.0])
-    assert (by_attempt <= longest).all()
-    assert (by_attempt.max(axis=0) > 0.9 * longest).all()
-    assert (by_attempt.min(axis=0) < 0.1 * longest).all()
-
-
-def test_retry_after_is_the_least_wait_up_to_a_minute(call: Call, fake: Fake, waits: list[float]) -> None:
-    random.seed(0)
-    for _ in range(20):
-        fake.plan = [(503, {"Retry-After": "7"}, b""), (429, {"Retry-After": "4000"}, b"")]
-        call(fake.url, "score_latents", *rows(1))
-    assert all(7 <= seconds <= 8 for seconds in waits[::2])
-    assert len(set(waits[::2])) == 20  # all refused at once, they do not come back at once
-    assert waits[1::2] == [60.0] * 20
-
-
-def test_an_overloaded_server_is_given_up(call: Call, fake: Fake, waits: list[float]) -> None:
-    fake.plan = [(503, {}, b'{"error": "queue is full"}')] * 9
-    with pytest.raises(
-        ScoringError, match=r"/v1/score gave no score in 4 attempts, at last: HTTP 503: queue is full"
-    ):
-        call(fake.url, "score_latents", *rows(1), max_retries=3)
-    assert len(fake.requests) == 4
-    assert len(waits) == 3
-
-
-def test_no_server(call: Call, waits: list[float]) -> None:
-    port = free_port()
-    with pytest.raises(
-        ScoringError, match=f"127.0.0.1:{port}/v1/compare gave no score in 3 attempts.*Connect"
-    ):
-        call(f"http://127.0.0.1:{port}", "compare", "x", *pictures(2), max_retries=2)
-    assert len(waits) == 2
-
-
-def test_a_server_that_says_nothing(call: Call) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ScoringError, match="no score in 1 attempts, at last: ReadTimeout"):
-            call(url, "score_latents", *rows(1), timeout_seconds=0.1, max_retries=0)
-
-
-# --- what is final -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        ((422, {}, b'{"error": "u: outside [0, 1]", "field": "u"}'), r"HTTP 422: u: outside \[0, 1\]$"),
-        ((401, {}, b'{"error": "no token"}'), "HTTP 401: no token; give token=, or set DINA_LRM_TOKEN"),
-        ((403, {}, b'{"error": "not you"}'), "HTTP 403: not you"),
-        ((404, {}, b"<html>" + b"a" * 400), r"HTTP 404: '<html>a+ \.\.\.'"),
-        ((413, {}, b'{"error": 5}'), "HTTP 413: '{\"error\": 5}'"),
-        (
-            (307, {"location": "https://elsewhere"}, b""),
-            "HTTP 307 and points to https://elsewhere: give that",
-        ),
-    ],
-)
-def test_refusals_are_the_callers_mistake(
-    call: Call, fake: Fake, waits: list[float], reply: Reply, message: str
-) -> None:
-    fake.plan = [reply]
-    with pytest.raises(InvalidInputError, match=message):
-        call(fake.url, "score_latents", *rows(2))
-    assert len(fake.requests) == 1
-    assert waits == []
-
-
-def test_a_refused_part_is_named(call: Call, fake: Fake) -> None:
-    latents, conditioning = rows(5)
-    answer = ok({"protocol_version": "1", "raw_scores": [0.0, 1.0]})
-    fake.plan = [answer, answer, (422, {}, b'{"error": "latents: too large"}')]
-    with pytest.raises(InvalidInputError, match="refuses the rows from 4: HTTP 422: latents: too large"):
-        call(fake.url, "score_latents", latents, conditioning, max_rows=2)
-
-
-@pytest.mark.parametrize(
-    ("method", "content", "message"),
-    [
-        ("score_latents", b"<html>", "which is not JSON"),
-        ("score_latents", [1.0, 2.0], "protocol version None"),
-        ("score_latents", {"protocol_version": "2", "raw_scores": [1.0, 2.0]}, "protocol version '2'"),
-        ("score_latents", {"protocol_version": "1", "raw_scores": [1.0]}, r"\[1.0\]: expected 2 finite"),
-        ("score_latents", {"protocol_version": "1", "raw_scores": [1.0, float("nan")]}, "expected 2 finite"),
-        ("score_latents", {"protocol_version": "1", "raw_scores": ["1", True]}, "expected 2 finite"),
-        ("score", b"[]", r"answers with '\[\]', which is no JSON object"),
-        ("score", {"scores": [1.0]}, r"scores = \[1.0\]: expected 2 finite numbers"),
-        ("score", {"scores": [1.0, True]}, "expected 2 finite numbers"),
-        ("score", {"scores": [1.0, 2.0], "standard_errors": [float("inf"), 0.0]}, r"standard_errors = \[inf"),
-        ("compare", {"scores": [1.0, 2.0]}, r"probability = \[None\]"),
-        ("compare", {"probability": 1.5}, r"probability = 1.5: expected \[0, 1\]"),
-    ],
-)
-def test_answers_against_the_protocol(
-    call: Call, fake: Fake, waits: list[float], method: str, content: Any, message: str
-) -> None:
-    fake.plan = [(200, {}, content) if isinstance(content, bytes) else ok(content)]
-    arguments: dict[str, tuple[Any, ...]] = {
-        "score_latents": rows(2),
-        "score": ("x", pictures(2)),
-        "compare": ("x", *pictures(2)),
-    }
-    with pytest.raises(ScoringError, match=message):
-        call(fake.url, method, *arguments[method])
-    assert len(fake.requests) == 1
-    assert waits == []
 
 
 def test_bad_input_is_never_sent(call: Call, fake: Fake, tmp_path: Path) -> None:
@@ -570,9 +259,6 @@ def test_a_proxy_of_the_environment(call: Call, fake: Fake, monkeypatch: pytest.
 def test_addresses(call: Call, fake: Fake, ending: str) -> None:
     call(fake.url + ending, "score_latents", *rows(1))
     assert fake.requests[0].path == "/v1/score"
-
-
-# --- the server itself -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Sampling step by step is the pipeline's own sampling, and two do not disturb each other."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -10,16 +10,40 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.stepwise import MAX_SEED, SamplerState, check_settings, sample_stepwise
 from dina_lrm.shapes.networks import MAX_TOKENS
-from tests.unit.serving.page.conftest import OTHER, PROMPT, ModelThread
+from dina_lrm.shapes.pipeline import load_pipeline
+
+PROMPT, OTHER = "a red circle on a gray background", "a blue square on a white background"
+T = TypeVar("T")
 
 
-def sampling(pipeline: Any, run: ModelThread, prompt: str = PROMPT, **changes: Any) -> Iterator[SamplerState]:
+class Counting:
+    """Runs jobs where it is called, and remembers how many."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+
+    def __call__(self, job: Callable[[], T], /) -> T:
+        self.jobs += 1
+        return job()
+
+
+@pytest.fixture
+def run() -> Counting:
+    return Counting()
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline()
+
+
+def sampling(pipeline: Any, run: Counting, prompt: str = PROMPT, **changes: Any) -> Iterator[SamplerState]:
     settings: dict[str, Any] = {"seed": 5, "num_steps": 4, "guidance_scale": 4.0} | changes
     return sample_stepwise(Policy(pipeline), prompt, run=run, **settings)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_the_last_state_is_the_pipelines_sample(pipeline: Any, run: ModelThread, guidance: float) -> None:
+def test_the_last_state_is_the_pipelines_sample(pipeline: Any, run: Counting, guidance: float) -> None:
     expected = pipeline(
         PROMPT,
         num_inference_steps=4,
@@ -35,7 +59,7 @@ def test_the_last_state_is_the_pipelines_sample(pipeline: Any, run: ModelThread,
     torch.testing.assert_close(states[-1].clean, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_state_is_its_clean_part_and_noise(pipeline: Any, run: ModelThread) -> None:
+def test_a_state_is_its_clean_part_and_noise(pipeline: Any, run: Counting) -> None:
     """z = (1 - sigma) z0 + sigma eps, and the next state of an Euler step has the same z0 and eps."""
     first, second, *_ = sampling(pipeline, run)
     noise = (first.noisy - (1 - first.sigma) * first.clean) / first.sigma
@@ -43,7 +67,7 @@ def test_a_state_is_its_clean_part_and_noise(pipeline: Any, run: ModelThread) ->
     torch.testing.assert_close(second.noisy, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_two_at_once_do_not_disturb_each_other(pipeline: Any, run: ModelThread) -> None:
+def test_two_at_once_do_not_disturb_each_other(pipeline: Any, run: Counting) -> None:
     alone = [list(sampling(pipeline, run)), list(sampling(pipeline, run, OTHER, num_steps=5))]
     one, two = sampling(pipeline, run), sampling(pipeline, run, OTHER, num_steps=5)
     together: tuple[list[SamplerState], list[SamplerState]] = ([], [])
@@ -55,7 +79,7 @@ def test_two_at_once_do_not_disturb_each_other(pipeline: Any, run: ModelThread) 
         assert torch.equal(left[-1].clean, right[-1].clean)
 
 
-def test_each_step_is_one_piece_of_work(pipeline: Any, run: ModelThread) -> None:
+def test_each_step_is_one_piece_of_work(pipeline: Any, run: Counting) -> None:
     states = sampling(pipeline, run)
     next(states)
     assert run.jobs == 2  # the prompt, and one step

@@ -1,142 +1,34 @@
-"""What operators need: settings from files and environment, several models and callers, proxies, reload."""
+"""What operators rely on: several models, callers with limits, proxies, traces, metrics."""
 
-import asyncio
 import errno
-import gc
 import hashlib
 import logging
 import re
-import threading
-import weakref
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 from torch import Tensor
 
 from dina_lrm import Client, RewardModel, __version__
-from dina_lrm.cli.serve import read
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.callers import read_callers
 from dina_lrm.serving.connections import descriptors_allow
 from dina_lrm.serving.forwarded import ForwardedHeaders
-from dina_lrm.serving.login import Login
 from dina_lrm.serving.metrics import Metrics, joined
-from dina_lrm.serving.middleware import ServerMiddleware
-from dina_lrm.serving.server import Reloadable
-from dina_lrm.serving.settings import ServerSettings, settings_from
+from dina_lrm.serving.settings import ServerSettings
 from tests.unit.serving.conftest import HEADERS, calling, form, listening
 
 Tensors = dict[str, Tensor]
+
+
 SETTINGS = ServerSettings(page=False, max_wait_ms=0.0)
-
-# --- settings ----------------------------------------------------------------------------------------------
-
-
-def test_settings_come_from_a_file_and_the_environment_goes_before_it(tmp_path: Path) -> None:
-    file = tmp_path / "serve.toml"
-    file.write_text('model = ["a=bundled", "b=/runs/b"]\nmax_rows = 7\npage = false\nmax_wait_ms = 3\n')
-    environment = {
-        "DINA_LRM_MAX_ROWS": "9",
-        "DINA_LRM_HOSTS": "a.example, b.example",
-        "DINA_LRM_TOKEN": "s3cret",
-        "DINA_LRM_DTYPE": "bfloat16",
-        "DINA_LRM_PORT": "",
-    }
-    found = settings_from(file, environment)
-    assert found.models == (("a", "bundled"), ("b", "/runs/b"))
-    assert (found.max_rows, found.page, found.max_wait_ms) == (9, False, 3.0)
-    assert (found.hosts, found.token, found.dtype) == (("a.example", "b.example"), "s3cret", "bfloat16")
-    assert found.port == ServerSettings.port
-
-
-@pytest.mark.parametrize(
-    ("text", "environment", "message"),
-    [
-        ("max_row = 7", {}, "'max_row' is no setting; max_rows is one"),
-        ("weather = 7", {}, "'weather' is no setting; there are model, pipeline"),
-        ("", {"DINA_LRM_MAX_ROW": "7"}, "DINA_LRM_MAX_ROW is no setting; DINA_LRM_MAX_ROWS is one"),
-        ("", {"DINA_LRM_max_rows": "7"}, "DINA_LRM_max_rows is no setting; DINA_LRM_MAX_ROWS is one"),
-        ("", {"DINA_LRM_TOKEN": " "}, "DINA_LRM_TOKEN is empty"),
-        ("", {"DINA_LRM_TOKEN": ""}, "DINA_LRM_TOKEN is empty"),
-        ("", {"DINA_LRM_HOSTS": "a b"}, "hosts: 'a b' is no name of a host"),
-        ('hosts = ["a:8000"]', {}, "hosts: 'a:8000' is no name of a host"),
-        ("max_rows = true", {}, "max_rows = true: true and false are for page alone"),
-        ("max_wait_ms = inf", {}, "max_wait_ms = inf: must be a finite number, at least 0"),
-        ("", {"DINA_LRM_BODY_SECONDS": "inf"}, "body_seconds = inf: must be a finite number, above 0"),
-        ("max_body_mib = nan", {}, "max_body_mib = nan: must be a finite number, above 0"),
-        ('hosts = ["10.0.0.0/8"]', {}, "hosts: '10.0.0.0/8' is no name of a host"),
-        ('cors_origins = ["*"]', {}, "cors_origins: '*' is no origin"),
-        ('cors_origins = ["https://a.example/"]', {}, "is no origin, such as https://friend.example"),
-        ('root_path = "/.."', {}, "root_path = '/..'"),
-        ("", {"DINA_LRM_HOST": " "}, "host is empty"),
-        ('proxies = ["10.1.2.3/8"]', {}, "'10.1.2.3/8' is neither an address nor a network"),
-        ('model = ["a b=bundled"]', {}, "model: 'a b' cannot name 'bundled'"),
-        ('root_path = "//evil"', {}, "root_path = '//evil'"),
-        ('root_path = "/a b"', {}, "root_path = '/a b'"),
-        ('token = "x"', {}, "give the token in the environment, as DINA_LRM_TOKEN"),
-        ("max_rows = 'many'", {}, "max_rows = 'many': input should be a valid integer"),
-        ("max_rows = ", {}, "cannot be read"),
-        ("", {"DINA_LRM_DTYPE": "float8"}, "DINA_LRM_DTYPE: dtype = 'float8'"),
-        ("max_rows = 0", {}, "max_rows = 0: must be a whole number, at least 1"),
-        ("max_queue_tokens = 5", {}, "max_queue_tokens = 5: must be at least max_request_tokens"),
-        ('proxies = ["example.org"]', {}, "'example.org' is neither an address nor a network"),
-        ('root_path = "reward/"', {}, "root_path = 'reward/'"),
-        ("model = []", {}, "one model or more"),
-        ('model = ["a=x", "a=y"]', {}, "a name of its own"),
-    ],
-)
-def test_wrong_settings_are_named(
-    tmp_path: Path, text: str, environment: dict[str, str], message: str
-) -> None:
-    (tmp_path / "serve.toml").write_text(text)
-    with pytest.raises(InvalidInputError, match=re.escape(message)):
-        settings_from(tmp_path / "serve.toml", environment)
-
-
-def test_what_kubernetes_puts_beside_the_settings_is_none_of_them() -> None:
-    environment = {
-        "DINA_LRM_PORT": "tcp://10.96.0.7:8000",
-        "DINA_LRM_SERVICE_HOST": "10.96.0.7",
-        "DINA_LRM_SERVICE_PORT": "8000",
-        "DINA_LRM_SERVICE_PORT_HTTP": "8000",
-        "DINA_LRM_PORT_8000_TCP": "tcp://10.96.0.7:8000",
-        "DINA_LRM_PORT_8000_TCP_ADDR": "10.96.0.7",
-        "DINA_LRM_TRACEBACK": "1",
-        "DINA_LRM_GOLDEN": "tensors",
-        "DINA_LRM_CONFIG": "elsewhere.toml",
-    }
-    assert settings_from(None, environment) == ServerSettings()
-
-
-def test_the_environment_may_name_the_file_of_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "serve.toml").write_text("max_rows = 7\n")
-    (tmp_path / "typed.toml").write_text("max_rows = 8\n")
-    monkeypatch.setenv("DINA_LRM_CONFIG", str(tmp_path / "serve.toml"))
-    assert read([]).settings.max_rows == 7
-    assert read(["--config", str(tmp_path / "typed.toml")]).settings.max_rows == 8
-
-
-def test_localhost_alone_is_known_where_anybody_may_call() -> None:
-    assert "localhost" in (ServerSettings().known_hosts or ())
-    assert ServerSettings(token="x").known_hosts is None
-    assert ServerSettings(host="0.0.0.0").known_hosts is None
-    assert ServerSettings(host="0.0.0.0", hosts=("r.example",)).known_hosts == ("r.example",)
-
-
-# --- models ------------------------------------------------------------------------------------------------
 
 
 def test_several_models_in_one_server(reward: RewardModel, tensors: Tensors, pictures: list[bytes]) -> None:
@@ -179,9 +71,6 @@ def test_our_client_names_a_model_in_its_address(reward: RewardModel, pictures: 
             assert better.item() == pytest.approx(1.0, abs=1e-4)
     with pytest.raises(InvalidInputError, match="only model=NAME may stand"):
         Client(f"{url}?seed=3")
-
-
-# --- callers -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -264,9 +153,6 @@ def test_a_full_disk_is_told(
         assert client.get("/healthz").status_code == 200
 
 
-# --- proxies -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stripped", [True, False])
 def test_a_prefix_is_understood_whether_the_proxy_leaves_it_or_not(
     reward: RewardModel, tensors: Tensors, stripped: bool
@@ -335,9 +221,6 @@ def test_only_named_proxies_are_believed() -> None:
     assert ask("10.1.2.3", odd)["host"] == "testserver"
 
 
-# --- what is told ------------------------------------------------------------------------------------------
-
-
 def test_a_trace_is_taken_and_given(client: Any, caplog: pytest.LogCaptureFixture) -> None:
     given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with caplog.at_level(logging.DEBUG, "dina_lrm.serving"):
@@ -380,208 +263,3 @@ def test_so_many_connections_as_files_may_be_opened(
     logging.getLogger("uvicorn.error").propagate = True
     assert descriptors_allow(1000) == 192
     assert "may open 256 files only" in caplog.text
-
-
-# --- endings -----------------------------------------------------------------------------------------------
-
-
-async def _asked(app: Any, path: str) -> tuple[int, bytes]:
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://127.0.0.1"
-    ) as client:
-        reply = await client.get(path)
-        return reply.status_code, reply.content
-
-
-def _app(name: str, log: list[str], hold: asyncio.Event) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> Any:
-        log.append(f"{name} starts")
-        yield
-        log.append(f"{name} stops")
-
-    app = FastAPI(lifespan=lifespan)
-    app.state.service = SimpleNamespace(closing=asyncio.Event())
-
-    @app.get("/name")
-    async def tell() -> str:
-        return name
-
-    @app.get("/held")
-    async def held() -> str:
-        await hold.wait()
-        return name
-
-    return app
-
-
-def test_a_reload_loses_no_request() -> None:
-    log = list[str]()
-
-    async def story() -> None:
-        hold = asyncio.Event()
-        made = iter(["second", "broken", "third"])
-
-        def make() -> FastAPI:
-            name = next(made)
-            if name == "broken":
-                raise InvalidInputError("no such model")
-            return _app(name, log, hold)
-
-        app = Reloadable(_app("first", log, hold), make)
-        messages = iter(["startup", "shutdown"])
-        done = asyncio.Event()
-
-        async def receive() -> Any:
-            if (kind := next(messages)) == "shutdown":
-                await done.wait()
-            return {"type": f"lifespan.{kind}"}
-
-        async def send(message: Any) -> None:
-            log.append(message["type"])
-
-        life = asyncio.create_task(app({"type": "lifespan"}, receive, send))
-        while "lifespan.startup.complete" not in log:
-            await asyncio.sleep(0.001)
-        under_way = asyncio.create_task(_asked(app, "/held"))
-        await asyncio.sleep(0.01)
-        app.reload()
-        while (await _asked(app, "/name"))[1] != b'"second"':
-            await asyncio.sleep(0.001)
-        assert "first stops" not in log
-        hold.set()
-        assert await under_way == (200, b'"first"')
-        while "first stops" not in log:
-            await asyncio.sleep(0.001)
-        app.reload()  # which fails
-        await asyncio.sleep(0.05)
-        assert await _asked(app, "/name") == (200, b'"second"')
-        app.reload()
-        while (await _asked(app, "/name"))[1] != b'"third"':
-            await asyncio.sleep(0.001)
-        done.set()
-        await life
-
-    asyncio.run(asyncio.wait_for(story(), 20))
-    assert log[-2:] == ["third stops", "lifespan.shutdown.complete"]
-
-
-@pytest.fixture
-def gated() -> tuple[FastAPI, asyncio.Event]:
-    app, closing = FastAPI(), asyncio.Event()
-
-    @app.get("/v1/slow")
-    async def slow() -> None:
-        await asyncio.sleep(60)
-
-    @app.get("/beats")
-    async def beats() -> StreamingResponse:
-        async def forever() -> Any:
-            while True:
-                yield b"data: x\n\n"
-                await asyncio.sleep(0.01)
-
-        return StreamingResponse(forever(), media_type="text/event-stream")
-
-    app.add_middleware(
-        ServerMiddleware,
-        settings=SETTINGS,
-        login=Login(None, cookie="c", title="t"),
-        metrics=Metrics(),
-        closing=closing,
-    )
-    return app, closing
-
-
-@pytest.mark.parametrize("page", [False, True])
-def test_a_server_that_has_ended_lets_go_of_its_model(page: bool) -> None:
-    """A reload would otherwise keep every model that was ever served in memory."""
-
-    async def made() -> FastAPI:  # inside a loop, because Gradio would make one, and never close it
-        return create_app(replace(SETTINGS, page=page))
-
-    app = asyncio.run(made())
-    alive = weakref.ref(app.state.service.first.model)
-    with calling(app) as client:
-        assert client.get("/healthz").status_code == 200
-    del app
-    del client
-    gc.collect()
-    assert alive() is None
-
-
-def test_a_reload_during_a_reload_is_done_after_it() -> None:
-    made = list[str]()
-
-    async def story() -> None:
-        hold = threading.Event()
-
-        def make() -> FastAPI:
-            made.append("made")
-            hold.wait()
-            return _app("next", [], asyncio.Event())
-
-        app = Reloadable(_app("first", [], asyncio.Event()), make)
-        app.reload()
-        while not made:
-            await asyncio.sleep(0.001)
-        app.reload()  # of what was changed since the first one read it
-        app.reload()
-        hold.set()
-        while len(made) < 2:
-            await asyncio.sleep(0.001)
-        await app._reloading
-
-    asyncio.run(story())
-    assert len(made) == 2
-
-
-def test_what_is_cut_off_at_the_end_is_told_to_come_again(gated: Any) -> None:
-    app, _ = gated
-    sent = list[dict[str, Any]]()
-
-    async def story() -> None:
-        scope = {
-            "type": "http",
-            "method": "GET",
-            "path": "/v1/slow",
-            "headers": [(b"host", b"127.0.0.1")],
-            "query_string": b"",
-            "root_path": "",
-        }
-
-        async def receive() -> Any:
-            await asyncio.sleep(60)
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        task = asyncio.create_task(app(scope, receive, send))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(story())
-    assert sent[0]["status"] == 503
-    assert (b"retry-after", b"1") in sent[0]["headers"]
-
-
-def test_a_stream_without_end_is_ended_with_the_server(gated: Any) -> None:
-    app, closing = gated
-
-    async def story() -> None:
-        task = asyncio.create_task(_asked(app, "/beats"))
-        await asyncio.sleep(0.05)
-        assert not task.done()
-        closing.set()
-        async with asyncio.timeout(2):
-            await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(story())
-
-
-def test_the_listening_server_is_told_of_by_models(reward: RewardModel) -> None:
-    with listening(SETTINGS, reward) as port:
-        limits = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["limits"]
-    assert limits["max_request_tokens"] == SETTINGS.max_request_tokens
-    assert limits["max_inflight_mib"] == SETTINGS.max_inflight_mib
