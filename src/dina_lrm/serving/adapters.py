@@ -30,7 +30,8 @@ from dina_lrm.serving.callers import Caller, CallerFull
 from dina_lrm.serving.engine import Row
 from dina_lrm.serving.pictures import EncodedPicture, picture_header
 from dina_lrm.serving.schemas import ErrorReply, RequestError, check_prompt, decoded, json_of, parsed
-from dina_lrm.serving.service import PictureRow, Served, Service
+from dina_lrm.serving.served import PictureRow, Served
+from dina_lrm.serving.service import Service
 
 __all__ = ["add_adapters"]
 

@@ -48,7 +48,8 @@ from dina_lrm.serving.schemas import (
     levels_of,
     paired,
 )
-from dina_lrm.serving.service import ClientGone, PictureRow, RowScore, Service, load_models
+from dina_lrm.serving.served import PictureRow, load_models
+from dina_lrm.serving.service import ClientGone, RowScore, Service
 from dina_lrm.serving.settings import ServerSettings
 
 __all__ = ["create_app", "pictures_of"]

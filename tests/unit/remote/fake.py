@@ -17,8 +17,6 @@ from torch import Tensor
 from dina_lrm import Conditioning
 
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
-
-
 Reply = tuple[int, dict[str, str], bytes]
 
 

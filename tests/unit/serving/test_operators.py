@@ -26,8 +26,6 @@ from dina_lrm.serving.settings import ServerSettings
 from tests.unit.serving.conftest import HEADERS, calling, form, listening
 
 Tensors = dict[str, Tensor]
-
-
 SETTINGS = ServerSettings(page=False, max_wait_ms=0.0)
 
 

@@ -17,11 +17,7 @@ from dina_lrm.evaluation.baselines import (
 from tests.tiny import WORDS, randomize
 
 PROMPTS = ["a red circle", "a blue square above a large green triangle", "two small"]
-
-
 ROUNDING = 2e-5  # float32 in another order of summation, on scores of the order of 1
-
-
 SIZE = 28  # of the tiny CLIP's pictures
 
 
@@ -233,8 +229,6 @@ def published_image_reward() -> dict[str, Tensor]:
 
 
 INSTRUCTION = "look at the two circle\nprompt {text_prompt}\n\nand <|Reward|>\n\nabove\n"
-
-
 QWEN_TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
