@@ -108,7 +108,7 @@ def _ask(gold: Gold, prompts: Sequence[str], pictures: Sequence[Image.Image]) ->
 
 def best_evaluation(history: Sequence[Evaluation]) -> Evaluation | None:
     """The first of the highest mean gold score; None while there is no gold score."""
-    known = [(mean, one) for one in history if (mean := one.mean_gold) is not None]
+    known = [(mean, evaluation) for evaluation in history if (mean := evaluation.mean_gold) is not None]
     return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
@@ -156,7 +156,7 @@ def overoptimisation(history: Sequence[Evaluation], *, window: int = 3) -> str |
     Args:
         window: evaluations with a gold score to look back, at least 1.
     """
-    known = [(one, one.main_gold) for one in history if one.main_gold is not None]
+    known = [(evaluation, evaluation.main_gold) for evaluation in history if evaluation.main_gold is not None]
     if len(known) < 2 or history[-1].main_gold is None:
         return None
     history, scores = [one for one, _ in known], [gold for _, gold in known]

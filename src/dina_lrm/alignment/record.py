@@ -40,7 +40,7 @@ def lines_until(file: Path, step: int) -> list[dict[str, Any]]:
     """Records up to an update; a last line that was cut off while it was written is none."""
     whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
     records = [json.loads(line) for line in whole.splitlines()]
-    return [one for one in records if one["step"] <= step]
+    return [record for record in records if record["step"] <= step]
 
 
 def diversity(latents: Tensor) -> float:

@@ -252,7 +252,7 @@ class Run:
         parameters = list(self.state.parameters.values())
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
         # All of them in one collective: a latency for each would cost more than the numbers.
-        together = self.processes.mean(torch.cat([one.flatten() for one in gradients]))
+        together = self.processes.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = together.split([one.numel() for one in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)

@@ -56,7 +56,7 @@ class StepDpo:
         with torch.no_grad():
             pairs = list(walk(run, prompts, seeds, conditioning, gaps))
         totals = {"loss": 0.0, "accuracy": 0.0, "gradient_norm": 0.0}
-        counts = run.processes.gather(torch.tensor([len(one.rows) for one in pairs])).sum(dim=0).tolist()
+        counts = run.processes.gather(torch.tensor([len(pair.rows) for pair in pairs])).sum(dim=0).tolist()
         for one, total in zip(pairs, counts, strict=True):
             if total:  # in some process
                 for name, value in self._learn(run, one, total, conditioning).items():

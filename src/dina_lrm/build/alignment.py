@@ -305,24 +305,24 @@ def write_alignment_page(
 
     points = [
         AlignmentPoint(
-            step=one.step,
+            step=evaluation.step,
             gains={
                 name: gain(scores, curve[0][1])
                 for name, curve in found.items()
                 for step, scores in curve
-                if step == one.step
+                if step == evaluation.step
             },
             means={
                 name: float(np.mean(scores))
                 for name, curve in found.items()
                 for step, scores in curve
-                if step == one.step
+                if step == evaluation.step
             },
-            distance=one.distance,
-            diversity=one.diversity,
-            overoptimised=one.overoptimised,
+            distance=evaluation.distance,
+            diversity=evaluation.diversity,
+            overoptimised=evaluation.overoptimised,
         )
-        for one in evaluations
+        for evaluation in evaluations
     ]
     alignment_page(
         points,

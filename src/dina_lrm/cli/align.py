@@ -112,7 +112,9 @@ def summary(config: "AlignConfig", result: "RunResult") -> dict[str, Any]:
             name: {"since": since, "reason": reason}
             for name, (since, reason) in missing_since(result.evaluations).items()
         },
-        "parted_at": [one.step for one in result.evaluations if one.overoptimised is not None],
+        "overoptimised_at": [
+            evaluation.step for evaluation in result.evaluations if evaluation.overoptimised is not None
+        ],
     }
 
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found.overlaps)
+        lines = "".join(json.dumps(asdict(overlap), ensure_ascii=False) + "\n" for overlap in found.overlaps)
         atomic_write(options.output, lines.encode())
         log(f"{len(found.overlaps)} overlaps listed in {options.output}")
     bias = found.position_bias

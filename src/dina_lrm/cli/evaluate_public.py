@@ -176,8 +176,13 @@ def print_public(options: Evaluate, result: "PublicResult", paired: "PairedDiffe
         for label, found in (named | {"by pair": result.by_pair, "by prompt": result.by_prompt}).items()
     ]
     rows += [
-        [f"strict at {one.label}", percent(one.by_pair.accuracy), f"{one.by_pair.num_pairs:,}", ""]
-        for one in result.settings[1:]
+        [
+            f"strict at {setting.label}",
+            percent(setting.by_pair.accuracy),
+            f"{setting.by_pair.num_pairs:,}",
+            "",
+        ]
+        for setting in result.settings[1:]
     ]
     title = f"{result.model} on {options.benchmark}: {len(result.comparisons):,} comparisons, "
     title += f"scores at {result.settings[0].label}"

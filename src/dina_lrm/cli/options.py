@@ -98,7 +98,7 @@ def parse(
     given: dict[str, Any] = {} if default is None else {"default": default}
     options = tyro.cli(kind, prog=f"dina-lrm {command}", args=[*front, *behind], registry=_REGISTRY, **given)
     typed: Any = options
-    marked = {one.name: _unmarked(getattr(typed, one.name)) for one in fields(typed)} if behind else {}
+    marked = {field.name: _unmarked(getattr(typed, field.name)) for field in fields(typed)} if behind else {}
     return replace(typed, **marked)
 
 

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
                 }
             )
         return 0
-    beats = [*(f"{one:.1%}" for one in probabilities), ""]
+    beats = [*(f"{probability:.1%}" for probability in probabilities), ""]
     rows = [
         (str(index + 1), place.name, shown_score(place.score, place.standard_error), beats[index])
         for index, place in enumerate(places)

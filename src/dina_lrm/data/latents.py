@@ -48,7 +48,7 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same on a device, in float32; converted there, so that stored precision is what travels."""
-        tensors: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, tensor in tensors.items():
             if tensor is not None:
                 tensor = tensor.to(device, non_blocking=True)
@@ -201,7 +201,7 @@ class LatentPairs:
         rows = self.latents.cpu().contiguous().numpy()
         known: dict[bytes, int] = {}
         digests = (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
-        return torch.tensor([known.setdefault(one, len(known)) for one in digests], dtype=torch.int64)
+        return torch.tensor([known.setdefault(digest, len(known)) for digest in digests], dtype=torch.int64)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""

@@ -182,7 +182,7 @@ def score_images(
             pair, is_rejected = first[some] % len(pairs), first[some] >= len(pairs)
             latents, conditioning = _sides(pairs, pair, is_rejected)
             prompts = pairs.prompt_index[pair].tolist()
-            seeds = [torch_seed(mix_seeds(seed, draw, one)) for one in prompts]
+            seeds = [torch_seed(mix_seeds(seed, draw, prompt)) for prompt in prompts]
             noise = seeded_noise(tuple(latents.shape[1:]), seeds)[0]
             latents = latents.to(model.device, model.dtype)
             conditioning = conditioning.to(model.device, model.dtype)

@@ -132,14 +132,14 @@ class PublicResult:
             "spearman": _finite(asdict(self.spearman)),
             "settings": [
                 {
-                    "label": one.label,
-                    "accuracy": as_json(one.accuracy),
-                    "by_pair": as_json(one.by_pair),
-                    "reliability": asdict(one.reliability),
-                    "draw_agreement": one.draw_agreement,
-                    "draw_spread": one.draw_spread,
+                    "label": setting.label,
+                    "accuracy": as_json(setting.accuracy),
+                    "by_pair": as_json(setting.by_pair),
+                    "reliability": asdict(setting.reliability),
+                    "draw_agreement": setting.draw_agreement,
+                    "draw_spread": setting.draw_spread,
                 }
-                for one in self.settings
+                for setting in self.settings
             ],
             "cost": asdict(self.cost),
             "num_rows": self.num_rows,
@@ -226,7 +226,7 @@ class PublicResult:
                 f"{file} holds other comparisons: {common} in common, {len(ours)} here, {len(theirs)} there"
             )
         rule, ties = RULES[self.published.rule], np.array([c.tie for c in self.comparisons])
-        margins = self.score_chosen - self.score_rejected, np.array([theirs[one] for one in ours])
+        margins = self.score_chosen - self.score_rejected, np.array([theirs[label] for label in ours])
         own, other = (credits(rule, margin, ties, threshold=self.published.threshold) for margin in margins)
         prompts = _prompt_numbers(self.comparisons)
         return paired_difference(own, other, prompts, seed=self.seed)

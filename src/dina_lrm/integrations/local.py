@@ -97,7 +97,7 @@ def check_settings(
         InvalidInputError: a name that is neither; it says which one may be meant.
     """
     parameters = inspect.signature(function).parameters.values()
-    allowed = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    allowed = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     for name in given:
         if name not in allowed and name not in known:
             close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)

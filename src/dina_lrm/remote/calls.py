@@ -78,7 +78,7 @@ def latent_calls(
         )
     rows = torch.arange(count) if len(conditioning) == count else torch.zeros(count, dtype=torch.long)
     fields = [latents, conditioning.prompt_embeds, conditioning.pooled_prompt_embeds]
-    row_bytes = sum(one[0].numel() * one.element_size() for one in fields if one is not None)
+    row_bytes = sum(field[0].numel() * field.element_size() for field in fields if field is not None)
     calls: list[Call[list[float]]] = []
     for part in _parts([row_bytes] * count, max_rows):
         body = pack(

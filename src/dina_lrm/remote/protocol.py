@@ -95,7 +95,9 @@ def pack(latents: Tensor, conditioning: Conditioning, u: Tensor, seeds: Sequence
             raise InvalidInputError(f"seeds: {outside[0]} is outside [-2^63, 2^63)")
         tensors["seeds"] = torch.tensor(seeds, dtype=torch.int64)
     _check_rows(tensors)
-    return safetensors.torch.save({name: one.detach().cpu().contiguous() for name, one in tensors.items()})
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def unpack(body: bytes) -> LatentRows:

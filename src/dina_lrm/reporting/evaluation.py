@@ -31,13 +31,13 @@ def pairs_page(result: EvaluationResult, folder: Path) -> None:
     known = result.bayes is not None
     rows = [
         [
-            one.setting.label,
-            str(one.setting.passes),
-            *one.accuracy.percents(),
-            *(one.bayes_share.percents() if one.bayes_share else ()),
-            f"{100 * one.reliability.expected_calibration_error:.1f}",
+            setting.setting.label,
+            str(setting.setting.passes),
+            *setting.accuracy.percents(),
+            *(setting.bayes_share.percents() if setting.bayes_share else ()),
+            f"{100 * setting.reliability.expected_calibration_error:.1f}",
         ]
-        for one in result.settings
+        for setting in result.settings
     ]
     headers = ["noise levels", "passes", "accuracy %", "95 % interval"]
     headers += [*(["% of Bayes", "95 % interval"] if known else []), "ECE %"]
@@ -61,15 +61,17 @@ def public_page(result: PublicResult, benchmark: str, folder: Path) -> None:
     rule = result.published.rule
     rows = [
         [
-            one.label,
-            *one.accuracy.accuracy.percents(),
-            *one.by_pair.accuracy.percents(),
-            f"{100 * one.reliability.expected_calibration_error:.1f}",
+            setting.label,
+            *setting.accuracy.accuracy.percents(),
+            *setting.by_pair.accuracy.percents(),
+            f"{100 * setting.reliability.expected_calibration_error:.1f}",
         ]
-        for one in result.settings
+        for setting in result.settings
     ]
     headers = ["scores", f"{rule} %", "95 % interval", "strict, by pair %", "95 % interval", "ECE %"]
-    singles = [(one.label, one.by_pair.accuracy) for one in result.settings if _is_number(one.label)]
+    singles = [
+        (setting.label, setting.by_pair.accuracy) for setting in result.settings if _is_number(setting.label)
+    ]
     rejected = f"{len(result.rejects):,} could not be used (rejects.jsonl)."
     compared = f"{len(result.comparisons):,} of {result.num_items:,} comparisons of {result.num_rows:,} rows,"
     compared += f" {result.published.num_prompts:,} prompts."

@@ -239,9 +239,9 @@ def gain_curve(
     """A gain over the start with its interval; `parted` marks the update at which a warning came."""
     axes = axes or new_figure()
     axes.axhline(0, color=RULE, linewidth=1)
-    lows, highs = [one.low for one in gains], [one.high for one in gains]
+    lows, highs = [gain.low for gain in gains], [gain.high for gain in gains]
     axes.fill_between(steps, lows, highs, color=SERIES[0], alpha=0.18, linewidth=0)
-    axes.plot(steps, [one.value for one in gains], color=SERIES[0], marker="o", markersize=4.5)
+    axes.plot(steps, [gain.value for gain in gains], color=SERIES[0], marker="o", markersize=4.5)
     if overoptimised is not None:
         axes.axvline(overoptimised, color=SERIES[1], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(

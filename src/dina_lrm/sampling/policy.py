@@ -311,7 +311,7 @@ class Policy:
         found: list[Image.Image] = []
         for part in latents.split(batch_size):
             pixels = (self.decode(part) * 255).round().to(torch.uint8)
-            found += [Image.fromarray(one.permute(1, 2, 0).cpu().numpy()) for one in pixels]
+            found += [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
         return found
 
     def precision(self, precision: Literal["float32", "bfloat16"]) -> AbstractContextManager[None]:

@@ -103,7 +103,7 @@ def results_of_rows(
             if not row.prompt or not row.prompt.strip():
                 raise InvalidInputError("the prompt is empty")
             named = [
-                one for one in row.pictures if one is not None
+                picture for picture in row.pictures if picture is not None
             ]  # none is missing where there is no error
             sources = [open_file(one) if isinstance(one, str) else one for one in named]
             good.append((result, row.prompt, [load_image(source) for source in sources]))

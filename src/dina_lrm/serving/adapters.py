@@ -381,8 +381,11 @@ def _add_unirl(app: FastAPI, service: Service) -> None:
                 results[index][name] = {"score": found.score}
         return {
             "results": [
-                {name: {part: _finite(value) for part, value in parts.items()} for name, parts in one.items()}
-                for one in results
+                {
+                    name: {part: _finite(value) for part, value in parts.items()}
+                    for name, parts in result.items()
+                }
+                for result in results
             ],
             "errors": errors,
         }

@@ -171,7 +171,7 @@ def _add_routes(
         rows = served.engine.latent_rows(latents, fresh)
         scores = await service.score(request, served, rows, "latents")
         return JSONResponse(
-            {"protocol_version": PROTOCOL_VERSION, "raw_scores": [one.score for one in scores]}
+            {"protocol_version": PROTOCOL_VERSION, "raw_scores": [score.score for score in scores]}
         )
 
     app.router.add_api_route(
@@ -209,9 +209,9 @@ def _add_routes(
             for picture, prompt, seed in zip(pictures, prompts, seeds, strict=True)
         ]
         scores = await service.score(request, served, rows, "images")
-        errors = [one.standard_error for one in scores if one.standard_error is not None]
+        errors = [score.standard_error for score in scores if score.standard_error is not None]
         return ImageScores(
-            scores=[one.score for one in scores],
+            scores=[score.score for score in scores],
             standard_errors=errors or None,
             noise_levels=list(levels),
             notes=_notes(scores),
@@ -253,7 +253,7 @@ def _add_routes(
         """Which rewards there are, and what a request may cost."""
         limits = {name: value for name, value in vars(settings).items() if name.startswith(_LIMITS)}
         return ModelList(
-            version=__version__, models=[one.info() for one in service.models.values()], limits=limits
+            version=__version__, models=[model.info() for model in service.models.values()], limits=limits
         )
 
     @app.get("/healthz", response_model=Status)
@@ -291,7 +291,7 @@ def _status(service: Service, good: bool, word: str, otherwise: str) -> Response
 
 
 def _notes(scores: Sequence[RowScore]) -> list[str]:
-    return list(dict.fromkeys(note for one in scores for note in one.notes))
+    return list(dict.fromkeys(note for score in scores for note in score.notes))
 
 
 class _Methods:

@@ -98,7 +98,7 @@ async def _read_form(
         raise RequestError(f"{twice[0]}: a form has it as a file", field=twice[0], status=422)
     stand_ins = {name: "" for name in single} | {name: [""] for name in several}
     wanted = parsed(kind, content | stand_ins)
-    return wanted, {name: [await one.read() for one in files] for name, files in uploads.items()}
+    return wanted, {name: [await file.read() for file in files] for name, files in uploads.items()}
 
 
 def form_schema(

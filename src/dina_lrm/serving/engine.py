@@ -121,7 +121,7 @@ def _not_finite(unit: Score) -> InvalidInputError:
     tensors = {"latents": unit.latent, "prompt_embeds": conditioning.prompt_embeds}
     if conditioning.pooled_prompt_embeds is not None:
         tensors["pooled_prompt_embeds"] = conditioning.pooled_prompt_embeds
-    largest, name = max((one.float().abs().max().item(), name) for name, one in tensors.items())
+    largest, name = max((tensor.float().abs().max().item(), name) for name, tensor in tensors.items())
     return InvalidInputError(
         f"{name}: a value of {largest:.3g} is far outside the usual range, the score is not finite"
     )

@@ -68,7 +68,7 @@ class ServerMiddleware:
         self.settings, self.metrics, self.login = settings, metrics, login
         self.max_body = int(settings.max_body_mib * 2**20)
         self.max_inflight = int(settings.max_inflight_mib * 2**20)
-        self.hosts = None if settings.known_hosts is None else {one.lower() for one in settings.known_hosts}
+        self.hosts = None if settings.known_hosts is None else {host.lower() for host in settings.known_hosts}
         self.closing, self.names_requests = closing, names_requests
         self.inflight_bytes = 0
 

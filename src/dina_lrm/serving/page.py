@@ -228,15 +228,17 @@ def _compare_tab(page_model: PageModel) -> None:
         levels, model = page_model.model_levels, page_model.model
         names = ("Picture A", "Picture B")
         uploads = (upload_a, upload_b)
-        pictures = [page_model.open(path_of(one), name) for one, name in zip(uploads, names, strict=True)]
+        pictures = [
+            page_model.open(path_of(upload), name) for upload, name in zip(uploads, names, strict=True)
+        ]
         encoded = page_model.prompt(text)
         notes = [note for _, of_picture in pictures for note in of_picture] + encoded.notes
         latents = [page_model.latents(one, name) for (one, _), name in zip(pictures, names, strict=True)]
 
         def draws(at: Sequence[float]) -> list[Tensor]:
-            return [page_model.draws(one, encoded, at) for one in latents]
+            return [page_model.draws(latent, encoded, at) for latent in latents]
 
-        score_a, score_b = (mean_score(one) for one in draws(levels))
+        score_a, score_b = (mean_score(draw) for draw in draws(levels))
         probability = preference_probability(score_a.value - score_b.value, levels, model.config)
         yield comparison_view(probability, (score_a, score_b), levels, None, notes)
         leads = [mean_score(a - b) for a, b in (draws((level,)) for level in LEVELS)]

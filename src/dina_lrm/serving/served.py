@@ -157,7 +157,7 @@ def _digest(model: RewardModel) -> str:
     """Digest of the weights that belong to the reward: head and adapter, or head and backbone."""
     own = dict(model.head.state_dict())
     if model.adapter is not None:
-        own |= {f"adapter.{index}": one for index, one in enumerate(model.adapter.parameters())}
+        own |= {f"adapter.{index}": parameter for index, parameter in enumerate(model.adapter.parameters())}
     elif model.config.tuning == "full":
         own |= {f"backbone.{name}": one for name, one in model.backbone.state_dict().items()}
     digest = hashlib.sha256()

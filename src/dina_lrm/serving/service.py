@@ -76,17 +76,17 @@ class Service:
 
     @property
     def queued(self) -> int:
-        return sum(one.batcher.queued for one in self.models.values())
+        return sum(model.batcher.queued for model in self.models.values())
 
     @property
     def healthy(self) -> bool:
         return self.warm and all(
-            one.batcher.overdue_seconds < STALLED_SECONDS for one in self.models.values()
+            model.batcher.overdue_seconds < STALLED_SECONDS for model in self.models.values()
         )
 
     @property
     def ready(self) -> bool:
-        return self.healthy and not any(one.batcher.full for one in self.models.values())
+        return self.healthy and not any(model.batcher.full for model in self.models.values())
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -100,7 +100,7 @@ class Service:
         routes, and those this service."""
         self.warm = False
         self.closing.set()
-        await asyncio.gather(*(one.batcher.stop() for one in self.models.values()))
+        await asyncio.gather(*(model.batcher.stop() for model in self.models.values()))
         for one in self.models.values():
             one.engine.release()
 
@@ -164,7 +164,7 @@ class Service:
         request.state.facts |= {"rows": len(rows), "tokens": work, "model": served.name}
         scores = await _unless_gone(request, self.score_rows(served, rows, caller, work))
         for stage in ("encode", "forward"):
-            seconds = sum(getattr(one, f"{stage}_seconds") for one in scores) / len(scores)
+            seconds = sum(getattr(score, f"{stage}_seconds") for score in scores) / len(scores)
             request.state.facts[f"{stage}_seconds"] = round(seconds, 6)
         return scores
 

@@ -184,14 +184,14 @@ def comparison_view(
             f"Scores at {levels_text(model_levels)}, {scores[0].num_draws} noise draws",
             ["Picture", "Score", "Standard error"],
             [
-                [name, number(one.value), number(one.standard_error, 3)]
-                for name, one in zip("AB", scores, strict=True)
+                [name, number(score.value), number(score.standard_error, 3)]
+                for name, score in zip("AB", scores, strict=True)
             ],
         )
     )
     if lead is None:
         return _notes(notes) + head + '<p class="reward-muted">Looking at single noise levels …</p>'
-    ahead = sum(one.value > 0 for one in lead.scores)
+    ahead = sum(score.value > 0 for score in lead.scores)
     label = f"Lead of A over B: above zero at {ahead} of {len(lead.levels)} noise levels"
     return (
         _notes(notes)
@@ -326,8 +326,8 @@ def _folded(content: str, summary: str) -> str:
 
 def _level_table(by_level: LevelScores, name: str, caption: str) -> str:
     rows = [
-        [f"{level:g}", number(one.value), number(one.standard_error, 3)]
-        for level, one in zip(by_level.levels, by_level.scores, strict=True)
+        [f"{level:g}", number(score.value), number(score.standard_error, 3)]
+        for level, score in zip(by_level.levels, by_level.scores, strict=True)
     ]
     return _folded(_table(caption, ["σ", name, "Standard error"], rows), "Numbers")
 
@@ -339,8 +339,8 @@ def _level_plot(by_level: LevelScores, quantity: str, label: str, *, zero: bool 
             axes.axhline(0, color=MUTED, linewidth=1)
         axes.errorbar(
             list(by_level.levels),
-            [one.value for one in by_level.scores],
-            [one.standard_error for one in by_level.scores],
+            [score.value for score in by_level.scores],
+            [score.standard_error for score in by_level.scores],
             color=FIRST,
             marker="o",
             capsize=3,

@@ -283,9 +283,9 @@ def _check_settings(file: Path, settings: PrepareSettings) -> None:
     now = json.loads(json.dumps(asdict(settings)))
     _check_files(file.parent, before.pop("files", {}), now.pop("files"))
     differing = [
-        f"{one.name} was {_short(before.get(one.name))} and is {_short(now[one.name])}"
-        for one in fields(settings)
-        if before.get(one.name) != now.get(one.name)
+        f"{field.name} was {_short(before.get(field.name))} and is {_short(now[field.name])}"
+        for field in fields(settings)
+        if before.get(field.name) != now.get(field.name)
     ]
     if differing:
         raise InvalidInputError(f"{file.parent} was begun with other settings: {'; '.join(differing)}")
