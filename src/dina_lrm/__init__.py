@@ -42,7 +42,7 @@ _HOME_OF = {
     "ScoreOutput": "dina_lrm.models.scoring",
     "RewardWatch": "dina_lrm.models.watch",
     "StepScore": "dina_lrm.models.watch",
-    "Conditioning": "dina_lrm.backbones.backbone",
+    "Conditioning": "dina_lrm.core.conditioning",
     "BackboneFeatures": "dina_lrm.backbones.backbone",
     "RewardModelConfig": "dina_lrm.checkpoints.config",
     "HeadConfig": "dina_lrm.checkpoints.config",
