@@ -378,7 +378,7 @@ def short_measuring(captions: int = 6) -> None:
     declare("test pairs of 700 captions", f"of {captions} captions")
 
 
-def few_views() -> None:
+def few_levels() -> None:
     """`dina-lrm evaluate --learn-levels` among few noise levels."""
     import functools
 

@@ -4,7 +4,7 @@ The proxy is the reward that is maximised, gold an independent score of the same
 the same prompts and seeds at every evaluation, so what counts are paired differences over prompts.
 
 The rule. Let P and G be the mean gains of proxy and gold over the first evaluation, now and `window`
-evaluations ago. Proxy and gold have parted when over that window
+evaluations ago. The reward is over-optimised when over that window
 
     the proxy has gained:      the 95 % interval of its paired difference lies above 0, and
     gold has not followed:     the 95 % interval of gold's paired difference lies below half of what the same

@@ -236,7 +236,7 @@ def gain_curve(
     overoptimised: int | None = None,
     axes: Axes | None = None,
 ) -> Figure:
-    """A gain over the start with its interval; `parted` marks the update at which a warning came."""
+    """A gain over the start with its interval; `overoptimised` marks the update at which a warning came."""
     axes = axes or new_figure()
     axes.axhline(0, color=RULE, linewidth=1)
     lows, highs = [gain.low for gain in gains], [gain.high for gain in gains]
