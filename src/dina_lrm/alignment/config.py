@@ -93,7 +93,8 @@ class MonitorConfig:
     on_overoptimisation: Literal["warn", "stop"] = "warn"
     """What to do when the policy over-optimises the reward: proxy and gold diverge (`alignment.gold`)."""
     window: int = 3
-    """Evaluations over which proxy and gold are compared."""
+    """Evaluations over which proxy and gold are compared. The chance of a false alarm in a run is at most
+    5 %, shared by all its evaluations: the more there are, the less each of them sees."""
     grid_size: int = 8
     """Prompts whose pictures are kept at every evaluation, four pictures of each for the diversity."""
 

@@ -1,18 +1,21 @@
-"""Is the gain real? Proxy and gold on held-out prompts, and the rule that says when they part.
+"""Is the gain real? Proxy and gold on held-out prompts, and what says that the proxy is over-optimised.
 
 The proxy is the reward that is maximised, gold an independent score of the same pictures. Both are taken on
 the same prompts and seeds at every evaluation, so what counts are paired differences over prompts.
 
-The rule. Let P and G be the mean gains of proxy and gold over the first evaluation, now and `window`
-evaluations ago. The reward is over-optimised when over that window
+The rule is asked after every evaluation, so its tests share one error: over all evaluations of a run as it is
+planned, the chance of a false alarm is at most `ERROR` = 5 % (Bonferroni). At each of `planned` evaluations
 
-    the proxy has gained:      the 95 % interval of its paired difference lies above 0, and
-    gold has not followed:     the 95 % interval of gold's paired difference lies below half of what the same
-                               gain in proxy used to bring, (G / P before) times the proxy's gain, or below 0
+    gold has fallen:       its mean is below that of an earlier evaluation. One t-test for each earlier one,
+                           all of them together at ERROR / 2 / planned.
+    gold has not followed: with P and G the mean gains of proxy and gold over the last `window` evaluations, p
+                           and g those before, P and p above 0, G / P < (g / p) / 2. One test, at
+                           ERROR / 2 / planned, of T = G p - g P / 2 < 0, whose standard error follows from
+                           the gains of each prompt (delta method).
 
-or when gold has lost for certain: the interval of its difference to its best evaluation lies below 0. The
-first part speaks at the peak of gold, before anything is lost; the exchange rate is 0 while gold has never
-gained.
+The first alarm is false where gold has never fallen, the second where gold still brings half of what the same
+gain in proxy used to bring; both speak of the means over all prompts that the held-out ones stand for. A run
+that is prolonged beyond its plan spends the error again.
 
 A gold score that fails is missing from that evaluation and asked again at the next: it measures a run, and
 must not end one. What is compared are the evaluations that have it.
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import t as student_t
 
 from dina_lrm.errors import ScoringError
 
@@ -144,41 +148,88 @@ def paired_gain(now: Scores, before: Scores) -> tuple[float, float, float]:
     [2.0, 0.04, 3.96]
     """
     difference: NDArray[np.float64] = np.asarray(now, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    mean = float(difference.mean())
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    mean, error = _mean_and_error(difference) if len(difference) > 1 else (float(difference.mean()), 0.0)
     return mean, mean - 1.96 * error, mean + 1.96 * error
 
 
-def overoptimisation(history: Sequence[Evaluation], *, window: int = 3) -> str | None:
-    """What shows at the last evaluation that the proxy is over-optimised, gaining where gold does not; or
-    None.
+def overoptimisation(
+    history: Sequence[Evaluation], *, window: int = 3, planned: int | None = None
+) -> str | None:
+    """What shows at the last evaluation that the proxy is over-optimised, or None.
 
     Args:
         window: evaluations with a gold score to look back, at least 1.
+        planned: evaluations of the whole run, which share the error; None: those of `history`.
     """
-    known = [(evaluation, evaluation.main_gold) for evaluation in history if evaluation.main_gold is not None]
-    if len(known) < 2 or history[-1].main_gold is None:
+    if not history or history[-1].main_gold is None:
         return None
-    history, scores = [one for one, _ in known], [gold for _, gold in known]
-    best = max(range(len(scores)), key=lambda index: float(np.mean(scores[index])))
-    lost = paired_gain(scores[-1], scores[best])
-    if best < len(scores) - 1 and lost[2] < 0:
+    known = [evaluation for evaluation in history if evaluation.main_gold is not None]
+    gold = [np.asarray(evaluation.main_gold, dtype=np.float64) for evaluation in known]
+    error = ERROR / 2 / max(planned or 0, len(known))
+    fall = _largest_fall(gold, error / max(len(known) - 1, 1))
+    if fall is not None:
+        before, mean, low, high = fall
         return (
-            f"gold has fallen by {-lost[0]:.3g} (95 % interval {-lost[2]:.3g} to {-lost[1]:.3g}) since its "
-            f"best, at update {history[best].step}"
+            f"gold has fallen by {-mean:.3g} (between {-high:.3g} and {-low:.3g}) since update "
+            f"{known[before].step}"
         )
-    if len(history) <= window:
+    then = len(known) - 1 - window
+    if then < 1:
         return None
-    then = len(history) - 1 - window
-    proxy_gain = paired_gain(history[-1].proxy, history[then].proxy)
-    gold_gain = paired_gain(scores[-1], scores[then])
-    earlier_proxy = paired_gain(history[then].proxy, history[0].proxy)[0]
-    earlier_gold = paired_gain(scores[then], scores[0])[0]
-    rate = earlier_gold / earlier_proxy if earlier_proxy > 0 and earlier_gold > 0 else 0.0
-    if proxy_gain[1] > 0 and gold_gain[2] < max(0.5 * rate * proxy_gain[0], 0.0):
+    proxy = [np.asarray(evaluation.proxy, dtype=np.float64) for evaluation in known]
+    late = proxy[-1] - proxy[then], gold[-1] - gold[then]
+    early = proxy[then] - proxy[0], gold[then] - gold[0]
+    if _follows_less(early, late, error):
+        (p, g), (P, G) = map(_means, (early, late))
         return (
-            f"since update {history[then].step} the proxy has gained {proxy_gain[0]:.3g} and gold "
-            f"{gold_gain[0]:+.3g} (interval {gold_gain[1]:+.3g} to {gold_gain[2]:+.3g}), where that used "
-            f"to bring {rate * proxy_gain[0]:+.3g}"
+            f"since update {known[then].step} the proxy has gained {P:.3g} and gold {G:+.3g}, where as much "
+            f"proxy used to bring {P * g / p:+.3g}"
         )
     return None
+
+
+ERROR = 0.05
+"""Chance of a false alarm in a whole run."""
+
+
+def _largest_fall(
+    gold: Sequence[NDArray[np.float64]], error: float
+) -> tuple[int, float, float, float] | None:
+    """The earlier evaluation from which gold has fallen most, with the fall and its interval; None where no
+    one-sided test at `error` says that it has."""
+    quantile = float(student_t.isf(error, len(gold[-1]) - 1))
+    falls: list[tuple[float, int, float, float]] = []
+    for index, before in enumerate(gold[:-1]):
+        mean, deviation = _mean_and_error(gold[-1] - before)
+        if mean + quantile * deviation < 0:
+            falls.append((mean, index, mean - quantile * deviation, mean + quantile * deviation))
+    if not falls:
+        return None
+    mean, index, low, high = min(falls)
+    return index, mean, low, high
+
+
+Gains = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Of proxy and gold, one a prompt."""
+
+
+def _follows_less(early: Gains, late: Gains, error: float) -> bool:
+    """Whether gold certainly brings less than half as much per proxy lately as it did early."""
+    (p, g), (P, G) = map(_means, (early, late))
+    count = len(early[0])
+    quantile = float(student_t.isf(error, count - 1))
+    for proxy in (early[0], late[0]):
+        mean, deviation = _mean_and_error(proxy)
+        if not mean - 1.96 * deviation > 0:  # a ratio to a gain that may be 0 means nothing
+            return False
+    influence = late[1] * p + G * early[0] - (early[1] * P + g * late[0]) / 2
+    _, deviation = _mean_and_error(influence)
+    return G * p - g * P / 2 + quantile * deviation < 0
+
+
+def _means(gains: Gains) -> tuple[float, float]:
+    return float(gains[0].mean()), float(gains[1].mean())
+
+
+def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))

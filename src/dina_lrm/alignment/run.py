@@ -305,7 +305,11 @@ class Run:
                 distance=distance,
                 diversity=diversity(several.unflatten(0, (len(shown), DIVERSITY_SAMPLES))),
             )
-            overoptimised = overoptimisation([*self.evaluations, evaluation], window=config.monitor.window)
+            overoptimised = overoptimisation(
+                [*self.evaluations, evaluation],
+                window=config.monitor.window,
+                planned=len({*range(0, config.num_steps, config.monitor.every), config.num_steps}),
+            )
             evaluation = replace(evaluation, overoptimised=overoptimised)
             self._keep(evaluation, pictures[: len(shown)])
             return evaluation

@@ -11,16 +11,18 @@ from dina_lrm.sampling.rewards import RewardError, RewardSum, checked
 PROMPTS = 200
 
 
-def history(proxy: list[float], gold: list[float], *, noise: float = 0.05, seed: int = 0) -> list[Evaluation]:
+def history(
+    proxy: list[float], gold: list[float], *, noise: float = 0.05, seed: int = 0, prompts: int = PROMPTS
+) -> list[Evaluation]:
     """Evaluations whose means are given; prompts differ a lot, and each changes a little by chance."""
     rng = np.random.default_rng(seed)
-    level = rng.normal(size=(2, PROMPTS))
+    level = rng.normal(size=(2, prompts))
     return [
         Evaluation(
             step=10 * index,
             seconds=0.0,
-            proxy=tuple(level[0] + p + noise * rng.normal(size=PROMPTS)),
-            gold={"judge": tuple(level[1] + g + noise * rng.normal(size=PROMPTS))},
+            proxy=tuple(level[0] + p + noise * rng.normal(size=prompts)),
+            gold={"judge": tuple(level[1] + g + noise * rng.normal(size=prompts))},
         )
         for index, (p, g) in enumerate(zip(proxy, gold, strict=True))
     ]
@@ -58,6 +60,18 @@ def test_a_reward_that_never_helped_is_found_out() -> None:
     at = first_warning(proxy, [-0.02 * k for k in range(8)])
     assert at is not None
     assert at <= 4
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.02])
+def test_false_alarms_of_whole_runs_are_rare(slope: float) -> None:
+    """Gold is constant, or rises by 0.4 of a prompt's noise at each of 10 evaluations: in 300 runs, at 5 %,
+    25 false alarms or more have a chance of 1 in 200."""
+    proxy, gold = [0.2 * k for k in range(10)], [slope * k for k in range(10)]
+    alarms = 0
+    for seed in range(300):
+        seen = history(proxy, gold, seed=seed, prompts=40)
+        alarms += any(overoptimisation(seen[: k + 1], planned=10) for k in range(1, 10))
+    assert alarms < 25
 
 
 def test_a_fall_is_said_with_its_size() -> None:
