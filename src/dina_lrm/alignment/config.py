@@ -168,12 +168,14 @@ class AlignConfig:
 class ReflConfig(AlignConfig):
     """Reward gradients through the last steps of sampling (ReFL; AlignProp and DRaFT-K by its settings).
 
-    ReFL: gradient_steps = 1, random_stop > 0. DRaFT-K: gradient_steps = K. AlignProp and DRaFT:
-    gradient_steps = num_steps.
+    ReFL: gradient_steps = 1, random_stop > 0. DRaFT-K: gradient_steps = K. DRaFT: gradient_steps = num_steps.
+    AlignProp: the same with random_gradient_steps.
     """
 
     gradient_steps: int = 1
     """Last steps that the gradient goes through."""
+    random_gradient_steps: bool = False
+    """Draw how many at each update, from 1 to gradient_steps (AlignProp's randomised truncation)."""
     random_stop: int = 0
     """Stop up to so many steps before the end, at random, and score the predicted clean latents there."""
     divergence_weight: float = 0.0
@@ -197,8 +199,14 @@ class GrpoConfig(AlignConfig):
     rewards tell about what is learned; otherwise each has a first noise of its own, as in Flow-GRPO."""
     clip_range: float = 1e-3
     """Trusted range of the ratio around 1; log-probabilities are means over elements, so it is small."""
-    advantages: Literal["group", "batch"] = "group"
-    """Divide by each group's standard deviation, or by that over the batch."""
+    log_probability: Literal["gaussian", "unscaled"] = "gaussian"
+    """unscaled: without 1 / (2 std^2), as Flow-GRPO's code has it for cps; clip_range is then in its
+    units."""
+    advantages: Literal["group", "batch", "uncentred"] = "group"
+    """Divide by each group's standard deviation, by that of all rewards less their group's mean, or by that
+    of all rewards (the global std of Flow-GRPO's code)."""
+    advantage_limit: float | None = 5.0
+    """Advantages are clipped to +- this, as in Flow-GRPO's code; None: they are not."""
     divergence_weight: float = 0.0
     """Weight of KL(policy || reference) of the steps (Flow-GRPO's beta)."""
     dense: bool = False
@@ -206,6 +214,9 @@ class GrpoConfig(AlignConfig):
     instead of the clean picture's for all steps."""
     normalise_ratio: bool = False
     """GRPO-Guard's ratio normalisation; clip_range is then in its units."""
+    divide_by_dt: bool = False
+    """Divide the loss and the divergence of each step by |dt|, as GRPO-Guard's code does: steps then pull
+    alike on the mean."""
     minibatches: int = 2
     """Optimizer steps on a rollout, each on all stochastic steps of a part of its pictures."""
     epochs: int = 1
@@ -219,6 +230,10 @@ class GrpoConfig(AlignConfig):
             raise InvalidInputError(
                 f"group_size = {self.group_size}: a group of one picture has no advantage, give at least 2"
             )
+        if self.advantage_limit is not None and not self.advantage_limit > 0:
+            raise InvalidInputError(f"advantage_limit = {self.advantage_limit}: must be positive, or None")
+        if self.log_probability == "unscaled" and self.normalise_ratio:
+            raise InvalidInputError("normalise_ratio is for the gaussian log_probability, not for unscaled")
         if self.minibatches < 1 or self.epochs < 1:
             raise InvalidInputError(
                 f"minibatches = {self.minibatches}, epochs = {self.epochs}: must be at least 1"

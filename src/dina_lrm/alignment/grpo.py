@@ -7,8 +7,14 @@
 A latent reward can also score the noisy state that a step leads to, at that state's own noise level: with
 `dense` every step has an advantage of its own. Rewards on pixels cannot do that.
 
+Flow-GRPO's public code differs from its paper, and so do the defaults here: its settings are
+`advantages = "uncentred"`, `log_probability = "unscaled"` with the cps rule, and, for GRPO-Guard,
+`normalise_ratio` and `divide_by_dt`.
+
 Source: Flow-GRPO arXiv:2505.05470; GRPO-Guard arXiv:2510.22319; dense rewards as in arXiv:2605.25661.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +28,7 @@ from dina_lrm.core.preference import (
     normalised_log_ratio,
     reward_groups,
 )
-from dina_lrm.core.transitions import gaussian_divergence, gaussian_log_prob
+from dina_lrm.core.transitions import gaussian_divergence, gaussian_log_prob, unscaled_log_prob
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.sampling.rewards import LatentReward, RewardSum
 from dina_lrm.sampling.rollout import Trajectory, transition_at
@@ -68,11 +74,12 @@ class Grpo:
 
         def within_groups(scores: Tensor) -> Tensor:
             groups = scores.unflatten(0, (-1, config.group_size))
+            settings: dict[str, Any] = {"over": config.advantages, "limit": config.advantage_limit}
             if config.advantages == "group":
-                return group_advantages(groups).flatten()
+                return group_advantages(groups, **settings).flatten()
             batch = run.processes.gather(groups.float()).to(groups)  # the batch is that of all processes
-            found = group_advantages(batch.flatten(0, 1), over="batch").view_as(batch)
-            return found[run.processes.index].flatten()
+            advantages = group_advantages(batch.flatten(0, 1), **settings).view_as(batch)
+            return advantages[run.processes.index].flatten()
 
         if not config.dense:
             return within_groups(rewards).expand(len(path.steps), -1)
@@ -107,9 +114,13 @@ class Grpo:
                 own, state = conditioning.index_select(index), path.states[at][index]
                 with policy.precision(config.precision):
                     where = transition_at(policy, state, own, path.grid, at, config.sampler)
-                log_ratio = gaussian_log_prob(path.states[at + 1][index], where) - path.log_probs[at][index]
+                after, old_mean = path.states[at + 1][index], path.means[at][index]
+                if config.log_probability == "gaussian":
+                    log_ratio = gaussian_log_prob(after, where) - path.log_probs[at][index]
+                else:
+                    log_ratio = unscaled_log_prob(after, where.mean) - unscaled_log_prob(after, old_mean)
                 if config.normalise_ratio:
-                    log_ratio = normalised_log_ratio(log_ratio, where.mean, path.means[at][index], where.std)
+                    log_ratio = normalised_log_ratio(log_ratio, where.mean, old_mean, where.std)
                 loss, clipped = clipped_policy_loss(
                     log_ratio, advantages[place][index], clip_range=config.clip_range
                 )
@@ -118,6 +129,9 @@ class Grpo:
                     with torch.no_grad(), policy.reference(), policy.precision(config.precision):
                         theirs = transition_at(policy, state, own, path.grid, at, config.sampler)
                     divergence = gaussian_divergence(where, theirs)
+                if config.divide_by_dt:
+                    dt = path.grid.sigmas[at] - path.grid.sigmas[at + 1]
+                    loss, divergence = loss / dt, divergence / dt
                 run.backward(share * (loss + config.divergence_weight * divergence).mean())
                 measured = [loss.mean(), clipped.float().mean(), log_ratio.exp().mean(), divergence.mean()]
                 sums += share * torch.stack(measured).detach().cpu()

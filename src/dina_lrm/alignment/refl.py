@@ -48,13 +48,16 @@ class Refl:
         prompts, seeds = run.draw(step)
         generator = torch.Generator().manual_seed(mix_seeds(config.seed, Stream.REFL_STOP, step))
         stop = int(torch.randint(config.random_stop + 1, (), generator=generator))
+        steps = config.gradient_steps
+        if config.random_gradient_steps:
+            steps = 1 + int(torch.randint(steps, (), generator=generator))
         rewards: list[Tensor] = []
         divergence = pretraining = 0.0
         for rows in run.chunks(len(prompts)):
             share = (rows.stop - rows.start) / len(prompts)
             own, own_seeds = prompts[rows], seeds[rows]
             with run.policy.precision(config.precision):
-                clean, distance = self._sample(run, own, own_seeds, stop)
+                clean, distance = self._sample(run, own, own_seeds, stop, steps)
                 reward = checked(run.reward(clean, own, own_seeds).float(), own)
             run.backward(share * (config.divergence_weight * distance - reward.mean()))
             rewards.append(reward.detach())
@@ -72,15 +75,16 @@ class Refl:
         return measures
 
     def _sample(
-        self, run: Run, prompts: Sequence[str], seeds: Sequence[int], stop: int
+        self, run: Run, prompts: Sequence[str], seeds: Sequence[int], stop: int, gradient_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Clean latents with gradient, and the squared distance of predictions to the reference."""
+        """Clean latents with gradient through `gradient_steps`, and the squared distance of predictions to
+        the reference."""
         policy, sampler = run.policy, deterministic(self.config.sampler)
         conditioning = policy.encode(prompts)
         shape = policy.latent_shape(sampler.height, sampler.width)
         grid = policy.grid(sampler.num_steps, shape)
         last = sampler.num_steps - stop
-        first = last - self.config.gradient_steps
+        first = last - gradient_steps
         state = first_noise(shape, seeds).to(policy.device)
         with torch.no_grad():
             for step in range(first):
@@ -91,7 +95,7 @@ class Refl:
             if self.config.divergence_weight > 0:
                 with torch.no_grad(), policy.reference():
                     theirs = self._prediction(run, state, conditioning, grid, step)
-                distance = distance + (prediction - theirs).square().mean() / self.config.gradient_steps
+                distance = distance + (prediction - theirs).square().mean() / gradient_steps
             sigma = grid.sigmas[step].expand(len(state))
             if step == last - 1:
                 return clean_and_noise(state, prediction, sigma, kind=policy.kind).clean, distance

@@ -3,7 +3,7 @@
 Every gradient is that of the formula in the docstring. Scores are higher for better, advantages have no unit.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,11 @@ def reward_groups(rewards: Float[Tensor, "prompt sample"]) -> Groups:
 
 
 def group_advantages(
-    rewards: Float[Tensor, "prompt sample"], *, over: str = "group", eps: float = 1e-4
+    rewards: Float[Tensor, "prompt sample"],
+    *,
+    over: Literal["group", "batch", "uncentred"] = "group",
+    limit: float | None = None,
+    eps: float = 1e-4,
 ) -> Float[Tensor, "prompt sample"]:
     """(r - mean of the prompt) / (std + eps), times max(0, 1 - (resolution / std)^2).
 
@@ -67,8 +71,10 @@ def group_advantages(
 
     Args:
         rewards: in the precision that they were computed in.
-        over: "group" divides by each prompt's own standard deviation, "batch" by that of all centred rewards
-            (Flow-GRPO's global std): groups that hardly differ then count less.
+        over: "group" divides by each prompt's own standard deviation, "batch" by that of all centred rewards,
+            so that groups that hardly differ count less, "uncentred" by that of all rewards as they are, the
+            "global std" of Flow-GRPO's code, where prompts of unlike difficulty make advantages small.
+        limit: advantages are clipped to +- limit.
 
     By hand: rewards 1 and 3 have mean 2 and standard deviation 1 (of the population).
 
@@ -84,10 +90,17 @@ def group_advantages(
     if rewards.shape[1] < 2:
         raise ValueError("a group of one sample has no advantage: at least 2 samples per prompt are needed")
     centred, std, resolution = groups = reward_groups(rewards)
-    scale = std if over == "group" else centred.square().mean().sqrt().expand_as(std)
+    match over:
+        case "group":
+            scale = std
+        case "batch":
+            scale = centred.square().mean().sqrt().expand_as(std)
+        case "uncentred":
+            scale = rewards.to(centred).std(correction=0).expand_as(std)
     known = 1.0 - (resolution / std).square()
     weight = torch.where(groups.flat, torch.zeros_like(std), known / (scale + eps))
-    return centred * weight[:, None]
+    advantages = centred * weight[:, None]
+    return advantages if limit is None else advantages.clamp(-limit, limit)
 
 
 class ClippedLoss(NamedTuple):
