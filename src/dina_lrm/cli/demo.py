@@ -365,7 +365,7 @@ def summarize(results: "DemoResults") -> dict[str, Any]:
             "reward": reward.label,
             "noise_levels": default.setting.label,
             "accuracy": default.accuracy.value,
-            "share_of_bayes": default.bayes_share.value if default.bayes_share else None,
+            "share_of_bayes": default.expected_bayes_share.value if default.expected_bayes_share else None,
             "evaluation": reward.result.to_dict(),
         }
 

@@ -140,7 +140,7 @@ def print_result(result: "EvaluationResult") -> None:
             item.setting.label + (" (default)" if item is result.default else ""),
             str(item.setting.passes),
             percent(item.accuracy),
-            *([percent(item.bayes_share)] if known else []),
+            *([percent(item.expected_bayes_share)] if known else []),
             f"{100 * item.reliability.expected_calibration_error:.1f}",
         ]
         for item in result.settings

@@ -9,7 +9,8 @@ and m_K that of the whole plan. Another level can only flip a decision while m_k
 s_k puts the levels on one scale; nothing depends on its being right. c is the smallest threshold at which, on
 pairs that chose neither the levels nor s_k, early stops flip at most a share alpha of the decisions that all
 K levels would make, with 95 % confidence over the choice of those pairs. That holds for any distribution of
-the margins: it asks only that the pairs are drawn independently, from where later pairs come from.
+the margins: it asks only that the pairs are drawn independently, from where later pairs come from. Pairs of
+one prompt are not independent, so one pair of each prompt is asked (`evaluation.adaptive`).
 
 The same file fixes how many noise draws of one picture reach a wanted standard error (`stein_draws`).
 

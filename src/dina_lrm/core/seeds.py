@@ -6,11 +6,12 @@ So the draws of one purpose do not depend on how much was drawn for another, and
 would have drawn.
 """
 
+import hashlib
 from enum import IntEnum
 
 import numpy as np
 
-__all__ = ["Stream", "mix_seeds"]
+__all__ = ["Stream", "mix_seeds", "text_seed"]
 
 
 class Stream(IntEnum):
@@ -59,6 +60,11 @@ class Stream(IntEnum):
 
     CANDIDATE = 81
     """First noise of a search's candidates."""
+
+
+def text_seed(text: str) -> int:
+    """A seed that follows from a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def mix_seeds(*parts: int) -> int:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dina_lrm.checkpoints.config import AdaptiveLevels
 from dina_lrm.core.adaptive import agreement_spreads, controlled_threshold, levels_taken, most_likely
 from dina_lrm.core.conditioning import Conditioning
+from dina_lrm.core.noise import torch_seed
 from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.metrics import pairwise_accuracy
@@ -140,8 +142,8 @@ def stopping_rule(order: LevelOrder, margins: Float[Tensor, "level pair"], *, er
     threshold = controlled_threshold(margins, spreads, error=error)
     if math.isinf(threshold):
         raise InvalidInputError(
-            f"{margins.shape[1]} pairs do not show that any early stop turns at most {100 * error:g} % of "
-            f"the decisions: more pairs are needed, or a larger share"
+            f"{margins.shape[1]} prompts do not show that any early stop turns at most {100 * error:g} % of "
+            f"the decisions: more prompts are needed, or a larger share"
         )
     both = torch.cat([order.scores.chosen, order.scores.rejected], dim=1)
     return AdaptiveLevels(
@@ -165,7 +167,8 @@ def learn_levels(
     """The levels and when to stop, and what that saves, from pairs that nothing is tested on.
 
     Half of the prompts give the order of the levels and the calibration after each, the other half says when
-    to stop.
+    to stop: one pair of each prompt, since pairs of one prompt are not independent and the bound on early
+    stops would be broken by them more often than it says.
 
     Args:
         error: share of decisions that an early stop may turn.
@@ -174,7 +177,7 @@ def learn_levels(
         What `compare` needs, and `measure_levels` of the second half.
 
     Raises:
-        InvalidInputError: fewer than 100 pairs in a half, or too few for this error.
+        InvalidInputError: fewer than 100 pairs in a half, or too few prompts for this error.
     """
     first, second = pairs.split_by_prompt(0.5, seed=seed)
     if min(len(first), len(second)) < FEWEST_PAIRS:
@@ -185,8 +188,16 @@ def learn_levels(
     order = order_levels(model, first, seed=seed, on_progress=on_progress).until_most_likely()
     margins = joined_scores(model, second, order.ensembles, seed=seed)
     margins = margins.chosen - margins.rejected
-    learned = stopping_rule(order, margins, error=error)
+    learned = stopping_rule(order, margins[:, one_pair_a_prompt(second, seed=seed)], error=error)
     return learned, measure_levels(learned, margins, second.target)
+
+
+def one_pair_a_prompt(pairs: PairSet, *, seed: int) -> Int64[Tensor, " prompt"]:
+    """A pair of each prompt, drawn at random."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(torch_seed(seed)))
+    prompts, first = np.unique(pairs.prompt_index[order].numpy(), return_index=True)
+    del prompts
+    return order[torch.from_numpy(first)].sort().values
 
 
 def measure_levels(

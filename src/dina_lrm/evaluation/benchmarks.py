@@ -101,14 +101,21 @@ class EvaluationResult:
                 name,
                 str(result.setting.passes),
                 *result.accuracy.percents(),
-                *(result.bayes_share.percents() if known and result.bayes_share else ()),
+                *(result.expected_bayes_share.percents() if result.expected_bayes_share else ()),
             ]
             cells += [
                 f"{100 * result.reliability.expected_calibration_error:.1f}",
                 f"{result.reliability.log_loss:.3f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", f"Intervals resample prompts. Equal scores count as {self.ties}."]
+        lines += [
+            "",
+            f"Intervals resample prompts. Equal scores count as {self.ties}. ECE and log-loss: by the "
+            "model's own scale where it has one for the levels, else by one fitted to the other half of the "
+            "prompts.",
+        ]
+        if known:
+            lines.append("% of Bayes: expected agreement with fresh raters over that of the best reward.")
         if self.num_rater_ties:
             lines.append(f"{self.num_rater_ties} pairs on which raters tied are not counted.")
         return "\n".join(lines) + "\n"

@@ -87,7 +87,7 @@ class Reliability:
     """Do stated probabilities come true?"""
 
     scale: float
-    """P = Phi(margin / scale); fitted, or as given."""
+    """P = Phi(margin / scale); fitted to all pairs, or as given."""
     expected_calibration_error: float
     """Mean over pairs of |stated - observed| in the pair's bin."""
     log_loss: float
@@ -257,7 +257,12 @@ def cluster_bootstrap(
 
 
 def reliability(
-    margin: ArrayLike, target: ArrayLike | None = None, *, scale: float | None = None, num_bins: int = 10
+    margin: ArrayLike,
+    target: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    prompts: ArrayLike | None = None,
+    num_bins: int = 10,
 ) -> Reliability:
     """Reliability of P = Phi(margin / scale), over bins that hold equally many pairs.
 
@@ -269,6 +274,8 @@ def reliability(
         target: share of votes for `chosen`; None is 1 everywhere.
         scale: None fits the scale to these same pairs; pass the scale fitted on validation pairs to find out
             how it holds on others.
+        prompts: the prompt of each pair, any labels. Where the scale is fitted, each half of the prompts is
+            then read on the scale of the other half, so that nothing is tested on what it was fitted to.
         num_bins: of equal size by rank, so that no bin is empty; fewer when there are fewer pairs.
 
     By hand: four pairs of margin 1, three won. The fitted scale is 1 / 0.6745, all are stated at 0.75, 0.75
@@ -285,9 +292,17 @@ def reliability(
     """
     margins = np.asarray(margin, dtype=np.float64)
     votes = np.ones_like(margins) if target is None else np.asarray(target, dtype=np.float64)
+    scales = np.full_like(margins, np.nan if scale is None else scale)
     if scale is None:
-        scale = fit_scale(torch.from_numpy(margins.copy()), torch.from_numpy(votes.copy()))
-    z = margins / scale
+        scale = _fitted(margins, votes)
+        scales[:] = scale
+        if prompts is not None:
+            _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+            if prompt.max(initial=0) > 0:
+                for half in (0, 1):
+                    other = prompt % 2 != half
+                    scales[~other] = _fitted(margins[other], votes[other])
+    z = margins / scales
     probability = ndtr(np.abs(z))
     favoured = np.where(z > 0, votes, np.where(z < 0, 1 - votes, 0.5))
     order = np.argsort(probability, kind="stable")
@@ -305,6 +320,10 @@ def reliability(
         bin_accuracy=tuple(observed),
         bin_count=tuple(counts),
     )
+
+
+def _fitted(margins: NDArray[np.float64], votes: NDArray[np.float64]) -> float:
+    return float(fit_scale(torch.from_numpy(margins.copy()), torch.from_numpy(votes.copy())))
 
 
 # --- stability ---------------------------------------------------------------------------------------------

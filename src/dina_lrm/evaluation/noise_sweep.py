@@ -102,7 +102,8 @@ class SettingResult:
     expected_bayes_share: Interval | None
     """Expected accuracy over that of the Bayes-optimal rule: the same without the luck of the votes."""
     reliability: Reliability
-    """Calibration on these pairs; its scale is the model's own where one fits the setting."""
+    """Calibration on these pairs, by the model's own scale where it has one for the setting, and else by
+    scales fitted to the other half of the prompts."""
     draw_agreement: float | None
     """Probability that two noise draws prefer the same side; None for one draw."""
     draw_spread: float | None
@@ -224,7 +225,8 @@ def measure(
 
     Args:
         ties: what equal scores count as.
-        scale: of the model's own calibration, to be tested on these pairs; None fits one to them.
+        scale: of the model's own calibration, to be tested on these pairs; None fits one to half of the
+            prompts and tests it on the other half, both ways.
     """
     margin = scores.margin.double().numpy()
     target = pairs.target.double().numpy()
@@ -249,7 +251,7 @@ def measure(
         expected_accuracy=expected,
         bayes_share=bayes_share,
         expected_bayes_share=expected_share,
-        reliability=reliability(margin, target, scale=scale),
+        reliability=reliability(margin, target, scale=scale, prompts=prompts),
         draw_agreement=agreement(margins) if several else None,
         draw_spread=float(margins.std(axis=0, ddof=1).mean() / max(margin.std(), 1e-12)) if several else None,
     )
@@ -268,8 +270,8 @@ def noise_sweep(
     """Score and measure several settings on the same pairs with the same noise.
 
     Score averages are made from single-level scores, which are computed once however many settings use them.
-    Where the model has a calibration for exactly the levels of a setting, that scale is tested; elsewhere one
-    is fitted.
+    Where the model has a calibration for exactly the levels of a setting, that scale is tested; elsewhere
+    one is fitted to half of the prompts and tested on the other half.
 
     Returns:
         One result per setting, in order, and all scores by label.

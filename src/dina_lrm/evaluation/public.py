@@ -344,7 +344,7 @@ def evaluate_comparisons(
             label=label,
             accuracy=accuracy(rule, margin, threshold),
             by_pair=accuracy("strict", margin, 0.0),
-            reliability=reliability(margin[strict], target[strict], scale=scale),
+            reliability=reliability(margin[strict], target[strict], scale=scale, prompts=prompts[strict]),
             draw_agreement=agreement(margins) if several else None,
             draw_spread=None if spread is None else float(spread),
         )

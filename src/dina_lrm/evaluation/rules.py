@@ -10,6 +10,7 @@ and whether pairs or prompts are averaged. None means: not counted. The model "s
 margin is at most a threshold, which is 0 unless the rule fits one on other data.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,8 @@ class Rule:
     """Whose code counts so."""
     fits_threshold: bool = False
     """The code first looks for the margin below which it calls a tie, on other pairs."""
+    thresholds: tuple[float, ...] | None = None
+    """The margins that it tries; None: it tries all."""
 
 
 RULES: dict[str, Rule] = {
@@ -87,8 +90,10 @@ RULES: dict[str, Rule] = {
             rater_tie=0.5,
             both_tie=1.0,
             average="pairs",
-            source="PickScore eval_preference_predictor.py; the threshold is picked on validation_unique",
+            source="PickScore eval_preference_predictor.py; the threshold is picked on validation_unique, "
+            "among eleven values of the gap |p0 - p1| = tanh(|margin| / 2) of the two probabilities",
             fits_threshold=True,
+            thresholds=(*(2 * math.atanh(gap / 10) for gap in range(10)), math.inf),
         ),
         Rule(
             name="soft-labels",
@@ -126,7 +131,7 @@ DEFAULT_RULE = {
     "jsonl": "strict",
 }
 """The published rule of each source (`data.sources`), strict where none is; for GenAI-Bench the accuracy
-without ties, which most papers state."""
+without ties, which most papers state. The DiNa-LRM paper's own GenAI-Bench table uses "concordance"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,8 +227,8 @@ def accuracy_by_rule(
 def best_threshold(rule: Rule | str, margin: ArrayLike, rater_tie: ArrayLike) -> float:
     """The threshold with the highest mean credit; use it on other pairs than these.
 
-    Only the observed |margin| and 0 need to be tried: between two of them nothing changes. Of equally good
-    ones the smallest is taken.
+    Tried are the rule's own thresholds, or where it states none the observed |margin| and 0: between two of
+    them nothing changes. Of equally good ones the smallest is taken.
 
     >>> best_threshold("tie-calibrated", [3.0, 2.0, 0.1, -0.2], [False, False, True, True])
     0.2
@@ -233,7 +238,7 @@ def best_threshold(rule: Rule | str, margin: ArrayLike, rater_tie: ArrayLike) ->
     order = np.argsort(np.abs(margins), kind="stable")
     decided = credits(rule, margins, ties, threshold=-1.0)[order]
     tied = credits(rule, margins, ties, threshold=np.inf)[order]
-    candidates = np.unique(np.append(np.abs(margins), 0.0))
+    candidates = np.unique(np.append(np.abs(margins), 0.0) if rule.thresholds is None else rule.thresholds)
     num_tied = np.searchsorted(np.abs(margins)[order], candidates, side="right")
 
     def total(of_decided: NDArray[np.float64], of_tied: NDArray[np.float64]) -> NDArray[np.float64]:

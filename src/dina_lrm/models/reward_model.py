@@ -16,6 +16,7 @@ from dina_lrm.checkpoints.dina import OWNED, read_checkpoint, write_checkpoint
 from dina_lrm.core.ensemble import mean_and_standard_error
 from dina_lrm.core.noise import seeded_generator, seeded_noise
 from dina_lrm.core.precision import without_autocast, without_inference_mode
+from dina_lrm.core.seeds import mix_seeds, text_seed
 from dina_lrm.errors import InvalidInputError, MissingComponentError
 from dina_lrm.images import image_list
 from dina_lrm.models import loading
@@ -330,6 +331,7 @@ class RewardModel(EncodedReward):
         (seed,) = resolve_seeds(seed, 1)
         pictures = _two_images(image_a, image_b)
         latents = self._need_encoders("images", "vae").encode_images(pictures, self.device)
+        seed = mix_seeds(seed, text_seed(prompt))  # its own noise, as when levels were learned
         return compare_adaptively(self, self.encode_prompts(prompt), latents, seed)
 
     @in_turn
@@ -356,6 +358,7 @@ class RewardModel(EncodedReward):
         if adaptive:
             self._require_trained(None)
             latents = self._need_encoders("images", "vae").encode_images(listed, self.device)
+            seed = mix_seeds(seed, text_seed(prompt))
             return rank_adaptively(self, self.encode_prompts(prompt), listed, latents, seed)
         scores = self.score(prompt, listed, noise_levels, seed, num_draws=num_draws).scores.tolist()
         ranked = [

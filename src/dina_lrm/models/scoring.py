@@ -131,15 +131,28 @@ def whole_number(value: Any, name: str, low: int, high: int | None = None) -> in
 def perceived_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:
     """v of P(a preferred to b) = Phi((score_a - score_b) / sqrt(2 v)), scores being read at these levels.
 
-    From the stored calibration for these levels if there is one, otherwise from the training likelihood, with
-    the mean of v(sigma) over the levels of an ensemble. None for a logistic likelihood, which has no such v.
+    From the stored calibration for these levels if there is one. At other levels the training likelihood's
+    v, of an ensemble that of its smallest level, times what the calibration has found at its own levels:
+    margins of a trained reward are larger by about one factor at all of them (docs/method.md). None for a
+    logistic likelihood, which has no such v.
     """
-    likelihood, calibration = config.likelihood, config.calibration
-    if calibration is not None and sorted(calibration.noise_levels) == sorted(levels):
-        return calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
-    match likelihood.kind:
+    calibration, variance = config.calibration, training_variance(levels, config)
+    if calibration is None or variance is None:
+        return variance
+    calibrated = calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
+    if sorted(calibration.noise_levels) == sorted(levels):
+        return calibrated
+    trained = training_variance(calibration.noise_levels, config)
+    assert trained is not None
+    return variance * calibrated / trained
+
+
+def training_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:
+    """v of the likelihood that a reward was trained with: 2 v is the variance of what decides besides the
+    margin. An ensemble knows all that its cleanest level tells, so its v is that level's."""
+    match config.likelihood.kind:
         case "thurstone":
-            return sum(likelihood.slope * level**2 + likelihood.floor for level in levels) / len(levels)
+            return config.likelihood.slope * min(levels) ** 2 + config.likelihood.floor
         case "thurstone_constant":
             return 0.5
     return None

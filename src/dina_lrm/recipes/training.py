@@ -148,11 +148,12 @@ def bundled() -> TrainConfig:
 def sd35m_12_layers() -> TrainConfig:
     """The published model: half of SD3.5-Medium, LoRA r = 64, one epoch of HPDv3 (about 0.8M pairs).
 
-    From the paper and the published config: 12 of 24 blocks, taps 4, 8, 12 on both streams, rank 64 and
-    alpha 128, 4 queries and 8 heads at the backbone's width, AdamW at 5e-5, EMA 0.995, sigma uniform,
-    v(sigma) = 2 sigma^2 + 0.05, fidelity loss, scoring at 0.4 or at 0.2, 0.5, 0.7 together. Not published,
-    chosen here: 64 pairs per step, hence 12,500 steps for the epoch; 500 steps of warm-up; clipping at 1.
-    """
+    From the paper and the published config: 12 of 24 blocks, taps 4, 8, 12 on both streams, rank 64 and alpha
+    128, 4 queries and 8 heads at the backbone's width, AdamW at 5e-5, EMA 0.995, sigma uniform, v(sigma) = 2
+    sigma^2 + 0.05, fidelity loss, scoring at 0.4 or at 0.2, 0.5, 0.7 together, 4 pairs on each of 8 GPUs,
+    hence 25,000 steps of 32 pairs for the epoch, gradients clipped at 1. Its 1,000 steps of warm-up are
+    without effect there, since its schedule is constant; here warm-up multiplies every schedule, so there is
+    none. Not published, chosen here: which pairs validate, and how often."""
     return TrainConfig(
         model=ModelConfig(
             pipeline="stabilityai/stable-diffusion-3.5-medium",
@@ -164,12 +165,11 @@ def sd35m_12_layers() -> TrainConfig:
             lora_alpha=128.0,
         ),
         data=DataConfig(train=None),
-        optimizer=OptimizerConfig(learning_rate=5e-5, schedule="constant", warmup_steps=500, ema_decay=0.995),
+        optimizer=OptimizerConfig(learning_rate=5e-5, schedule="constant", warmup_steps=0, ema_decay=0.995),
         validation=ValidationConfig(every=500, noise_levels=(0.3, 0.4, 0.5), max_pairs=1000, batch_size=8),
         output="runs/sd35m-12-layers",
-        num_steps=12_500,
-        batch_size=64,
-        accumulation_steps=2,
+        num_steps=25_000,
+        batch_size=32,
         precision="bfloat16",
     )
 

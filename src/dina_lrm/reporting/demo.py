@@ -61,7 +61,7 @@ def key_facts(results: DemoResults) -> list[Fact]:
     mean, chosen, best = best_of_group(results.rankings)
     facts: list[Fact] = []
     for reward, setting in ((results.shipped, shipped), (results.fresh, fresh)):
-        share = setting.bayes_share
+        share = setting.expected_bayes_share
         value, interval = (
             (share, "of the best possible accuracy") if share else (setting.accuracy, "accuracy")
         )
@@ -178,8 +178,8 @@ def quality_section(results: DemoResults) -> Section:
             setting_name(item),
             percent(item.accuracy.value),
             percent_range(item.accuracy),
-            percent(item.bayes_share.value) if item.bayes_share else "–",
-            percent_range(item.bayes_share) if item.bayes_share else "–",
+            percent(item.expected_bayes_share.value) if item.expected_bayes_share else "–",
+            percent_range(item.expected_bayes_share) if item.expected_bayes_share else "–",
             percent(item.reliability.expected_calibration_error),
         ]
         for reward in rewards
@@ -342,7 +342,11 @@ def verdict(results: DemoResults) -> str:
     sentences = [
         f"The {reward.label} reward, at the noise level that suited it best on other pairs "
         f"(σ = {item.setting.label}), ranks {percent(item.accuracy.value)} of pairs right"
-        + (f", {percent(item.bayes_share.value)} of what is possible." if item.bayes_share else ".")
+        + (
+            f", {percent(item.expected_bayes_share.value)} of what is possible."
+            if item.expected_bayes_share
+            else "."
+        )
         for reward, item in ((results.shipped, shipped), (results.fresh, fresh))
     ]
     result = results.shipped.result

@@ -26,6 +26,13 @@ def reliability_curve(label: str, bins: Reliability) -> figures.ReliabilityCurve
     )
 
 
+CAPTION = (
+    "Intervals resample prompts. ECE is by the reward's own scale where it has one for the levels, else by "
+    "one fitted to the other half of the prompts."
+)
+BAYES = " % of Bayes is expected agreement with fresh raters over that of the best reward."
+
+
 def pairs_page(result: EvaluationResult, folder: Path) -> None:
     """FOLDER/results.html of a result on pairs of latents."""
     known = result.bayes is not None
@@ -34,7 +41,7 @@ def pairs_page(result: EvaluationResult, folder: Path) -> None:
             setting.setting.label,
             str(setting.setting.passes),
             *setting.accuracy.percents(),
-            *(setting.bayes_share.percents() if setting.bayes_share else ()),
+            *(setting.expected_bayes_share.percents() if setting.expected_bayes_share else ()),
             f"{100 * setting.reliability.expected_calibration_error:.1f}",
         ]
         for setting in result.settings
@@ -49,7 +56,7 @@ def pairs_page(result: EvaluationResult, folder: Path) -> None:
         facts=[
             Fact(value=f"{100 * result.default.accuracy.value:.1f} %", label="accuracy", note="by default")
         ],
-        table=Table(headers=headers, rows=rows, caption="Intervals resample prompts."),
+        table=Table(headers=headers, rows=rows, caption=CAPTION + (BAYES if known else "")),
         curve=curve,
         bayes=None if result.bayes is None else result.bayes.accuracy.value,
         bins=result.default.reliability,
@@ -87,7 +94,7 @@ def public_page(result: PublicResult, benchmark: str, folder: Path) -> None:
             ),
             Fact(value=f"{1000 * result.cost.seconds:.0f} ms", label="a picture", note="encoding included"),
         ],
-        table=Table(headers=headers, rows=rows, caption="Intervals resample prompts."),
+        table=Table(headers=headers, rows=rows, caption=CAPTION),
         curve=sorted((float(label), accuracy) for label, accuracy in singles),
         bayes=None,
         bins=result.settings[0].reliability,

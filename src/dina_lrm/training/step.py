@@ -1,7 +1,7 @@
 """One optimizer step, seen from the batch: what is drawn for it, and how its pairs are scored.
 
-The variance of a step that concatenates noise levels is the mean of v over them. Since v is linear in
-sigma^2, that is v at the root mean square of the levels (`loss_level`).
+The variance of a step that concatenates noise levels is v of the smallest: more levels cannot tell less
+(`loss_level`).
 """
 
 from collections.abc import Sequence
@@ -121,9 +121,9 @@ class PairScorer(nn.Module):
 
 
 def loss_level(sigma: Float[Tensor, "level batch"]) -> NoiseLevel:
-    """The one level whose variance is the mean of v over several: their root mean square.
+    """The level whose variance a score of several levels has: the smallest of them.
 
-    >>> loss_level(torch.tensor([[0.6], [0.8]])) ** 2
-    tensor([0.5000])
+    >>> loss_level(torch.tensor([[0.6, 0.2], [0.8, 0.1]]))
+    tensor([0.6000, 0.1000])
     """
-    return sigma[0] if len(sigma) == 1 else sigma.square().mean(dim=0).sqrt()
+    return sigma.amin(dim=0)

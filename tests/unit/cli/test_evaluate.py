@@ -190,7 +190,7 @@ def test_evaluate_on_a_prepared_folder(
     for text in (page, (run / "evaluation" / "latents" / "results.md").read_text()):
         assert "shapes" not in text.lower()
         assert "Bayes" not in text
-    # MeanScore again, the results are the same; those of another seed or model do not take their place.
+    # Measured again, the results are the same; those of another seed or model do not take their place.
     assert main.main([*command, "--ensembles", "0.2,0.6", "--json"]) == 0
     capsys.readouterr()
     assert main.main([*command, "--seed", "3"]) == main.EXIT_USAGE

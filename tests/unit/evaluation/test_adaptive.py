@@ -108,5 +108,5 @@ def test_too_few_pairs_are_refused(model: RewardModel, pairs: LatentPairs) -> No
     with pytest.raises(InvalidInputError, match="196 pairs of 49 prompts are too few"):
         learn_levels(model, pairs.subset((pairs.prompt_index < 49).nonzero().flatten()))
     order = by_hand(torch.ones(4), torch.ones(4))
-    with pytest.raises(InvalidInputError, match=r"100 pairs do not show .* at most 0.5 %"):
+    with pytest.raises(InvalidInputError, match=r"prompts do not show .* at most 0.5 %"):
         stopping_rule(order, torch.ones(2, 100), error=0.005)

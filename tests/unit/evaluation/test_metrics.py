@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.stats import norm
 
 from dina_lrm.core.calibration import determined_scale, fit_scale
 from dina_lrm.evaluation import metrics
@@ -219,3 +220,14 @@ def test_a_scale_that_the_pairs_do_not_determine_is_none() -> None:
     assert determined_scale(margin * 1e-6, torch.tensor([1.0, 1.0, 0.0, 0.0])) is None  # below the bound
     found = determined_scale(margin, torch.tensor([1.0, 1.0, 0.0, 0.0]))
     assert found == fit_scale(margin, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+
+
+def test_a_scale_is_not_tested_on_what_it_was_fitted_to() -> None:
+    """Two prompts whose margins have unlike scales: each is read on the scale of the other."""
+    margin, votes = [1.0] * 4 + [3.0] * 4, [1.0, 1.0, 1.0, 0.0] * 2
+    prompts = ["a"] * 4 + ["b"] * 4
+    one = 1.0 / float(norm.ppf(0.75))  # three of four won at a margin of 1
+    result = reliability(margin, votes, prompts=prompts, num_bins=2)
+    stated = [float(norm.cdf(1.0 / (3 * one))), float(norm.cdf(3.0 / one))]
+    assert result.bin_probability == pytest.approx(stated, abs=1e-4)
+    assert result.log_loss > reliability(margin, votes, num_bins=2).log_loss

@@ -1,6 +1,8 @@
 """Each benchmark's rule on cases worked out by hand."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,12 +99,14 @@ def test_the_threshold_is_the_best_of_all() -> None:
     rng = np.random.default_rng(0)
     tie = rng.random(200) < 0.3
     margin = np.where(tie, 0.2, 1.0) * rng.standard_normal(200) + np.where(tie, 0.0, 0.8)
-    for rule in ("three-way", "tie-calibrated"):
+    gaps = [2 * math.atanh(gap / 10) for gap in range(10)]  # of two probabilities, as PickScore's code tries
+    for rule, tried in (("three-way", gaps), ("tie-calibrated", np.linspace(0, 3, 500))):
         best = best_threshold(rule, margin, tie)
         reached = np.nanmean(credits(RULES[rule], margin, tie, threshold=best))
-        others = [np.nanmean(credits(RULES[rule], margin, tie, threshold=t)) for t in np.linspace(0, 3, 500)]
+        others = [np.nanmean(credits(RULES[rule], margin, tie, threshold=t)) for t in tried]
         assert reached >= max(others)
         assert best > 0
+    assert best_threshold("three-way", margin, tie) in gaps
 
 
 def test_the_smallest_of_equally_good_thresholds() -> None:
@@ -215,5 +219,6 @@ def test_many_prompts_take_no_longer_each() -> None:
     half_width = 1.96 * (3 / 16) ** 0.5 / 2 / len(prompts) ** 0.5
     assert (found.high - found.low) / 2 == pytest.approx(half_width, rel=0.05)
     # Moved up by up to 0.0003, wrong pairs have margins of 1 - 2e-9 at most, right ones of 1 and more.
-    best = best_threshold("three-way", margin + np.arange(len(margin)) / 1e9, ties)
+    rule = replace(RULES["three-way"], thresholds=None)
+    best = best_threshold(rule, margin + np.arange(len(margin)) / 1e9, ties)
     assert best == pytest.approx(1 - 2e-9, abs=1e-12)

@@ -10,6 +10,7 @@ import torch
 
 from dina_lrm import RewardModel
 from dina_lrm.checkpoints.config import AdaptiveLevels, RewardModelConfig
+from dina_lrm.core.seeds import mix_seeds, text_seed
 from dina_lrm.errors import InvalidInputError
 from tests.tiny import PROMPT, make_tiny_reward
 
@@ -44,7 +45,12 @@ def view_scores(model: RewardModel, images: list[torch.Tensor], seed: int) -> to
     conditioning = model.encode_prompts(PROMPT)
     with torch.no_grad():
         levels = [
-            model.score_latents(latents, conditioning, list(PLAN.noise_levels[: level + 1]), seed=seed)
+            model.score_latents(
+                latents,
+                conditioning,
+                list(PLAN.noise_levels[: level + 1]),
+                seed=mix_seeds(seed, text_seed(PROMPT)),
+            )
             for level in range(3)
         ]
     return torch.stack(levels).double()

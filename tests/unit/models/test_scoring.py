@@ -238,7 +238,7 @@ def test_rank_is_score_in_descending_order(complete: RewardModel) -> None:
 def test_compare_by_the_training_likelihood(complete: RewardModel) -> None:
     a, b = picture(0), picture(1)
     margin = complete.score(PROMPT, [a, b], SIGMAS).scores.diff().neg().item()
-    variance = sum(2 * level**2 + 0.05 for level in SIGMAS) / 3
+    variance = 2 * min(SIGMAS) ** 2 + 0.05
     by_hand = torch.special.ndtr(torch.tensor(margin / (2 * variance) ** 0.5, dtype=torch.float64)).item()
     assert complete.compare(PROMPT, a, b, SIGMAS) == pytest.approx(by_hand, abs=1e-6)
     assert complete.compare(PROMPT, a, b) + complete.compare(PROMPT, b, a) == pytest.approx(1)
@@ -254,7 +254,11 @@ def test_compare_by_a_stored_calibration(tiny_pipeline: Path) -> None:
     margin = model.score(PROMPT, [picture(0), picture(1)]).scores.diff().neg().item()
     by_hand = torch.special.ndtr(torch.tensor(margin / 0.25, dtype=torch.float64)).item()
     assert model.compare(PROMPT, picture(0), picture(1)) == pytest.approx(by_hand, abs=1e-6)
-    assert model.compare(PROMPT, picture(0), picture(1), 0.2) != pytest.approx(by_hand, abs=1e-6)
+    # Elsewhere the calibration's factor on v is kept: 0.25^2 / (2 v(0.4)) of 2 v(0.2).
+    margin = model.score(PROMPT, [picture(0), picture(1)], 0.2).scores.diff().neg().item()
+    scale = 0.25 * ((2 * 0.2**2 + 0.05) / (2 * 0.4**2 + 0.05)) ** 0.5
+    elsewhere = torch.special.ndtr(torch.tensor(margin / scale, dtype=torch.float64)).item()
+    assert model.compare(PROMPT, picture(0), picture(1), 0.2) == pytest.approx(elsewhere, abs=1e-6)
     assert plain != pytest.approx(by_hand, abs=1e-6)
 
 
