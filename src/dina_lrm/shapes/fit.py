@@ -60,6 +60,10 @@ class PipelineTrainConfig:
     generator: StageConfig = field(
         default_factory=lambda: StageConfig(steps=5000, batch_size=64, learning_rate=1.5e-3)
     )
+    num_layers: int = 6
+    """Blocks of the denoiser; of another size than that of `initial` it starts from nothing."""
+    num_heads: int = 3
+    """Its attention heads, of 64 channels each."""
     kl_weight: float = 2e-4
     """Weight of the KL divergence (nats per latent value) beside the reconstruction error per pixel value."""
     pool_size: int = 60_000

@@ -128,19 +128,19 @@ def build_t5_encoder() -> T5EncoderModel:
     )
 
 
-def build_transformer() -> SD3Transformer2DModel:
-    """The denoiser: an MMDiT of width 192 and six blocks over 64 image tokens, with SD3.5's query-key
-    norm."""
+def build_transformer(num_layers: int = 6, num_heads: int = 3) -> SD3Transformer2DModel:
+    """The denoiser: an MMDiT of width 64 `num_heads` and `num_layers` blocks over 64 image tokens, with
+    SD3.5's query-key norm."""
     return SD3Transformer2DModel(
         sample_size=CANVAS // 4,
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=6,
+        num_layers=num_layers,
         attention_head_dim=64,
-        num_attention_heads=3,
+        num_attention_heads=num_heads,
         joint_attention_dim=TEXT_DIM,
-        caption_projection_dim=192,
+        caption_projection_dim=64 * num_heads,
         pooled_projection_dim=2 * PROJECTION_DIM,
         pos_embed_max_size=16,
         qk_norm="rms_norm",

@@ -10,7 +10,8 @@ and damage:
 
 All but `sample` show, half of the time, a caption that differs in one respect.
 All six pairs of a caption's candidates are compared. Captions, pictures and votes depend on the seed alone.
-Captions of one seed are distinct. Two seeds share some: there are only 216 captions of one object.
+Captions of one seed are distinct. Two seeds share some: there are only 216 captions of one object. Those of
+two parts (`scenes.caption_part`) never do.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,14 @@ from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import generate
 from dina_lrm.shapes.raters import RaterPanel
 from dina_lrm.shapes.render import CORRUPTIONS, render
-from dina_lrm.shapes.scenes import CaptionSpec, change_attribute, sample_caption, sample_scene
+from dina_lrm.shapes.scenes import (
+    CaptionSpec,
+    Part,
+    caption_part,
+    change_attribute,
+    sample_caption,
+    sample_scene,
+)
 
 SAMPLE_SETTINGS = ((10, 2.5), (16, 4.0), (16, 6.0))
 DRAFT_SETTINGS = ((3, 1.0), (5, 1.0), (8, 1.0), (5, 3.0))
@@ -68,6 +76,7 @@ def make_shapes_pairs(
     *,
     num_prompts: int,
     seed: int,
+    part: Part | None = None,
     panel: RaterPanel | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ShapesPairs:
@@ -76,6 +85,7 @@ def make_shapes_pairs(
     Args:
         pipeline: the generator whose pictures are compared.
         seed: of captions, layouts, starting noise and votes.
+        part: which captions (`scenes.caption_part`): those of two parts are never the same. None: any.
         panel: the raters; by default five of them.
         on_progress: called with (generated pictures, all pictures to generate).
     """
@@ -83,11 +93,11 @@ def make_shapes_pairs(
         raise ValueError(f"num_prompts is at least 1; got {num_prompts}")
     panel = panel or RaterPanel()
     rng = np.random.default_rng(seed)
-    specs = _distinct_captions(rng, num_prompts)
+    specs = distinct_captions(rng, num_prompts, part)
     seeds = rng.integers(2**31, size=(2, num_prompts))
-    shown = [specs, [_perhaps_wrong(rng, spec) for spec in specs]]
+    shown = [specs, [perhaps_wrong(rng, spec) for spec in specs]]
     drawn = [
-        _generate_mixed(
+        generate_mixed(
             pipeline, shown[row], settings, seeds[row], rng, _progress(on_progress, row, num_prompts)
         )
         for row, settings in enumerate((SAMPLE_SETTINGS, DRAFT_SETTINGS))
@@ -95,9 +105,9 @@ def make_shapes_pairs(
     candidates: list[Candidate] = []
     for index, spec in enumerate(specs):
         pictures = {"sample": drawn[0][index], "draft": drawn[1][index]}
-        pictures["render"] = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
+        pictures["render"] = render(sample_scene(rng, perhaps_wrong(rng, spec)))
         corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
-        undamaged = render(sample_scene(rng, _perhaps_wrong(rng, spec)))
+        undamaged = render(sample_scene(rng, perhaps_wrong(rng, spec)))
         pictures["corrupted"] = corrupt(undamaged, float(rng.uniform(0.1, 1.0)), rng)
         candidates += [
             Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
@@ -135,24 +145,30 @@ def vote(candidates: Sequence[Candidate], panel: RaterPanel, rng: np.random.Gene
     return ShapesPairs(pairs=pairs, bayes=np.asarray(bayes), candidates=list(candidates))
 
 
-def _distinct_captions(rng: np.random.Generator, num_prompts: int) -> list[CaptionSpec]:
+def distinct_captions(
+    rng: np.random.Generator, num_prompts: int, part: Part | None = None
+) -> list[CaptionSpec]:
+    """Captions as `sample_caption` draws them, each once; of one part, or of all."""
     specs: dict[CaptionSpec, None] = {}
     while len(specs) < num_prompts:
-        specs[sample_caption(rng)] = None
+        spec = sample_caption(rng)
+        if part is None or caption_part(spec) == part:
+            specs[spec] = None
     return list(specs)
 
 
-def _perhaps_wrong(rng: np.random.Generator, spec: CaptionSpec) -> CaptionSpec:
+def perhaps_wrong(rng: np.random.Generator, spec: CaptionSpec) -> CaptionSpec:
+    """The caption itself, or, half of the time, one that differs in one respect."""
     return change_attribute(rng, spec) if rng.random() < 0.5 else spec
 
 
-def _generate_mixed(
+def generate_mixed(
     pipeline: StableDiffusion3Pipeline,
     specs: Sequence[CaptionSpec],
     settings: Sequence[tuple[int, float]],
     seeds: np.ndarray,
     rng: np.random.Generator,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image.Image]:
     """One picture for each caption, each with one of `settings`; captions of one setting are sampled
     together."""

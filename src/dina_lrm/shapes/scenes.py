@@ -12,8 +12,10 @@ can check a picture against it. In the tradition of ShapeWorld (arXiv:1704.04517
 Positions are in pixels of a `CANVAS` x `CANVAS` picture, x to the right and y down, at pixel centres.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -37,6 +39,7 @@ SIZES: dict[str, tuple[float, float]] = {"small": (7.5, 9.0), "big": (12.0, 14.0
 SIZE_BOUNDARY = 10.5
 """Radius in pixels that separates small from big for the judge: the middle of the gap between the two
 ranges."""
+Part = Literal["train", "validation", "test"]
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 RELATION_MARGIN = 14.0
 """Centres differ by at least this many pixels along the axis of a stated relation."""
@@ -145,6 +148,13 @@ def parse_caption(caption: str) -> CaptionSpec:
     return CaptionSpec(
         objects=objects, background=outer["background"], relation=stated[0] if stated else None
     )
+
+
+def caption_part(spec: CaptionSpec) -> Part:
+    """Which part of all captions this one belongs to, by its digest: one in five is kept for tests, one in
+    ten for validation, and training sees neither."""
+    place = hashlib.blake2b(spec.caption.encode(), digest_size=8).digest()[0] % 10
+    return "test" if place < 2 else "validation" if place < 3 else "train"
 
 
 def vocabulary() -> list[str]:

@@ -227,9 +227,11 @@ def train_generator(run: PipelineTrainConfig) -> None:
         for name in ("text_encoder", "text_encoder_2")
     ]
     torch.manual_seed(run.seed + 2)
-    transformer: Any = networks.build_transformer()
+    transformer: Any = networks.build_transformer(run.num_layers, run.num_heads)
     if run.initial is not None:
-        transformer = SD3Transformer2DModel.from_pretrained(run.initial / "transformer", dtype=torch.float32)
+        known: Any = SD3Transformer2DModel.from_pretrained(run.initial / "transformer", dtype=torch.float32)
+        if (known.config.num_layers, known.config.num_attention_heads) == (run.num_layers, run.num_heads):
+            transformer = known
     t5: Any = T5EncoderModel.from_pretrained(run.output / "text" / "text_encoder_3").eval()
     readout = LayoutReadout(transformer.config.caption_projection_dim)
     for module in (transformer, t5, readout, *clips):
