@@ -45,6 +45,7 @@ __all__ = [
     "raw_source",
     "shapes_pairs",
     "source_parts",
+    "unseen_pairs",
 ]
 
 Log = Callable[[str], None]
@@ -168,6 +169,7 @@ def latent_pairs(
     prepared: Path | None = None,
     num_prompts: int = 1000,
     seed: int = 0,
+    part: Literal["train", "validation", "test"] | None = None,
     cache_gigabytes: float = 2.0,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> PairSet:
@@ -177,7 +179,7 @@ def latent_pairs(
         source: "shapes", a folder of `dina-lrm prepare`, a latents file (.safetensors), a folder of such
             files, preference rows, or a folder of pairs.
         prepared: folder that rows and folders of pairs are prepared into; what it holds of them is kept.
-        num_prompts, seed: of shapes pairs.
+        num_prompts, seed, part: of shapes pairs.
         cache_gigabytes: of shards kept in memory.
         on_progress: called with how many pictures (shapes) or comparisons are done, how many there are, and
             how many were found done.
@@ -191,7 +193,7 @@ def latent_pairs(
             on_progress(done, total, found)
 
     if source == "shapes":
-        return shapes_pairs(model, num_prompts=num_prompts, seed=seed, on_progress=report)
+        return shapes_pairs(model, num_prompts=num_prompts, seed=seed, part=part, on_progress=report)
     path = Path(source)
     raw = raw_source(path)
     if raw is None:
@@ -271,6 +273,23 @@ def shapes_pairs(
 
     pipeline = load_pipeline(device=str(model.device))
     made = make_shapes_pairs(pipeline, num_prompts=num_prompts, seed=seed, part=part, on_progress=on_progress)
+    return made.to_latents(model)
+
+
+def unseen_pairs(
+    model: RewardModel,
+    name: Literal["generators", "damage", "style"],
+    *,
+    num_prompts: int,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentPairs:
+    """Simulated pairs off the distribution of training (`build.unseen`), encoded by `model`."""
+    from dina_lrm.build.unseen import make_unseen_pairs
+
+    made = make_unseen_pairs(
+        name, num_prompts=num_prompts, seed=seed, device=str(model.device), on_progress=on_progress
+    )
     return made.to_latents(model)
 
 
@@ -385,6 +404,7 @@ class RunPairs:
                 prepared=prepared,
                 num_prompts=num_prompts,
                 seed=seed,
+                part="train" if part == "train" else "validation",
                 cache_gigabytes=cache,
                 on_progress=report,
             )

@@ -25,6 +25,10 @@ class Evaluate:
 
     benchmark: Literal[
         "shapes",
+        "shapes-generators",
+        "shapes-damage",
+        "shapes-style",
+        "shapes-all",
         "hpdv3",
         "hpdv3++",
         "hpdv2",
@@ -38,8 +42,10 @@ class Evaluate:
         "folder",
         "jsonl",
     ] = "shapes"
-    """shapes: pictures of the bundled generator, simulated raters whose distribution is known. Any other is a
-    set of human preferences in its original layout, under --root."""
+    """shapes: pictures of the bundled generator, simulated raters whose distribution is known,
+    captions that no training sees. shapes-generators, shapes-damage and shapes-style: the same with pictures
+    of other generators, damaged, or drawn in another way than any that training shows; shapes-all: these four
+    side by side. Any other is a set of human preferences in its original layout, under --root."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with the benchmark's files as published; for jsonl, also the file. Not for shapes."""
     split: str | None = None
@@ -73,7 +79,7 @@ class Evaluate:
     pairs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER|FILE")] = None
     """Pairs of latents: a folder of `dina-lrm prepare`, or a file (.safetensors). For a file that does not
     exist yet shapes pairs are made and kept there."""
-    num_prompts: int = 700
+    num_prompts: int = 1000
     """Captions that new shapes pairs are made of."""
     noise_levels: NoiseLevels = ()
     """Single levels to measure beside the model's own; auto: 0 to 0.9 for pairs of latents, none for public
@@ -96,6 +102,8 @@ class Evaluate:
     """Print one JSON object instead of a table."""
 
 
+SHAPES_SETS = ("shapes", "shapes-generators", "shapes-damage", "shapes-style")
+"""In distribution, and three ways off it."""
 PUBLIC_ONLY = ("root", "split", "rule", "tie_threshold", "threshold_split", "against", "scorers")
 """Options that only a public benchmark reads."""
 
@@ -119,14 +127,16 @@ def refuse_to_replace(folder: Path, model: str, seed: int) -> None:
 def refuse_ignored(options: Evaluate) -> None:
     """UsageError for an option that is not read for what is measured."""
     made = options.pairs is None or not options.pairs.exists()
-    if options.benchmark != "shapes":
+    if not options.benchmark.startswith("shapes"):
         what, unread = f"--benchmark {options.benchmark}", ["pairs", "num_prompts", "learn_levels"]
         if options.scorers:
             what = "--scorers"
             unread += ["model.model", "model.pipeline", "noise_levels", "ensembles", "num_draws"]
     else:
-        what = f"--pairs {options.pairs}" if options.pairs is not None else "--benchmark shapes"
+        what = f"--pairs {options.pairs}" if options.pairs is not None else f"--benchmark {options.benchmark}"
         unread = [*PUBLIC_ONLY, *([] if made else ["num_prompts"])]
+        if options.benchmark == "shapes-all":
+            unread += ["pairs", "learn_levels"]
         if options.learn_levels:
             what = "--learn-levels"
             unread += ["noise_levels", "ensembles", "num_draws", "batch_size", "output"]
