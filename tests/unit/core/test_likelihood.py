@@ -127,6 +127,24 @@ class TestThurstone:
         with pytest.raises(ValueError, match="the floor above 0"):
             constant_thurstone_log_likelihood(torch.ones(1), torch.zeros(1), variance=0.0)
 
+    def test_a_gain_undoes_the_variance(self):
+        """With a free gain on the margins of one level every v reaches the same loss, at gains as sqrt(v)."""
+        generator = torch.Generator().manual_seed(0)
+        margin = torch.randn(4000, generator=generator, dtype=torch.float64)
+        won = torch.bernoulli(torch.special.ndtr(margin), generator=generator)
+        gains, zeros = torch.linspace(0.2, 4.0, 761, dtype=torch.float64), torch.zeros_like(margin)
+        best = {}
+        for floor in (0.05, 0.5, 1.0):
+            losses = []
+            for gain in gains.tolist():
+                ours = pairwise_loss(gain * margin, zeros, zeros, target=won, slope=0.0, floor=floor)
+                losses.append(float(ours.mean()))
+            place = losses.index(min(losses))
+            best[floor] = losses[place], float(gains[place]) / floor**0.5
+        losses, ratios = zip(*best.values(), strict=True)
+        assert max(losses) - min(losses) < 1e-4
+        assert max(ratios) / min(ratios) == pytest.approx(1, abs=0.03)
+
 
 class TestEveryLikelihood:
     @pytest.mark.parametrize("likelihood", PROPER)
