@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm.build.alignment import latent_reward
 from dina_lrm.reporting import figures
@@ -32,6 +33,7 @@ from dina_lrm.shapes.scenes import sample_caption
 
 BEST_OF = (1, 2, 4, 8, 16)
 HALVING = (4, 8, 16, 32)
+DRAFTED = (4, 8, 16, 32)
 GUIDED = (0.02, 0.05, 0.1)
 
 
@@ -46,8 +48,6 @@ class Options:
     num_steps: int = 10
     guidance_scale: float = 1.0
     processes: int = 2
-    note: str = ""
-    """Hardware and date."""
 
 
 def main(options: Options) -> None:
@@ -85,6 +85,18 @@ def run(options: Options, start: int) -> str:
             best = min(at for at, candidate in enumerate(every.indices) if candidate < count)
             cost = count * per_sample if count > 1 else options.num_steps
             found[f"best of {count}"] = golds[best], cost
+        if search.draft_steps(options.num_steps) < options.num_steps:
+            for samples in DRAFTED:
+                result = search.best_of_n(
+                    policy,
+                    model,
+                    caption,
+                    samples=samples,
+                    draft=search.draft_steps(options.num_steps),
+                    seed=place,
+                    sampler=sampler,
+                )
+                found[f"draft, best of {samples}"] = gold(result), result.evaluations
         for samples in HALVING:
             result = search.successive_halving(
                 policy,
@@ -115,17 +127,17 @@ def summarize(options: Options) -> None:
     plain = [f"best of {count}" for count in BEST_OF]
 
     def passes_of_best_of_n(gold: float, means: Sequence[float]) -> float:
-        """Passes at which best of n has this gold; beyond its last point it never has."""
+        """Passes at which best of n has this gold; NaN outside its points, where nothing can be read."""
         level = np.maximum.accumulate(means)
-        if gold > level[-1]:
-            return float("inf")
+        if not level[0] < gold < level[-1]:
+            return float("nan")
         return float(np.exp(np.interp(gold, level, [np.log(costs[name]) for name in plain])))
 
     rows = []
     for name in names:
         mean, low, high = _interval(golds[name], draws)
         row: dict[str, Any] = {"method": name, "gold": [mean, low, high], "passes": costs[name]}
-        if not name.startswith("best"):
+        if not name.startswith("best of"):
             ratio = costs[name] / passes_of_best_of_n(mean, [float(golds[one].mean()) for one in plain])
             ratios = [
                 costs[name]
@@ -134,7 +146,10 @@ def summarize(options: Options) -> None:
                 )
                 for chosen in draws
             ]
-            row["share_of_best_of_n"] = [ratio, *(float(np.quantile(ratios, q)) for q in (0.025, 0.975))]
+            inside = np.isfinite(ratios)
+            if np.isfinite(ratio) and inside.mean() >= 0.95:
+                low, high = np.quantile(np.array(ratios)[inside], (0.025, 0.975))
+                row["share_of_best_of_n"] = [ratio, float(low), float(high)]
         if name.startswith("halving"):  # against best of as many, and of half as many, caption by caption
             count = int(name.split()[1])
             others = [f"best of {one}" for one in (count, count // 2) if f"best of {one}" in costs]
@@ -148,18 +163,15 @@ def summarize(options: Options) -> None:
             ]
         rows.append(row)
     folder = options.results or options.output
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python benchmarks/search.py --output RUNS --results benchmarks/results",
         "captions": len(records),
         "steps": options.num_steps,
         "guidance_scale": options.guidance_scale,
         "draft_steps": search.draft_steps(options.num_steps),
-        "note": options.note,
     }
     name = f"search_{options.num_steps}_steps"
-    (folder / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(table(about, rows))
+    seeds = sorted({30_000 + start for start in range(0, options.captions, 10)})
+    write_results(folder, name, {**about, "rows": rows}, table(about, rows), seeds=seeds)
     figures.save_png(curve(rows), folder / f"{name}.png")
     print(table(about, rows))
 
@@ -173,7 +185,8 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{about['captions']} captions, {about['steps']} steps, guidance {about['guidance_scale']:g}, "
         f"halving on a grid of {about['draft_steps']} steps; gold "
-        f"is the judge's utility of the winner, 95 % intervals over captions. {about['note']}",
+        "is the judge's utility of the winner, 95 % intervals over captions. A share is left out where "
+        "the gold lies outside that of best of n.",
         "",
         "| method | passes of the denoiser | gold | passes, share of best of n at equal gold |",
         "|---|--:|--:|--:|",
@@ -199,9 +212,14 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def curve(rows: Sequence[dict[str, Any]]) -> Any:
     """Gold against passes, a line a method."""
     axes = figures.new_figure((6.4, 4.2))
-    groups = {"best of n": "best", "successive halving": "halving", "guided": "guided"}
+    groups = {
+        "best of n": "best",
+        "best of n on a coarse grid": "draft",
+        "successive halving": "halving",
+        "guided": "guided",
+    }
     for number, (label, key) in enumerate(groups.items()):
-        own = sorted((row for row in rows if key in row["method"]), key=lambda row: row["passes"])
+        own = sorted((row for row in rows if row["method"].startswith(key)), key=lambda row: row["passes"])
         values = np.array([row["gold"] for row in own])
         spread = np.abs(values[:, 1:].T - values[:, 0])
         axes.errorbar(
@@ -216,7 +234,7 @@ def curve(rows: Sequence[dict[str, Any]]) -> Any:
             label=label,
         )
     axes.set_xscale("log")
-    axes.set_xticks(sorted(row["passes"] for row in rows if "best" in row["method"]))
+    axes.set_xticks(sorted(row["passes"] for row in rows if row["method"].startswith("best")))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
     axes.set_xlabel("passes of the denoiser, scoring included")

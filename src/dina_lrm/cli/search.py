@@ -24,8 +24,9 @@ PASSES = "passes of the denoiser"
 
 
 FLAGS_OF = {
-    "halving": ("--confidence", "--draft", "--first-check", "--every"),
-    "guided": ("--strength",),
+    ("halving",): ("--confidence", "--first-check", "--every"),
+    ("halving", "best-of-n"): ("--draft",),
+    ("guided",): ("--strength",),
 }
 
 
@@ -55,7 +56,8 @@ class Search:
     check."""
     draft: int | None = None
     """halving: steps of the grid that candidates are compared on; by default 10, where --steps are twice as
-    many."""
+    many. best-of-n: steps of all candidates, of which the best is sampled again in --steps; by default
+    none."""
     first_check: int | None = None
     """halving: steps of that grid before the first comparison; by default a fifth of them, of a draft 3."""
     every: int | None = None
@@ -78,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     check_prompt("search", options.prompt)
     if not options.prompt.strip():
         raise UsageError('give a prompt, as in: dina-lrm search "a red circle" --samples 8')
-    for method, flags in FLAGS_OF.items():
-        if method != options.method:
-            refuse(arguments, flags, f"goes with --method {method}")
+    for methods, flags in FLAGS_OF.items():
+        if options.method not in methods:
+            refuse(arguments, flags, f"goes with --method {' or '.join(methods)}")
     if options.keep < 1 or options.samples < 1:
         raise UsageError(f"--keep {options.keep}, --samples {options.samples}: must be at least 1")
     if options.model.model.startswith(("http://", "https://")):
@@ -157,7 +159,7 @@ def run(options: Search, policy: "Policy", model: "RewardModel", sampler: "Sampl
                 **common,
             )
         case "best-of-n":
-            return search.best_of_n(policy, model, options.prompt, **common)
+            return search.best_of_n(policy, model, options.prompt, draft=options.draft, **common)
         case "guided":
             return search.guided(policy, model, options.prompt, strength=options.strength, **common)
 

@@ -48,6 +48,20 @@ def test_best_of_n_ranks_all(policy: Policy, model: RewardModel) -> None:
     assert found.evaluations == 30 + 5 * model.backbone.num_blocks / 4
 
 
+def test_best_of_a_draft_is_sampled_again_in_full(policy: Policy, model: RewardModel) -> None:
+    """The winner of 2 steps, from its own noise in 6: what a full search of it alone gives."""
+    coarse = SamplerConfig(num_steps=2, height=32, width=32)
+    wanted = search.best_of_n(policy, model, PROMPT, samples=5, sampler=coarse).indices[0]
+    found = search.best_of_n(policy, model, PROMPT, samples=5, draft=2, sampler=SAMPLER)
+    assert found.indices == (wanted,)
+    whole = search.best_of_n(policy, model, PROMPT, samples=5, sampler=SAMPLER)
+    expected = whole.latents[whole.indices.index(wanted)]
+    torch.testing.assert_close(found.latents[0], expected, rtol=1e-4, atol=1e-4)
+    share = model.backbone.num_blocks / 4
+    assert found.evaluations == 5 * 2 + 6 + (5 + 1) * share
+    assert found.alive == (5, 5, 1, 1, 1, 1, 1, 1)
+
+
 def test_a_confidence_of_one_drops_nobody(policy: Policy, model: RewardModel) -> None:
     whole = search.best_of_n(policy, model, PROMPT, samples=4, sampler=SAMPLER)
     same = search.successive_halving(policy, model, PROMPT, samples=4, confidence=1.0, sampler=SAMPLER)
