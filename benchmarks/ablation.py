@@ -1,108 +1,152 @@
-"""Does the paper's ablation hold on the shapes domain? Rewards trained alike but for one thing, over seeds.
+"""Do the paper's ablations hold, in distribution and off it? Rewards trained alike but for one thing, over
+seeds.
 
-    python benchmarks/ablation.py --output RUNS
+    python benchmarks/ablation.py --output RUNS --results benchmarks/results
 
 Every reward sees the same pairs, as many steps and batches of the same size; the seed decides new weights,
-order, noise levels and noise. All are measured on the same held-out pairs of simulated raters whose
-distribution is known, so accuracy is given as a share of what the best possible reward reaches. One run is
-one process on one thread; a finished run is not repeated, so an interrupted command goes on where it stopped.
-Writes RUNS/VARIANT-SEED.json, and the table DIR/ablation.{json,md} with --results DIR.
-"""
+order, noise levels and noise. All are measured on four sets of pairs of simulated raters, with captions that
+training has not seen: pictures like those of training, of other generators, damaged, and in another style
+(`dina-lrm evaluate --benchmark shapes-all`). What is counted is the expected agreement with fresh raters,
+over that of the best possible reward; intervals resample captions and seeds together, the seeds of all
+variants alike. One run is one process on one thread; what is done is not done again, so an interrupted
+command goes on."""
 
-import dataclasses
 import json
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
-from dina_lrm.build.pairs import shapes_pairs
+from dina_lrm import RewardModel
+from dina_lrm.build.pairs import shapes_pairs, unseen_pairs
 from dina_lrm.build.training import reward_model
 from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
-from dina_lrm.evaluation.metrics import cluster_bootstrap, pair_correctness
+from dina_lrm.evaluation.adaptive import joined_scores
+from dina_lrm.evaluation.metrics import expected_correctness
 from dina_lrm.recipes import training as recipes
-from dina_lrm.training.config import TrainConfig
+from dina_lrm.training.config import NoiseConfig, TrainConfig
 from dina_lrm.training.trainer import train
 
-LEVELS = (0.0, 0.2, 0.4, 0.5, 0.7)
-ENSEMBLE = (0.2, 0.5, 0.7)
-SETTINGS = ("0", "0.2", "0.4", "0.5", "0.7", "0.2+0.5+0.7", "mean(0.2, 0.5, 0.7)")
-MEASURE_SEED = 0
+SETS = ("shapes", "generators", "damage", "style")
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PAPER = (0.2, 0.5, 0.7)
+GROWING = (0.4, 0.2, 0.6, 0.3, 0.5, 0.1, 0.7, 0.8, 0.9)
+"""Its first k are the ensemble of k levels."""
+ENSEMBLES = (*((level,) for level in LEVELS), PAPER, *(GROWING[:count] for count in range(2, 10)))
+SHOWN = ("0", "0.2", "0.4", "0.5", "0.7", "0.2+0.5+0.7")
+BASE = "calibrated"
+PAIRS_SEED, MEASURE_SEED, RESAMPLES = 9001, 0, 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     output: Path
-    """Folder of the pairs and of one file a run."""
+    """Folder of the pairs and of one folder a reward."""
     results: Path | None = None
     """Folder of the table; by default OUTPUT."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    num_steps: int = 250
-    train_prompts: int = 1200
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    variants: tuple[str, ...] = ()
+    """By default all."""
+    num_steps: int = 400
+    batch_size: int = 48
+    train_prompts: int = 1800
     """Captions of the training pairs, six pairs each."""
-    test_prompts: int = 350
+    test_prompts: int = 1000
+    """Captions of each test set."""
+    draws: int = 3
+    """Noise draws of every test picture."""
     processes: int = 2
     """Runs at the same time, each on one thread."""
-    note: str = ""
-    """Hardware and date, for the table."""
 
 
 def variants() -> dict[str, TrainConfig]:
     """What is compared: the method, and the method with one thing changed."""
     base = replace(recipes.shapes(), ensemble_fraction=0.0)
+    constant = replace(recipes.shapes_constant_variance(), ensemble_fraction=0.0)
+    logistic = replace(recipes.shapes_bradley_terry(), ensemble_fraction=0.0)
     return {
-        "noise-calibrated": base,
-        "constant variance": replace(recipes.shapes_constant_variance(), ensemble_fraction=0.0),
-        "sigma = 0 only": recipes.shapes_clean(),
-        "Bradley-Terry": replace(recipes.shapes_bradley_terry(), ensemble_fraction=0.0),
-        "frozen backbone": replace(recipes.shapes_frozen(), ensemble_fraction=0.0),
+        BASE: base,
+        "constant variance": constant,
+        "sigma = 0": recipes.shapes_clean(),
+        "sigma = 0.4": replace(base, noise=NoiseConfig(distribution="constant", level=0.4)),
+        "Bradley-Terry": logistic,
+        "calibrated, log-likelihood": replace(base, loss=replace(base.loss, loss="log_likelihood")),
+        "constant variance, log-likelihood": replace(
+            constant, loss=replace(constant.loss, loss="log_likelihood")
+        ),
+        "Bradley-Terry, fidelity": replace(logistic, loss=replace(logistic.loss, loss="fidelity")),
         "levels concatenated": recipes.shapes(),
     }
 
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    sets = {"train": (options.train_prompts, 9001), "test": (options.test_prompts, 9002)}
-    runs = [(name, seed) for seed in options.seeds for name in variants()]
+    names = options.variants or tuple(variants())
+    runs = [(name, seed) for seed in options.seeds for name in names]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for line in pool.imap(partial(make_pairs, options.output), [(k, *v) for k, v in sets.items()]):
+        for line in pool.imap(partial(make_pairs, options), ("train", *SETS)):
             print(line, flush=True)
         for line in pool.imap_unordered(partial(run, options), runs):
             print(line, flush=True)
-    summarize(options)
+    summarize(options, names)
 
 
-def make_pairs(output: Path, job: tuple[str, int, int]) -> str:
-    part, num_prompts, seed = job
-    file = output / f"{part}.safetensors"
+def make_pairs(options: Options, name: str) -> str:
+    file = options.output / f"{name}.safetensors"
     if not file.exists():
         torch.set_num_threads(1)
         model = reward_model(recipes.shapes().model)  # its encoders are used, its weights are not
-        shapes_pairs(model, num_prompts=num_prompts, seed=seed).save(file)
+        if name == "train":
+            pairs = shapes_pairs(model, num_prompts=options.train_prompts, seed=PAIRS_SEED, part="train")
+        elif name == "shapes":
+            pairs = shapes_pairs(model, num_prompts=options.test_prompts, seed=PAIRS_SEED, part="test")
+        else:
+            pairs = unseen_pairs(model, name, num_prompts=options.test_prompts, seed=PAIRS_SEED)  # type: ignore[arg-type]
+        pairs.save(file)
     return str(file)
 
 
 def run(options: Options, job: tuple[str, int]) -> str:
-    """Train and measure one reward."""
+    """Train one reward, and score all sets with it."""
     name, seed = job
-    file = options.output / f"{name}-{seed}.json"
-    if file.exists():
-        return f"{file} (there already)"
     torch.set_num_threads(1)
+    folder = options.output / f"{name}-{seed}"
+    if not (folder / "training.json").exists():
+        train_reward(options, name, seed, folder)
+    model: RewardModel | None = None
+    for part in SETS:
+        file = folder / f"{part}.npz"
+        if file.exists():
+            continue
+        model = model or RewardModel.from_pretrained(folder).requires_grad_(False)
+        pairs = LatentPairs.load(options.output / f"{part}.safetensors")
+        margins = []
+        for draw in range(options.draws):
+            scores = joined_scores(model, pairs, ENSEMBLES, seed=MEASURE_SEED + draw)
+            margins.append((scores.chosen - scores.rejected).numpy())
+        with file.with_suffix(".partial").open("wb") as stream:
+            np.savez_compressed(stream, margins=np.stack(margins).astype(np.float32))
+        file.with_suffix(".partial").replace(file)
+    return str(folder)
+
+
+def train_reward(options: Options, name: str, seed: int, folder: Path) -> None:
     base = variants()[name]
     config = replace(
         base,
         output=None,
         seed=seed,
         num_steps=options.num_steps,
+        batch_size=options.batch_size,
         precision="bfloat16",
         cpu=True,
         tensorboard=False,
@@ -113,99 +157,192 @@ def run(options: Options, job: tuple[str, int]) -> str:
     )
     model = reward_model(config.model, likelihood, seed=seed)
     trained = train(config, model, LatentPairs.load(options.output / "train.safetensors"))
-    test = LatentPairs.load(options.output / "test.safetensors")
-    measured = evaluate_latent_pairs(
-        model, test, noise_levels=LEVELS, ensembles=(ENSEMBLE,), seed=MEASURE_SEED
-    )
-    margins = {label: scores.margin.tolist() for label, scores in measured.scores.items()}
-    record = {
-        "variant": name,
-        "seed": seed,
-        "steps": trained.steps,
-        "seconds": trained.seconds,
-        "loss": [line.loss for line in trained.history if line.loss is not None],
-        "margins": {label: margins[label] for label in SETTINGS},
-    }
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(record))
-    aside.replace(file)
-    return f"{file}: {trained.seconds:.0f} s"
+    model.save_pretrained(folder)
+    losses = [line.loss for line in trained.history if line.loss is not None]
+    record = {"steps": trained.steps, "seconds": trained.seconds, "loss": losses}
+    (folder / "training.json").write_text(json.dumps(record))
 
 
-def summarize(options: Options) -> None:
-    """Share of Bayes by variant and setting: mean over seeds, range over seeds, interval over prompts."""
-    test = LatentPairs.load(options.output / "test.safetensors")
-    assert test.bayes is not None
-    target, prompts = test.target.double().numpy(), test.prompt_index.numpy()
-    optimal = pair_correctness(test.bayes.double().numpy() - 0.5, target, ties="half")
+# --- what came of it ---------------------------------------------------------------------------------------
 
-    def correct(name: str, label: str) -> np.ndarray:
-        """(seed, pair)"""
-        files = [options.output / f"{name}-{seed}.json" for seed in options.seeds]
-        margins = [json.loads(file.read_text())["margins"][label] for file in files]
-        return np.stack([pair_correctness(np.array(margin), target, ties="wrong") for margin in margins])
 
+class Sums:
+    """Expected agreement of every variant on one set, summed over each caption's pairs.
+
+    Attributes:
+        reached: by variant and label, (seed, caption).
+        possible: (caption,), of the best reward.
+    """
+
+    def __init__(self, options: Options, names: Sequence[str], part: str) -> None:
+        pairs = LatentPairs.load(options.output / f"{part}.safetensors")
+        assert pairs.bayes is not None
+        bayes = pairs.bayes.double().numpy()
+        _, self.caption = np.unique(pairs.prompt_index.numpy(), return_inverse=True)
+        self.possible = np.bincount(self.caption, np.maximum(bayes, 1 - bayes))
+        self.reached: dict[tuple[str, str], np.ndarray] = {}
+        for name in names:
+            files = [options.output / f"{name}-{seed}" / f"{part}.npz" for seed in options.seeds]
+            margins = np.stack([np.load(file)["margins"] for file in files])  # (seed, draw, way, pair)
+            for way, levels in enumerate(ENSEMBLES):
+                self.add(name, label_of(levels), margins[:, 0, way], bayes)
+            way = ENSEMBLES.index((0.4,))
+            for draws in range(2, margins.shape[1] + 1):
+                self.add(name, f"0.4 x{draws}", margins[:, :draws, way].mean(axis=1), bayes)
+
+    def add(self, name: str, label: str, margins: np.ndarray, bayes: np.ndarray) -> None:
+        self.reached[name, label] = np.stack(
+            [np.bincount(self.caption, expected_correctness(row, bayes)) for row in margins]
+        )
+
+    def share(self, name: str, label: str, seeds: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Share of the possible under each resample, (resample,)."""
+        reached = self.reached[name, label]  # (seed, caption)
+        by_resample = np.stack([reached[rows].mean(axis=0) for rows in seeds])
+        return (by_resample * weights).sum(axis=1) / (weights @ self.possible)
+
+
+def label_of(levels: Sequence[float]) -> str:
+    return "+".join(f"{level:g}" for level in levels)
+
+
+def summarize(options: Options, names: Sequence[str]) -> None:
+    rng = np.random.default_rng(0)
+    count = len(options.seeds)
+    seeds = np.concatenate([np.arange(count)[None], rng.integers(count, size=(RESAMPLES, count))])
     rows: list[dict[str, Any]] = []
-    for name in variants():
-        for label in SETTINGS:
-            of_seeds = correct(name, label)
-            counted = ~np.isnan(optimal)
-            shares = [float(one[counted].sum() / optimal[counted].sum()) for one in of_seeds]
-            pooled = cluster_bootstrap(of_seeds.mean(axis=0), prompts, reference=optimal)
-            gain = of_seeds.mean(axis=0) - correct("noise-calibrated", label).mean(axis=0)
-            rows.append(
-                {
-                    "variant": name,
-                    "setting": label,
-                    "share_of_bayes": dataclasses.asdict(pooled),
-                    "by_seed": shares,
-                    "minus_noise_calibrated": dataclasses.asdict(cluster_bootstrap(gain, prompts)),
-                }
-            )
-    folder = options.results or options.output
-    folder.mkdir(parents=True, exist_ok=True)
+    for part in SETS:
+        sums = Sums(options, names, part)
+        captions = len(sums.possible)
+        weights = np.concatenate(
+            [
+                np.ones((1, captions)),
+                rng.multinomial(captions, np.full(captions, 1 / captions), size=RESAMPLES),
+            ]
+        )
+        labels = dict.fromkeys(label for _, label in sums.reached)
+        for label in labels:
+            shares = {name: sums.share(name, label, seeds, weights) for name in names}
+            for name in names:
+                row: dict[str, Any] = {"set": part, "variant": name, "setting": label}
+                row["share"] = interval(shares[name])
+                row["by_seed"] = (sums.reached[name, label].sum(axis=1) / sums.possible.sum()).tolist()
+                if name != BASE and BASE in shares:
+                    row["minus_calibrated"] = interval(shares[name] - shares[BASE])
+                row["minus_level_0"] = interval(shares[name] - sums.share(name, "0", seeds, weights))
+                rows.append(row)
+    compared = [row for row in rows if "minus_calibrated" in row and row["setting"] in SHOWN]
+    holm(compared)
+    error = float(np.median([row["minus_calibrated"]["error"] for row in compared])) if compared else None
+    powers = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
     about = {
-        "command": "python benchmarks/ablation.py --output RUNS",
         "steps": options.num_steps,
+        "batch_size": options.batch_size,
         "train_pairs": 6 * options.train_prompts,
-        "test_pairs": int((~np.isnan(optimal)).sum()),
-        "bayes_accuracy": float(np.nanmean(optimal)),
-        "note": options.note,
+        "captions": options.test_prompts,
+        "comparisons": len(compared),
+        # Seen with a probability of 80 % at a two-sided 5 %, one comparison taken alone.
+        "smallest_detectable": (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8))
+        * float(np.median(errors))
+        if errors
+        else None,
     }
-    (folder / "ablation.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (folder / "ablation.md").write_text("\n".join(table(about, rows)) + "\n")
-    print((folder / "ablation.md").read_text())
+    folder = options.results or options.output
+    text = "\n".join(table(about, rows, names)) + "\n"
+    print(text)
+    write_results(folder, "ablation", {**about, "rows": rows}, text, seeds=options.seeds)
 
 
-def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> Iterable[str]:
-    yield f"{about['train_pairs']} training pairs, {about['steps']} steps, {about['test_pairs']} test pairs, "
-    yield f"Bayes-optimal accuracy {100 * about['bayes_accuracy']:.1f} %. {about['note']}"
-    yield ""
-    yield "Share of the Bayes-optimal accuracy in %, mean over seeds (smallest to largest seed):"
-    yield ""
-    yield "| | " + " | ".join(SETTINGS) + " |"
-    yield "|---|" + "--:|" * len(SETTINGS)
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(row["variant"], []).append(row)
-    for name, cells in by_name.items():
-        means = [100 * cell["share_of_bayes"]["value"] for cell in cells]
-        spans = [(100 * min(cell["by_seed"]), 100 * max(cell["by_seed"])) for cell in cells]
-        shown = [
-            f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, (low, high) in zip(means, spans, strict=True)
-        ]
-        yield f"| {name} | " + " | ".join(shown) + " |"
-    yield ""
-    yield "Accuracy minus noise-calibrated at the same setting, in points, 95 % interval over prompts:"
-    yield ""
-    yield "| | " + " | ".join(SETTINGS) + " |"
-    yield "|---|" + "--:|" * len(SETTINGS)
-    for name, cells in list(by_name.items())[1:]:
-        shown = [
-            f"{100 * d['value']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f})"
-            for d in (c["minus_noise_calibrated"] for c in cells)
-        ]
-        yield f"| {name} | " + " | ".join(shown) + " |"
+def interval(values: np.ndarray) -> dict[str, float]:
+    """The value, its 95 % interval, and its standard error, of (value, resamples...)."""
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return {
+        "value": float(values[0]),
+        "low": float(low),
+        "high": float(high),
+        "error": float(values[1:].std()),
+    }
+
+
+def holm(rows: Sequence[dict[str, Any]]) -> None:
+    """Which differences are there at 5 % over all comparisons together (Holm's step-down)."""
+
+    def chance(row: dict[str, Any]) -> float:
+        difference = row["minus_calibrated"]
+        return 2 * NormalDist().cdf(-abs(difference["value"]) / max(difference["error"], 1e-12))
+
+    holds = True
+    for place, row in enumerate(sorted(rows, key=chance)):
+        holds = holds and chance(row) <= 0.05 / (len(rows) - place)
+        row["certain"] = holds
+
+
+def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    found = {(row["set"], row["variant"], row["setting"]): row for row in rows}
+    yield (
+        f"{about['train_pairs']} training pairs, {about['steps']} steps of {about['batch_size']}; "
+        f"{about['captions']} captions in each set. Expected agreement with fresh raters in % of the best "
+        "reward's, mean over seeds, 95 % intervals over captions and seeds."
+    )
+    for part in SETS:
+        yield from header(part)
+        for name in names:
+            cells = [shown(found[part, name, label]["share"], "{:.1f}") for label in SHOWN]
+            yield f"| {name} | " + " | ".join(cells) + " |"
+    if about["smallest_detectable"] is not None:
+        yield ""
+        yield (
+            "Minus calibrated at the same setting, in points; * is a difference that stands after Holm's "
+            f"correction for all {about['comparisons']}. One of {100 * about['smallest_detectable']:.1f} "
+            "points would be seen four times in five, taken alone."
+        )
+        for part in SETS:
+            yield from (
+                "",
+                f"**{part}**",
+                "",
+                "| | " + " | ".join(SHOWN) + " |",
+                "|---|" + "--:|" * len(SHOWN),
+            )
+            for name in names:
+                cells = []
+                for label in SHOWN:
+                    row = found[part, name, label]
+                    if "minus_calibrated" in row:
+                        cells.append(
+                            shown(row["minus_calibrated"], "{:+.1f}") + ("*" if row["certain"] else "")
+                        )
+                if cells:
+                    yield f"| {name} | " + " | ".join(cells) + " |"
+    yield from ("", "Noise at scoring: minus level 0 of the same reward, in points:", "")
+    more = (
+        "0.4",
+        "0.7",
+        "0.2+0.5+0.7",
+        *(label_of(GROWING[:count]) for count in (3, 5, 9)),
+        "0.4 x2",
+        "0.4 x3",
+    )
+    yield "| set | variant | " + " | ".join(more) + " |"
+    yield "|---|---|" + "--:|" * len(more)
+    for part in SETS:
+        for name in names:
+            cells = [
+                shown(found[part, name, label]["minus_level_0"], "{:+.1f}")
+                if (part, name, label) in found
+                else ""
+                for label in more
+            ]
+            yield f"| {part} | {name} | " + " | ".join(cells) + " |"
+
+
+def header(part: str) -> Iterator[str]:
+    yield from ("", f"**{part}**", "", "| | " + " | ".join(SHOWN) + " |", "|---|" + "--:|" * len(SHOWN))
+
+
+def shown(value: dict[str, float], form: str) -> str:
+    mean, low, high = (form.format(100 * value[name]) for name in ("value", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are learned too, and one over the levels of the default ensemble. Writes DIR/ada
 from benchmarks/shapes_pairs.py, of seeds that the reward was not trained on.
 """
 
-import json
 import multiprocessing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm import RewardModel
 from dina_lrm.data.latents import LatentPairs
@@ -45,8 +45,6 @@ class Options:
     test: Path
     output: Path
     model: str = "bundled"
-    note: str = ""
-    """Hardware and date, for the table."""
 
 
 def main(options: Options) -> None:
@@ -131,19 +129,15 @@ def main(options: Options) -> None:
     for row in rows:
         del row["right"]
     about = {
-        "command": "python benchmarks/adaptive.py --fit FIT.safetensors --test TEST.safetensors --output DIR",
         "fit_pairs": len(fit),
         "test_pairs": len(test),
         "orders": {name: list(order.noise_levels) for name, order in orders.items()},
         "nats": {name: list(order.nats) for name, order in orders.items()},
         "best_ensemble_on_fit": best["name"],
         "best_on_fit_by_passes": {name: reference["name"] for name, reference in references.items()},
-        "note": options.note,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "adaptive.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     page = table(about, rows, references)
-    (options.output / "adaptive.md").write_text(page)
+    write_results(options.output, "adaptive", {**about, "rows": rows}, page, seeds=[SEED])
     print(page)
 
 
@@ -151,7 +145,7 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]], references: dict[st
     """All rows against the best fixed ensemble; then the adaptive ones against the best of every size."""
     orders = "; ".join(f"{name} {', '.join(map(str, order))}" for name, order in about["orders"].items())
     lines = [
-        f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure. {about['note']}",
+        f"{about['fit_pairs']} pairs to learn on, {about['test_pairs']} to measure.",
         f"Orders of levels: {orders}. Best fixed ensemble on the former: {about['best_ensemble_on_fit']}.",
         "",
         f"| | passes | accuracy % | 95 % interval | minus the best fixed ensemble, points | "

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm.alignment.config import AlignConfig
 from dina_lrm.alignment.gold import paired_gain
@@ -41,8 +42,6 @@ class Options:
     """Held-out captions."""
     processes: int = 2
     """Runs at the same time."""
-    note: str = ""
-    """Hardware and date, for the table."""
 
 
 def config_of(options: Options, algorithm: str, seed: int) -> AlignConfig:
@@ -132,12 +131,9 @@ def summarize(options: Options) -> None:
     folder = options.results or options.output
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python benchmarks/alignment.py --output RUNS --results benchmarks/results",
         "held_out": options.held_out,
-        "note": options.note,
     }
-    (folder / "alignment.json").write_text(json.dumps({**about, "rows": rows}) + "\n")
-    (folder / "alignment.md").write_text(table(about, rows))
+    write_results(folder, "alignment", {**about, "rows": rows}, table(about, rows), seeds=options.seeds)
     figures.save_png(curves(options, rows), folder / "alignment.png")
     print(table(about, rows))
 
@@ -146,7 +142,6 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"Gold is the judge's utility, in [0, 1], mean of {about['held_out']} held-out captions; the "
         f"base has {rows[0]['base_gold']:.3f}. Gains are paired, with 95 % intervals over captions. "
-        f"{about['note']}",
         "",
         "| | seed | updates | minutes | gold gain | proxy gain | best gold gain (update) | parted at "
         "| distance | diversity, before and after |",

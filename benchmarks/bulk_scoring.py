@@ -16,7 +16,6 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tyro
+from record import write_results
 
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import sample_caption, sample_scene
@@ -68,11 +68,7 @@ def main(options: Options) -> None:
     first.kill()
     second = Run(sharded)
     summary = second.summary()
-    cores = len(os.sched_getaffinity(0))
     record = {
-        "command": f"python benchmarks/bulk_scoring.py --output WORK --rows {options.rows}",
-        "date": date.today().isoformat(),
-        "hardware": f"{'two' if cores == 2 else cores} CPU cores, no GPU",
         "rows": options.rows,
         "rows_per_part": options.rows_per_part,
         "workers": options.workers,
@@ -88,8 +84,7 @@ def main(options: Options) -> None:
     }
     print(json.dumps(record), flush=True)
     if options.results is not None:
-        (options.results / "bulk_scoring.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.results / "bulk_scoring.md").write_text(report(record))
+        write_results(options.results, "bulk_scoring", record, report(record), seeds=[options.seed])
 
 
 def write_rows(options: Options) -> Path:

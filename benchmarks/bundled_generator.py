@@ -9,7 +9,6 @@ pipeline with nothing but the caption: 28 steps, guidance 7, T5 prompts padded t
 """
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 import tyro
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
+from record import write_results
 from scipy import stats
 
 from dina_lrm.shapes.judge import Judgement, judge
@@ -67,14 +67,7 @@ def main(options: Options) -> None:
             verdicts = [judge(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
             rows.append(row("plain call", num_objects, verdicts, seconds))
             print(json.dumps(rows[-1]), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    options.output.write_text(json.dumps({"rows": rows, "environment": environment}, indent=2) + "\n")
+    write_results(options.output.parent, options.output.stem, {"rows": rows}, seeds=[SEED])
     options.grid.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(shown).save(options.grid)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm.alignment.config import MonitorConfig, ReflConfig
 from dina_lrm.build.alignment import run_alignment
@@ -130,20 +131,17 @@ def summarize(options: Options) -> None:
     folder = options.results or options.output
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results",
         "pairs": 6 * options.prompts,
         "held_out": options.held_out,
-        "note": options.note,
     }
-    (folder / "hackable_reward.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (folder / "hackable_reward.md").write_text(table(about, rows))
+    write_results(folder, "hackable_reward", {**about, "rows": rows}, table(about, rows), seeds=options.seeds)
     print(table(about, rows))
 
 
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"A reward from {about['pairs']} pairs, maximised by ReFL; gold on {about['held_out']} held-out "
-        f"captions. {about['note']}",
+        f"captions.",
         "",
         "| seed | warned at update | gold gain then | best gold gain until then | share of it lost "
         "| best of all | at the end |",

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 from torch import Tensor
 
 from dina_lrm.alignment.config import AlignConfig, MonitorConfig
@@ -165,14 +166,12 @@ def main(options: Options) -> None:
     folder = options.results or options.output
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": "python benchmarks/latent_against_pixels.py --pixels PIXELS --output RUNS",
         "updates": alignment_recipe("refl", "shapes").num_steps,
         "held_out": options.held_out,
         "without_reward": costs["none"],
-        "note": options.note,
     }
-    (folder / "latent_against_pixels.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (folder / "latent_against_pixels.md").write_text(table(about, rows))
+    page = table(about, rows)
+    write_results(folder, "latent_against_pixels", {**about, "rows": rows}, page, seeds=options.seeds)
     print(table(about, rows))
 
 
@@ -182,7 +181,7 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         f"ReFL on the bundled generator, {about['updates']} updates; gold gain on {about['held_out']} "
         f"held-out captions by seed. Costs of the reward are what an update (32 pictures, bfloat16) takes "
         f"beyond one without; "
-        f"the last three columns are shares of the reward on pixels. {about['note']}",
+        f"the last three columns are shares of the reward on pixels.",
         "",
         "| reward | gold gain by seed | best on the way | seconds | MB | MFLOP a picture | time | memory "
         "| FLOPs |",

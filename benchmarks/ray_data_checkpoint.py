@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow.parquet
 import tyro
+from record import write_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,7 @@ def main(options: Options) -> None:
     if options.results is not None:
         rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in record.items())
         text = f"Ray Data with `CheckpointConfig`, killed and given again.\n\n| | |\n|---|---|\n{rows}\n\n"
-        command = f"`python benchmarks/ray_data_checkpoint.py --output WORK --rows {options.rows}`\n"
-        (options.results / "ray_data_checkpoint.md").write_text(text + command)
+        write_results(options.results, "ray_data_checkpoint", record, text, seeds=[0, 1])
     shutil.rmtree(folder)
 
 

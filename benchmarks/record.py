@@ -45,9 +45,9 @@ def about(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def write_results(
-    folder: Path, name: str, content: Mapping[str, Any], text: str, *, seeds: Sequence[int]
+    folder: Path, name: str, content: Mapping[str, Any], text: str | None = None, *, seeds: Sequence[int]
 ) -> None:
-    """FOLDER/NAME.json and FOLDER/NAME.md.
+    """FOLDER/NAME.json and, where there is a text, FOLDER/NAME.md.
 
     Args:
         content: what was measured, of JSON types; NaN is refused, since JSON has none.
@@ -57,6 +57,8 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     record = json.dumps({"about": origin, **content}, indent=1, allow_nan=False) + "\n"
     atomic_write(folder / f"{name}.json", record.encode())
+    if text is None:
+        return
     said = f"`{origin['command']}`, commit {origin['commit']}, {origin['date']}. {origin['hardware']}."
     atomic_write(folder / f"{name}.md", f"{text.rstrip()}\n\n{said}\n".encode())
 

@@ -15,17 +15,16 @@ settings taken in turn within one run, so that what else the machine does falls 
 """
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from record import write_results
 from torch.utils.flop_counter import FlopCounterMode
 
 from dina_lrm import RewardModel
@@ -88,11 +87,7 @@ def main(options: Options) -> None:
         for name, times in seconds.items()
     ]
     record = {
-        "command": f"python benchmarks/reward_while_sampling.py --num-steps {options.num_steps} "
-        f"--pictures-per-prompt {options.pictures_per_prompt} --num-repeats {options.num_repeats}",
-        "date": date.today().isoformat(),
-        "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}, no GPU",
-        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "steps": options.num_steps,
         "pictures": len(PROMPTS) * options.pictures_per_prompt,
         "repeats": options.num_repeats,
@@ -101,7 +96,7 @@ def main(options: Options) -> None:
     for row in rows:
         print(json.dumps(row))
     if options.output is not None:
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        write_results(options.output.parent, options.output.stem, record, seeds=[0])
 
 
 def sample(pipeline: Any, options: Options, callback: Any) -> list[torch.Tensor]:

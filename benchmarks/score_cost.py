@@ -8,17 +8,16 @@ counted FLOPs over the time, as a share of the rate of a large bfloat16 matrix p
 """
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm import Conditioning, RewardModel
 from dina_lrm.backbones.flux import FLUX1_DEV
@@ -89,18 +88,13 @@ def main(options: Options) -> None:
         )
         print(json.dumps(rows[-1]))
     record = {
-        "command": f"python benchmarks/score_cost.py --model {options.model} --device {options.device} "
-        f"--pixels {options.pixels} --batch-size {options.batch_size}",
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
         "recipe": name,
         "text_tokens": tokens,
         "matrix_tflop_per_second": round(rate / 1e12, 1),
         "rows": rows,
     }
     if options.output is not None:
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        write_results(options.output.parent, options.output.stem, record, seeds=[0])
 
 
 def with_random_weights(model: RewardModel, device: torch.device) -> RewardModel:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from record import about, write_results
 
 from dina_lrm import RewardModel
 from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
@@ -53,8 +54,6 @@ class Options:
     """Longest that an attack may take."""
     only: tuple[str, ...] = ()
     """Attacks, by name; by default all."""
-    note: str = ""
-    """Hardware and date."""
 
 
 @dataclass
@@ -417,19 +416,18 @@ def main(options: Options) -> None:
                 print(json.dumps(rows[-1]), flush=True)
     if options.results is not None:
         file = options.results / "server_attacks.json"
-        before = json.loads(file.read_text())["rows"] if file.exists() else []
-        found = {(row["label"], row["attack"]): row for row in [*before, *rows]}
-        rows = list(found.values())
-        command = "python benchmarks/server_attacks.py --results benchmarks/results"
-        about = {"command": command, "note": options.note, "tolerance": TOLERANCE}
-        file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(rows, options.note))
-    print(table(rows, options.note))
+        there = json.loads(file.read_text()) if file.exists() else {"rows": [], "measured": {}}
+        together = {(row["label"], row["attack"]): row for row in [*there["rows"], *rows]}
+        rows = list(together.values())
+        measured = there["measured"] | {options.label: about([0])}
+        content = {"tolerance": TOLERANCE, "measured": measured, "rows": rows}
+        write_results(options.results, "server_attacks", content, table(rows), seeds=[0])
+    print(table(rows))
 
 
-def table(rows: list[dict[str, Any]], note: str) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"One server process for each row, with one thread, and probes ten times a second. {note}",
+        "One server process for each row, with one thread, and probes ten times a second.",
         "",
         "| attack | | probe, median | probe, max | failed | memory above idle | 500s | next request | |",
         "|---|---|--:|--:|--:|--:|--:|---|---|",

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from record import write_results
 
 from dina_lrm import RewardModel
 from dina_lrm.remote.protocol import CONTENT_TYPE, PROTOCOL_VERSION, VERSION_HEADER, pack
@@ -48,8 +49,6 @@ class Options:
     max_batch_size: int = 32
     max_wait_ms: float = 10.0
     port: int = 8123
-    note: str = ""
-    """Hardware and date."""
 
 
 @dataclass
@@ -249,27 +248,21 @@ def main(options: Options) -> None:
     for row in rows:
         print(json.dumps(row), flush=True)
     about = {
-        "command": "python benchmarks/serving_load.py --results benchmarks/results",
         "clients": options.clients,
         "seconds": options.seconds,
         "tolerance": TOLERANCE,
         "throughput_ratio": rows[1]["per_second"] / rows[0]["per_second"],
-        "note": options.note,
     }
     text = table(about, rows)
     print(text)
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "serving_load.json").write_text(
-            json.dumps({**about, "rows": rows}, indent=1) + "\n"
-        )
-        (options.results / "serving_load.md").write_text(text)
+        write_results(options.results, "serving_load", {**about, "rows": rows}, text, seeds=[0])
 
 
 def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{about['clients']} clients, {about['seconds']:g} s each, the bundled reward; clients and server "
-        f"share the machine. {about['note']}",
+        f"share the machine.",
         "",
         "| server | requests a second | median | p99 | errors | answers that differ from the library's |",
         "|---|--:|--:|--:|--:|--:|",

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from record import write_results
 from torch import Tensor
 from transformers import AutoImageProcessor, CLIPConfig, CLIPModel
 
@@ -79,8 +80,6 @@ class Options:
     pairs_per_step: int = 96
     processes: int = 2
     """Trainings at the same time."""
-    note: str = ""
-    """Hardware and date, for the table."""
 
 
 def main(options: Options) -> None:
@@ -396,17 +395,14 @@ def measure(options: Options) -> None:
             }
         )
     about = {
-        "command": "python benchmarks/shapes_baselines.py --output RUN --results benchmarks/results",
         "train_pairs": 6 * options.train_prompts,
         "test_pairs": int(counted.sum()),
         "seeds": list(options.seeds),
         "bayes_accuracy": float(np.nanmean(optimal)),
-        "note": options.note,
     }
     target_folder = options.results or options.output
-    target_folder.mkdir(parents=True, exist_ok=True)
-    (target_folder / "shapes_baselines.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    (target_folder / "shapes_baselines.md").write_text(table(about, rows))
+    page = table(about, rows)
+    write_results(target_folder, "shapes_baselines", {**about, "rows": rows}, page, seeds=options.seeds)
     figure = figures.accuracy_against_cost(
         [row["model"] for row in rows],
         [Interval(**row["accuracy"]) for row in rows],
@@ -452,7 +448,7 @@ def latent_cost(scorer: Any) -> dict[str, int | None]:
 def table(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{about['train_pairs']} training pairs, {about['test_pairs']} test pairs, seeds {about['seeds']}, "
-        f"Bayes-optimal accuracy {100 * about['bayes_accuracy']:.1f} %. {about['note']}",
+        f"Bayes-optimal accuracy {100 * about['bayes_accuracy']:.1f} %.",
         "",
         "| | accuracy %, mean (95 % interval over prompts) | by seed | % of Bayes | GFLOP from a picture "
         "| GFLOP from latents |",

@@ -27,7 +27,7 @@ class Options:
 def main(options: Options) -> None:
     model = dina_lrm.RewardModel.from_pretrained(options.run, pipeline="bundled")
     model.head.to(torch.bfloat16)
-    card = None if options.results is None else f"## MeanScore\n\n{options.results.read_text().strip()}\n"
+    card = None if options.results is None else f"## Measured\n\n{options.results.read_text().strip()}\n"
     folder = model.save_pretrained(bundled_pipeline_folder().parent / "reward", model_card=card)
     size = sum(path.stat().st_size for path in folder.parent.rglob("*") if path.is_file())
     print(f"{folder}: all bundled weights now take {size / 1e6:.1f} MB")
