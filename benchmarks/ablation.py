@@ -242,10 +242,7 @@ def summarize(options: Options, names: Sequence[str]) -> None:
         "captions": options.test_prompts,
         "comparisons": len(compared),
         # Seen with a probability of 80 % at a two-sided 5 %, one comparison taken alone.
-        "smallest_detectable": (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8))
-        * float(np.median(errors))
-        if errors
-        else None,
+        "smallest_detectable": None if error is None else powers * error,
     }
     folder = options.results or options.output
     text = "\n".join(table(about, rows, names)) + "\n"
