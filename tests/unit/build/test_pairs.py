@@ -1,6 +1,7 @@
 """From a config to a run: rows on disk become a trained reward, resumed and reloaded."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,10 +94,18 @@ def test_rows_to_a_reward_and_on(tiny_pipeline: Path, rows: Path, tmp_path: Path
     assert "| 0.4 (default) |" in card
     assert "seed 0" in card
     assert "torch" in card
-    assert trained.card == loaded.card
     assert trained.card is not None
-    assert card.endswith(trained.card + "\n")
+    assert loaded.card is not None
+    # The restart wrote the card again, and the seconds of a run are not the same twice.
+    assert _without_seconds(trained.card) == _without_seconds(loaded.card)
+    assert card.endswith(loaded.card + "\n")
     assert "training step" in card
+
+
+def _without_seconds(card: str) -> str:
+    text, changed = re.subn(r"pairs in \d+ s, stopped", "pairs, stopped", card)
+    assert changed == 1
+    return text
 
 
 @pytest.mark.long
