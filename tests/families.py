@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm import Conditioning, RewardModel
+from dina_lrm.backbones.architecture import Architecture
+from dina_lrm.backbones.families import read_architecture
 from dina_lrm.pipelines.libraries import quiet_loading
+from dina_lrm.pipelines.source import PipelineSource
 from tests.tiny import (
     _clip,
     _t5,
@@ -24,6 +27,8 @@ from tests.tiny import (
 FAMILIES = ("sd3", "flux", "z_image", "qwen_image", "sd15", "sdxl", "wan")
 TEXT_WIDTH = {"sd3": 64, "flux": 64, "z_image": 32, "qwen_image": 32, "sd15": 32, "sdxl": 64, "wan": 32}
 POOLED_WIDTH = {"sd3": 64, "flux": 32, "sdxl": 32}
+MASKED = ("z_image", "qwen_image")
+"""Families whose text is padded under a mask."""
 CHAT_TEMPLATE = "{% for message in messages %}<s> {{ message['content'] }} </s>{% endfor %}"
 
 
@@ -42,6 +47,10 @@ def make_family(family: str, folder: Path, *, seed: int = 0, num_layers: int | N
     with quiet_loading():
         pipeline.save_pretrained(folder)
     return folder
+
+
+def architecture_of(folder: Path) -> Architecture:
+    return read_architecture(PipelineSource(folder).network_config())
 
 
 def load_pipeline(folder: Path) -> Any:
@@ -77,7 +86,7 @@ def family_conditioning(family: str, batch: int = 2, *, tokens: int = 5, seed: i
     """Random text rows; where padding is masked, every second row is one token shorter."""
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(batch, tokens, TEXT_WIDTH[family], generator=generator)
-    if family in ("z_image", "qwen_image"):
+    if family in MASKED:
         mask = (torch.arange(tokens) < tokens - torch.arange(batch)[:, None] % 2).long()
         return Conditioning(embeds * mask[..., None], attention_mask=mask)
     if family in POOLED_WIDTH:

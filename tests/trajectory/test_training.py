@@ -1,7 +1,6 @@
-"""Thirty steps on a tiny random backbone: what a run must do, and what must not change it."""
+"""Thirty steps on a tiny random backbone: what a run learns, and which weights it keeps."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,104 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from dina_lrm.checkpoints.config import HeadConfig
-from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.data.latents import LatentPairs
-from dina_lrm.errors import DinaError, InvalidInputError
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.files import json_types
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.runs.config import OptimizerConfig
-from dina_lrm.training.config import DataConfig, LossConfig, NoiseConfig, TrainConfig, ValidationConfig
-from dina_lrm.training.result import TrainResult
-from dina_lrm.training.step import PairScorer, draw_step, loss_level
+from dina_lrm.training.step import PairScorer, draw_step
 from dina_lrm.training.trainer import StepMetrics, train
-
-TEXT_TOKENS = 6
-
-CONFIG = TrainConfig(
-    seed=0,
-    num_steps=30,
-    batch_size=8,
-    log_every=5,
-    checkpoint_every=1000,
-    tensorboard=False,
-    cpu=True,
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=3, ema_decay=0.9),
-    validation=ValidationConfig(every=10, noise_levels=(0.2, 0.6), ensembles=((0.2, 0.6),), max_pairs=16),
-)
-
-
-def make_pairs(num_pairs: int, seed: int) -> LatentPairs:
-    """Of two random latents, the one with the higher mean in its first channel is preferred."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2 * num_pairs, 16, 4, 4, generator=generator)
-    latents[:, 0] += torch.randn(2 * num_pairs, generator=generator)[:, None, None]
-    first, second = torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs
-    utility = latents[:, 0].mean((1, 2))
-    first_wins = utility[first] > utility[second]
-    num_prompts = 8
-    return LatentPairs(
-        latents=latents,
-        prompts=[f"prompt {i}" for i in range(num_prompts)],
-        prompt_embeds=torch.randn(num_prompts, TEXT_TOKENS, 64, generator=generator),
-        pooled_prompt_embeds=torch.randn(num_prompts, 64, generator=generator),
-        prompt_index=torch.arange(num_pairs) % num_prompts,
-        chosen=torch.where(first_wins, first, second),
-        rejected=torch.where(first_wins, second, first),
-        target=torch.ones(num_pairs),
-        bayes=torch.ones(num_pairs),
-    )
-
-
-@pytest.fixture(scope="module")
-def train_pairs() -> LatentPairs:
-    return make_pairs(64, seed=1)
-
-
-@pytest.fixture(scope="module")
-def validation_pairs() -> LatentPairs:
-    return make_pairs(24, seed=2)
-
-
-@pytest.fixture
-def new_model(tiny_backbone: Path) -> Callable[..., RewardModel]:
-    def make(**settings: object) -> RewardModel:
-        settings = {"num_blocks": 2, "image_taps": (1, 2), "text_taps": (1,), "lora_rank": 2} | settings
-        return RewardModel.initialize(str(tiny_backbone), seed=0, **settings)
-
-    return make
-
-
-def trained_values(model: RewardModel) -> dict[str, Tensor]:
-    model.train()
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert different == []
-
-
-def losses(result: TrainResult) -> list[float]:
-    return [metrics.loss for metrics in result.history if metrics.loss is not None]
-
-
-def margins(model: RewardModel, pairs: LatentPairs, levels: list[float]) -> Tensor:
-    batch = pairs.batch(range(len(pairs)))
-    conditioning = Conditioning(batch.prompt_embeds, batch.pooled_prompt_embeds)
-    noise = torch.randn(batch.latents_chosen.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        chosen, rejected = (
-            model.score_latents(latents, conditioning, noise_levels=levels, noise=noise)
-            for latents in (batch.latents_chosen, batch.latents_rejected)
-        )
-    return chosen - rejected
-
+from tests.trajectory.training_runs import CONFIG, assert_same, losses, make_pairs, margins, trained_values
 
 # --- a run learns, and ends in a usable model
 
@@ -202,118 +113,6 @@ def test_metrics_are_written_and_told(
     assert set(lines[2]["validation"]) == {"0.2", "0.6", "0.2+0.6"}
     assert json.loads((tmp_path / "train_config.json").read_text()) == json_types(config)
     assert list((tmp_path / "tensorboard").glob("events*"))
-
-
-# --- what must not change the numbers
-
-
-def test_resumed_equals_uninterrupted_bit_for_bit(
-    new_model: Callable[..., RewardModel],
-    train_pairs: LatentPairs,
-    validation_pairs: LatentPairs,
-    tmp_path: Path,
-) -> None:
-    """With validation and a checkpoint in between, dropout, cosine rate, steps that train the ensemble."""
-    config = replace(
-        CONFIG,
-        num_steps=16,
-        ensemble_fraction=0.5,
-        checkpoint_every=7,
-        optimizer=replace(CONFIG.optimizer, schedule="cosine"),
-        validation=replace(CONFIG.validation, every=5),
-    )
-    head = HeadConfig(dropout=0.1)
-    whole = new_model(head=head)
-    uninterrupted = train(replace(config, output=str(tmp_path / "a")), whole, train_pairs, validation_pairs)
-
-    class Stopped(Exception):
-        pass
-
-    def stop(metrics: StepMetrics) -> None:
-        if metrics.step == 10:
-            raise Stopped
-
-    part = replace(config, output=str(tmp_path / "b"))
-    with pytest.raises(Stopped):  # three steps after the last checkpoint, with lines of metrics to take back
-        train(part, new_model(head=head), train_pairs, validation_pairs, on_step=stop)
-    again = new_model(head=head)
-    torch.manual_seed(123)  # the state of the global generator must not matter
-    resumed = train(replace(part, resume=True), again, train_pairs, validation_pairs)
-
-    assert_same(trained_values(whole), trained_values(again))
-    assert (resumed.best_step, resumed.best_accuracy) == (
-        uninterrupted.best_step,
-        uninterrupted.best_accuracy,
-    )
-    assert resumed.validation == uninterrupted.validation
-    assert resumed.calibration_scale == uninterrupted.calibration_scale
-    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("a", "b")]
-    assert [json.loads(line)["step"] for line in lines[0]] == [json.loads(line)["step"] for line in lines[1]]
-
-
-def test_resume_refuses_other_settings_and_other_data(
-    new_model: Callable[..., RewardModel],
-    train_pairs: LatentPairs,
-    validation_pairs: LatentPairs,
-    tmp_path: Path,
-) -> None:
-    config = replace(CONFIG, num_steps=2, output=str(tmp_path / "run"))
-    train(replace(config, resume=True), new_model(), train_pairs)  # nothing there yet: it begins
-    resumed = replace(config, resume=True, num_steps=3)
-    with pytest.raises(InvalidInputError, match="batch_size was 8 and is 4"):
-        train(replace(resumed, batch_size=4), new_model(), train_pairs)
-    with pytest.raises(InvalidInputError, match="other pairs"):
-        train(resumed, new_model(), validation_pairs)
-    with pytest.raises(InvalidInputError, match="needs output"):
-        train(replace(resumed, output=None), new_model(), train_pairs)
-    assert train(resumed, new_model(), train_pairs).steps == 3  # a longer run is allowed
-
-
-def test_accumulating_two_halves_equals_one_batch(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    """Not bit for bit: sums are taken in another order. AdamW's own eps would turn the rounded sign of a
-    gradient of zero into a whole step, so it is raised here; then both the largest and the mean difference
-    are those of rounding."""
-    config = replace(CONFIG, num_steps=10, optimizer=replace(CONFIG.optimizer, eps=1e-3))
-    models = []
-    for accumulation_steps in (1, 2, 4):
-        model = new_model()
-        train(replace(config, accumulation_steps=accumulation_steps), model, train_pairs)
-        models.append(trained_values(model))
-    for other in models[1:]:
-        differences = torch.cat([(models[0][name] - other[name]).abs().flatten() for name in other])
-        assert differences.max() < 2e-5
-        assert differences.mean() < 1e-7
-
-
-def test_same_seed_same_run_whatever_the_callers_generator_holds(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    values = []
-    for seed in (7, 8):
-        model = new_model()
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        train(replace(CONFIG, num_steps=5, ensemble_fraction=0.5), model, train_pairs)
-        assert torch.equal(torch.get_rng_state(), state)
-        values.append(trained_values(model))
-    assert_same(*values)
-
-
-def test_validation_does_not_touch_training(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs, validation_pairs: LatentPairs
-) -> None:
-    with_validation, without = new_model(), new_model()
-    config = replace(CONFIG, num_steps=10, keep="last")
-    train(
-        replace(config, validation=replace(config.validation, every=3)),
-        with_validation,
-        train_pairs,
-        validation_pairs,
-    )
-    train(config, without, train_pairs)
-    assert_same(trained_values(with_validation), trained_values(without))
 
 
 # --- the average of the weights
@@ -413,107 +212,3 @@ def test_a_grouped_run_learns_and_does_not_depend_on_how_its_batch_is_cut(
     differences = torch.cat([(v - values[name]).abs().flatten() for name, v in trained_values(whole).items()])
     assert differences.max() < 2e-5
     assert differences.mean() < 1e-7
-
-
-# --- draws
-
-
-def test_noise_levels_and_seeds_depend_on_the_step_only() -> None:
-    config = replace(CONFIG, ensemble_fraction=0.5, ensemble_sizes=(2, 3))
-    again = draw_step(config, 4)
-    assert torch.equal(draw_step(config, 4).sigma, again.sigma)
-    assert draw_step(config, 4).noise_seeds == again.noise_seeds
-    assert draw_step(config, 5).noise_seeds != again.noise_seeds
-    sizes = [len(draw_step(config, step).sigma) for step in range(400)]
-    assert set(sizes) == {1, 2, 3}
-    assert sizes.count(1) / 400 == pytest.approx(0.5, abs=0.1)
-    assert draw_step(replace(config, ensemble_fraction=0.0), 4).noise_seeds == again.noise_seeds
-
-
-def test_variance_of_several_levels_is_their_mean() -> None:
-    sigma = torch.tensor([[0.2, 0.1], [0.5, 0.1], [0.7, 0.1]])
-    v = 2.0 * loss_level(sigma) ** 2 + 0.05
-    torch.testing.assert_close(v, (2.0 * sigma**2 + 0.05).mean(0))
-    assert torch.equal(loss_level(sigma[:1]), sigma[0])
-
-
-# --- settings
-
-
-@pytest.mark.parametrize(
-    "likelihood", ["thurstone", "thurstone_constant", "bradley_terry", "bradley_terry_margin"]
-)
-@pytest.mark.parametrize("loss", ["fidelity", "log_likelihood"])
-def test_every_likelihood_trains(
-    likelihood: str, loss: str, new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    config = replace(CONFIG, num_steps=3, log_every=1, loss=LossConfig(likelihood=likelihood, loss=loss))
-    assert all(map(math.isfinite, losses(train(config, new_model(), train_pairs))))
-
-
-@pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "mode", "power", "beta", "constant"])
-def test_every_noise_distribution_can_be_drawn(distribution: str) -> None:
-    sigma = draw_step(replace(CONFIG, noise=NoiseConfig(distribution=distribution)), 0).sigma
-    assert sigma.shape == (1, 8)
-    assert bool(((sigma >= 0) & (sigma <= 1)).all())
-
-
-def test_votes_against_the_chosen_side_pull_the_other_way(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    """Swapping sides and votes is the same data: the same run, to rounding. "majority" makes votes labels."""
-    swapped = replace(
-        train_pairs,
-        chosen=train_pairs.rejected,
-        rejected=train_pairs.chosen,
-        target=torch.full((64,), 0.2),
-    )
-    straight = replace(train_pairs, target=torch.full((64,), 0.8))
-    curves = [
-        losses(train(replace(CONFIG, num_steps=5, log_every=1), new_model(), p)) for p in (straight, swapped)
-    ]
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
-    majority = replace(CONFIG, num_steps=5, log_every=1, data=DataConfig(labels="majority"))
-    plain = losses(train(replace(CONFIG, num_steps=5, log_every=1), new_model(), train_pairs))
-    assert losses(train(majority, new_model(), straight)) == plain
-
-
-def test_bfloat16_keeps_float32_weights(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    model = new_model()
-    config = replace(CONFIG, num_steps=4, log_every=1, accumulation_steps=2)
-    result = train(replace(config, precision="bfloat16"), model, train_pairs)
-    reference = train(config, new_model(), train_pairs)
-    assert {value.dtype for value in trained_values(model).values()} == {torch.float32}
-    assert losses(result) == pytest.approx(losses(reference), abs=0.03)
-
-
-def test_a_time_budget_stops_cleanly(
-    new_model: Callable[..., RewardModel],
-    train_pairs: LatentPairs,
-    validation_pairs: LatentPairs,
-    tmp_path: Path,
-) -> None:
-    config = replace(CONFIG, num_steps=10**6, time_budget_seconds=0.5, output=str(tmp_path))
-    result = train(config, new_model(), train_pairs, validation_pairs)
-    assert result.stopped_by == "time_budget"
-    assert 1 <= result.steps < 10**6
-    assert result.margins is not None
-    assert (
-        json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"]
-        == result.steps
-    )
-
-
-def test_divergence_is_an_error_that_says_so(
-    new_model: Callable[..., RewardModel], train_pairs: LatentPairs
-) -> None:
-    optimizer = replace(CONFIG.optimizer, learning_rate=1e30, max_gradient_norm=math.inf)
-    with pytest.raises(DinaError, match="diverged"):
-        train(replace(CONFIG, optimizer=optimizer), new_model(), train_pairs)
-
-
-def test_no_pairs_is_an_error(new_model: Callable[..., RewardModel], train_pairs: LatentPairs) -> None:
-    with pytest.raises(InvalidInputError, match="no training pairs"):
-        train(CONFIG, new_model(), train_pairs.subset([]))

@@ -1,37 +1,30 @@
 """Every backbone against the untouched diffusers model and pipeline it stands for, on tiny random weights."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dina_lrm import CheckpointError, Conditioning, InvalidInputError, RewardModel
-from dina_lrm.backbones.architecture import Architecture
+from dina_lrm import Conditioning, InvalidInputError, RewardModel
 from dina_lrm.backbones.backbone import Backbone
-from dina_lrm.backbones.families import BACKBONES, backbone_of, read_architecture
+from dina_lrm.backbones.families import BACKBONES, backbone_of
 from tests.families import (
     FAMILIES,
+    MASKED,
+    architecture_of,
     family_conditioning,
     family_latents,
     load_pipeline,
     make_family_reward,
     network_of,
 )
-from tests.tiny import PROMPT, randomize_reward
+from tests.tiny import PROMPT
 
 SHAPES = [(8, 8), (8, 12)]
 SIGMAS = [0.3, 0.8]
-MASKED = ("z_image", "qwen_image")
-
-
-@pytest.fixture
-def folder(family: str, family_folders: Any) -> Path:
-    return family_folders(family)
 
 
 def every_tap(folder: Path, **settings: Any) -> RewardModel:
@@ -41,12 +34,6 @@ def every_tap(folder: Path, **settings: Any) -> RewardModel:
     texts = [tap for tap in range(count + 1) if architecture.text_tap_problem(tap) is None]
     taps = {"num_blocks": count, "image_taps": range(count + 1), "text_taps": texts}
     return make_family_reward(folder, **taps | settings)
-
-
-def architecture_of(folder: Path) -> Architecture:
-    from dina_lrm.pipelines.source import PipelineSource
-
-    return read_architecture(PipelineSource(folder).network_config())
 
 
 def untouched_taps(network: Any, names: tuple[str, ...], arguments: dict[str, Any]) -> list[Any]:
@@ -340,184 +327,7 @@ def test_sampling_levels_are_the_pipelines(family: str, folder: Path, height: in
 # --- prompts and pictures
 
 
-def test_prompts_are_encoded_by_the_pipeline(family: str, folder: Path) -> None:
-    model, pipeline = make_family_reward(folder), load_pipeline(folder)
-    prompts = ["a red circle", "a blue square above a green circle"]
-    conditioning = model.encode_prompts(prompts)
-    model.backbone.check_conditioning(conditioning)
-    assert (conditioning.attention_mask is not None) == (family in MASKED)
-    for row, prompt in enumerate(prompts):
-        live = RewardModel.from_pretrained(
-            make_family_reward(folder).save_pretrained(folder.parent / f"{family}-live"), pipeline
-        ).encode_prompts(prompt)
-        alone = model.encode_prompts(prompt)
-        torch.testing.assert_close(alone.prompt_embeds, live.prompt_embeds, atol=1e-5, rtol=0)
-        mask = conditioning.attention_mask
-        real = slice(None) if mask is None else mask[row].bool()
-        torch.testing.assert_close(
-            conditioning.prompt_embeds[row][real], alone.prompt_embeds[0], atol=1e-5, rtol=0
-        )
-    scores = model.score(prompts, [picture(0), picture(1)]).scores
-    each = [model.score(prompt, picture(row)).scores[0] for row, prompt in enumerate(prompts)]
-    torch.testing.assert_close(scores, torch.stack(each), atol=1e-5, rtol=0)
-
-
-def picture(seed: int, width: int = 64, height: int = 32) -> Image.Image:
-    import numpy as np
-
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def test_latents_are_those_the_pipeline_decodes(family: str, folder: Path) -> None:
-    """Decoding a pipeline's own final latents gives its picture; encoding undoes the scaling of decoding."""
-    pipeline, model = load_pipeline(folder), make_family_reward(folder)
-    settings = {"num_inference_steps": 2, "height": 64, "width": 64}
-    pictures = pipeline(
-        PROMPT, generator=torch.Generator().manual_seed(0), output_type="pt", **settings | _short(family)
-    )[0]
-    with model.watch(pipeline) as watch:
-        final = pipeline(
-            PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent",
-            callback_on_step_end=watch, **settings | _short(family),
-        )[0]  # fmt: skip
-    factor = model.backbone.pixels_per_latent
-    latents = unpacked(model.backbone, final, 64 // factor, 64 // factor)
-    decoded = model.decode_latents(latents)
-    expected = pictures.transpose(1, 2) if family == "wan" else pictures
-    torch.testing.assert_close(decoded, expected.reshape(decoded.shape).float(), atol=1e-5, rtol=0)
-    encoded = model.encode_images(decoded)
-    assert encoded.shape == latents.shape
-    model.backbone.check_latents(encoded)
-
-
-def _short(family: str) -> dict[str, Any]:
-    return {"num_frames": 1} if family == "wan" else {}
-
-
-def unpacked(backbone: Backbone, latents: Tensor, height: int, width: int) -> Tensor:
-    from dina_lrm.backbones.packing import unpack
-
-    return unpack(latents, height // 2, width // 2) if latents.ndim == 3 else latents
-
-
-def test_videos_are_encoded_frame_by_frame_of_four(family_folders: Any) -> None:
-    model = make_family_reward(family_folders("wan"))
-    video = torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(0))
-    latents = model.encode_images([video])
-    assert latents.shape[2] == 2
-    assert model.score(PROMPT, [video]).scores.shape == (1,)
-    assert model.decode_latents(latents).shape == (1, *video.shape)
-    with pytest.raises(
-        InvalidInputError, match="video 0 has 6 frames: this VAE takes one more than a multiple"
-    ):
-        model.encode_images([torch.rand(3, 6, 32, 32)])
-    with pytest.raises(InvalidInputError, match="this backbone scores pictures only"):
-        make_family_reward(family_folders("sd15")).encode_images([video])
-
-
 # --- refusals
-
-
-def test_latents_and_text_of_another_kind(family: str, folder: Path) -> None:
-    model = make_family_reward(folder)
-    latents, conditioning = family_latents(family), family_conditioning(family)
-    channels = model.backbone.architecture.latent_channels
-    with pytest.raises(InvalidInputError, match=f"latents have {channels + 1} channels.*takes {channels}"):
-        model.score_latents(torch.cat([latents, latents[:, :1]], dim=1), conditioning)
-    with pytest.raises(InvalidInputError, match=r"latents has shape|frames"):
-        model.score_latents(latents.flatten(2), conditioning)
-    wide = Conditioning(
-        conditioning.prompt_embeds.repeat(1, 1, 2),
-        conditioning.pooled_prompt_embeds,
-        conditioning.attention_mask,
-    )
-    with pytest.raises(InvalidInputError, match="prompt_embeds have width"):
-        model.score_latents(latents, wide)
-    if conditioning.pooled_prompt_embeds is not None:
-        with pytest.raises(InvalidInputError, match="needs pooled_prompt_embeds"):
-            model.score_latents(latents, Conditioning(conditioning.prompt_embeds))
-    with pytest.raises(InvalidInputError, match="attention_mask has shape"):
-        model.score_latents(latents, Conditioning(*_parts(conditioning), torch.ones(2, 99)))
-    with pytest.raises(InvalidInputError, match="of another family: they come from AutoencoderKL other"):
-        model.check_inputs(latents, conditioning, "AutoencoderKL other")
-    if family != "wan":
-        with pytest.raises(InvalidInputError, match="latents has shape"):
-            model.score_latents(latents.unsqueeze(2), conditioning)
-
-
-def _parts(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
-    return conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
-
-
-def test_a_reward_for_another_backbone(
-    family: str, folder: Path, family_folders: Any, tmp_path: Path
-) -> None:
-    saved = make_family_reward(folder).save_pretrained(tmp_path / "reward")
-    for other in FAMILIES:
-        if (
-            backbone_of(architecture_of(family_folders(other))).family
-            != backbone_of(architecture_of(folder)).family
-        ):
-            with pytest.raises(CheckpointError, match="is a reward for another backbone"):
-                RewardModel.from_pretrained(saved, family_folders(other))
-    other = "flux" if family == "sd3" else "sd3"
-    model = RewardModel.from_pretrained(saved)
-    for use in (model.attach, model.watch):
-        with pytest.raises(InvalidInputError, match="differs from the reward's backbone"):
-            use(load_pipeline(family_folders(other)))
-
-
-def test_guidance(family_folders: Any) -> None:
-    folder = family_folders("flux")
-    model = make_family_reward(folder)
-    assert model.config.guidance == 3.5
-    arguments = (family_latents("flux"), family_conditioning("flux"), 0.4)
-    with torch.no_grad():
-        strong = randomize_reward(RewardModel.initialize(folder, lora_rank=2, guidance=9.0))
-        weak = randomize_reward(RewardModel.initialize(folder, lora_rank=2, guidance=1.0))
-        assert (
-            strong.score_latents(*arguments, seed=0) - weak.score_latents(*arguments, seed=0)
-        ).abs().min() > 1e-4
-    with pytest.raises(InvalidInputError, match="takes no guidance scale"):
-        RewardModel.initialize(_without_guidance(folder), guidance=3.5, device="meta")
-
-
-def test_missing_guidance(family_folders: Any, tmp_path: Path) -> None:
-    model = make_family_reward(family_folders("flux"))
-    model.config = replace(model.config, guidance=None)
-    saved = model.save_pretrained(tmp_path / "reward")
-    with pytest.raises(InvalidInputError, match="must be told a guidance scale: set guidance"):
-        RewardModel.from_pretrained(saved)
-
-
-def _without_guidance(folder: Path) -> Architecture:
-    return replace(architecture_of(folder), guidance_embeds=False)  # type: ignore[call-arg]
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("qwen_image", {"zero_cond_t": True}, "editing or layers"),
-        ("wan", {"image_dim": 1280}, "image-to-video"),
-        ("z_image", {"siglip_feat_dim": 8}, "reference pictures"),
-        ("sdxl", {"class_embed_type": "timestep"}, "class_embed_type"),
-        ("sd15", {"addition_embed_type": "image"}, "addition_embed_type = image"),
-        ("sd15", {"in_channels": 9}, "takes 9 latent channels and puts out 4"),
-        ("flux", {"in_channels": 384, "out_channels": 64}, "takes 96 latent channels and puts out 16"),
-    ],
-)
-def test_relatives_that_are_not_supported(family_folders: Any, kind: str, change: dict, message: str) -> None:
-    from dina_lrm.pipelines.source import PipelineSource
-
-    config = PipelineSource(family_folders(kind)).network_config()
-    with pytest.raises(InvalidInputError, match=message):
-        read_architecture(config | change)
-
-
-def test_an_unknown_class() -> None:
-    with pytest.raises(CheckpointError, match="no backbone reads a PixArtTransformer2DModel: known are SD3"):
-        read_architecture({"_class_name": "PixArtTransformer2DModel"})
 
 
 def test_every_backbone_is_covered(family_folders: Any) -> None:

@@ -15,6 +15,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
+from tests.rows import write_json_lines
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.png").write_bytes(b"no picture")
     lines.append(lines[0] | {"chosen": "broken.png"})
     lines.append(lines[0] | {"chosen": "gone.png"})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "rows.jsonl"
+    return write_json_lines(folder / "rows.jsonl", lines)
 
 
 def make_config(pipeline: Path, rows: Path, output: Path) -> TrainConfig:

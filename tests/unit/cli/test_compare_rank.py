@@ -12,14 +12,14 @@ from dina_lrm.checkpoints.config import AdaptiveLevels
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.scoring import RankedImage
+from tests.pictures import write_grays
 from tests.unit.cli.fakes import use_brightness_model
 
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
     """gray0.png to gray4.png, of brightness 0, 0.2, 0.4, 0.6, 0.8, in the working directory."""
-    for number in range(5):
-        Image.new("RGB", (8, 8), (51 * number,) * 3).save(tmp_path / f"gray{number}.png")
+    write_grays(tmp_path, 5, prefix="gray")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

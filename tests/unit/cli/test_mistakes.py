@@ -1,6 +1,5 @@
 """What goes wrong with the surroundings of a command is one clear line, and nothing half written is left."""
 
-import json
 import os
 import resource
 import signal
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dina_lrm.cli import main as cli
+from tests.rows import write_json_lines
 from tests.unit.cli.fakes import use_brightness_model
 
 ROWS = ["--input", "rows.jsonl"]
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
         {"prompt": "gray", "image": "a.png", "image_a": "a.png", "image_b": "b.png", "id": n}
         for n in range(4)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(tmp_path / "rows.jsonl", rows)
     for name in ("empty.png", "empty.jsonl", "empty.csv", "file"):
         (tmp_path / name).touch()
     use_brightness_model(monkeypatch)

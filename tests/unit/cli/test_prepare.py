@@ -17,6 +17,7 @@ from dina_lrm.cli.main import EXIT_USAGE, main
 from dina_lrm.cli.prepare import recipe_of
 from dina_lrm.data.shards.read import LatentShards
 from dina_lrm.data.split import fold_prompt
+from tests.rows import write_json_lines
 from tests.unit.data.layouts import encoded
 
 WORDS = ("red circle", "blue square", "green triangle", "large circle", "small square", "gray background")
@@ -42,7 +43,7 @@ def write_rows(root: Path, num: int = 24) -> Path:
     (root / "14.png").write_bytes(b"no picture")
     rows[8]["prompt"] = ""
     file = root / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(file, rows)
     return file
 
 

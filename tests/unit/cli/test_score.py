@@ -14,31 +14,21 @@ from PIL import Image
 
 from dina_lrm.cli.main import main
 from dina_lrm.errors import InvalidInputError
+from tests.pictures import encoded, write_grays
+from tests.rows import write_json_lines
 from tests.unit.cli.fakes import use_brightness_model
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """Gray pictures of brightness 0, 0.2, 0.4, 0.6, 0.8."""
-    paths = []
-    for number in range(5):
-        path = tmp_path / f"gray{number}.png"
-        Image.new("RGB", (8, 8), (51 * number,) * 3).save(path)
-        paths.append(path)
-    return paths
+    return write_grays(tmp_path, 5, prefix="gray")
 
 
 def noisy_png():
     """A picture of some size in bytes, whose header survives a cut."""
     image = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def write_rows(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
+    return encoded(image)
 
 
 # --- images on the command line ----------------------------------------------------------------------------
@@ -119,7 +109,7 @@ def test_mistakes_are_named(arguments, message, pictures, tmp_path, monkeypatch,
     (tmp_path / "notes.txt").write_text("no picture\n")
     for name in ("pipe.png", "pipe.jsonl"):
         os.mkfifo(tmp_path / name)
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": "gray1.png"}])
+    write_json_lines(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": "gray1.png"}])
     monkeypatch.chdir(tmp_path)
     assert main(["score", *arguments]) == 2
     captured = capsys.readouterr()
@@ -146,7 +136,7 @@ BAD_ROWS = [
 def test_every_row_is_accounted_for(pictures, tmp_path, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
     good = [{"prompt": "gray", "image": path.name} for path in pictures]
-    rows = write_rows(tmp_path / "rows.jsonl", [*good[:2], *BAD_ROWS, *good[2:]])
+    rows = write_json_lines(tmp_path / "rows.jsonl", [*good[:2], *BAD_ROWS, *good[2:]])
     output = tmp_path / "scores.parquet"
     assert main(["score", "--input", str(rows), "--output", str(output), "--json", "--batch-size", "4"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -191,7 +181,9 @@ def test_images_inside_parquet(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
     model = use_brightness_model(monkeypatch)
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": path.name} for path in pictures])
+    rows = write_json_lines(
+        tmp_path / "rows.jsonl", [{"prompt": "gray", "image": path.name} for path in pictures]
+    )
     output = tmp_path / "scores.parquet"
     arguments = ["score", "--input", str(rows), "--output", str(output)]
     arguments += ["--batch-size", "1", "--rows-per-part", "2"]
@@ -220,7 +212,7 @@ def test_an_interrupted_run_continues(pictures, tmp_path, monkeypatch, capsys):
 
 def test_a_finished_output_is_not_overwritten_unasked(pictures, tmp_path, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": pictures[0].name}])
+    rows = write_json_lines(tmp_path / "rows.jsonl", [{"prompt": "gray", "image": pictures[0].name}])
     arguments = ["score", "--input", str(rows), "--output", str(tmp_path / "scores.jsonl")]
     assert main(arguments) == 0
     assert main(arguments) == 2
@@ -230,7 +222,7 @@ def test_a_finished_output_is_not_overwritten_unasked(pictures, tmp_path, monkey
 
 def test_nothing_scored_is_an_error(tmp_path, monkeypatch, capsys):
     use_brightness_model(monkeypatch)
-    rows = write_rows(tmp_path / "rows.jsonl", BAD_ROWS[:2])
+    rows = write_json_lines(tmp_path / "rows.jsonl", BAD_ROWS[:2])
     assert main(["score", "--input", str(rows), "--output", str(tmp_path / "scores.jsonl")]) == 2
     assert "no row" in capsys.readouterr().err
 

@@ -1,15 +1,12 @@
 """A small set of every source, with pictures, and what stands in for a pipeline when shards are made here."""
 
-import io
 import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.data.comparisons import Comparison
@@ -18,6 +15,8 @@ from dina_lrm.data.prepare.settings import PrepareSettings
 from dina_lrm.data.prepare.shard import Shard, Worker
 from dina_lrm.data.shards.columns import shard_rejects
 from dina_lrm.errors import InvalidInputError
+from tests import pictures
+from tests.pictures import noise_picture
 
 SETTINGS: dict[str, Any] = {
     "source": "hpdv3",
@@ -72,10 +71,7 @@ def shard(
 
 def encoded(seed: int, size: tuple[int, int] = (32, 32), form: str = "PNG") -> bytes:
     """A picture of noise, (width, height)."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
+    return pictures.encoded(noise_picture(seed, *size), form)
 
 
 def write_pictures(folder: Path, names: str = "abcd") -> None:

@@ -1,6 +1,5 @@
 """Rows become pairs or rejects; nothing vanishes and nothing stops the reading."""
 
-import io
 import json
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from dina_lrm.data.pairs import PreferencePair, Reject, load_image, write_reject
 from dina_lrm.data.sources.own_rows import read_pairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.images import as_picture
+from tests.pictures import encoded
+from tests.rows import write_json_lines
 
 
 def png(color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (4, 4), color))
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_jsonl(folder: Path, rows: list[object]) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
-    return path
+    return write_json_lines(folder / "rows.jsonl", rows)
 
 
 GOOD = {"prompt": "a circle", "chosen": "a.png", "rejected": "b.png"}

@@ -10,6 +10,7 @@ from PIL import Image
 from dina_lrm import Calibration, Conditioning, InvalidInputError, RewardModel, UntrainedModelError
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.models.head import HeadTokens
+from tests.pictures import noise_picture
 from tests.tiny import PROMPT, make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
 SIGMAS = [0.2, 0.5, 0.7]
@@ -26,8 +27,7 @@ def complete(tiny_pipeline: Path) -> RewardModel:
 
 
 def picture(seed: int, width: int = 24, height: int = 16) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return noise_picture(seed, width, height)
 
 
 def row(conditioning: Conditioning, index: int) -> Conditioning:

@@ -9,31 +9,28 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from dina_lrm import InvalidInputError
 from dina_lrm.scaling.bulk import BulkJob, Scoring, score_dataset
+from tests.pictures import encoded, gray_picture, write_grays
+from tests.rows import write_json_lines
 from tests.unit.cli.fakes import BrightnessModel
 
 
 def png(brightness: int) -> bytes:
     """A gray picture; its score by a BrightnessModel is brightness / 255."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (brightness,) * 3).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encoded(gray_picture(brightness))
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """0.png to 9.png, of brightness 0, 10, ... 90."""
-    for number in range(10):
-        (tmp_path / f"{number}.png").write_bytes(png(10 * number))
+    write_grays(tmp_path, 10, step=10)
     return tmp_path
 
 
 def write_lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
+    return str(write_json_lines(path, rows))
 
 
 def score(

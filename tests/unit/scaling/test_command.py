@@ -4,19 +4,19 @@ import json
 
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from dina_lrm.cli.main import main
+from tests.pictures import write_grays
+from tests.rows import write_json_lines
 from tests.unit.cli.fakes import use_brightness_model
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """rows.jsonl with two gray pictures and one that is missing; the working directory."""
-    for number in range(2):
-        Image.new("RGB", (8, 8), (51 * number,) * 3).save(tmp_path / f"{number}.png")
+    write_grays(tmp_path, 2)
     rows = [{"prompt": "gray", "image": f"{number}.png", "id": number} for number in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(tmp_path / "rows.jsonl", rows)
     use_brightness_model(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -8,12 +8,12 @@ import math
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from dina_lrm import InvalidInputError
 from dina_lrm.scaling.bulk import BulkJob, score_dataset
 from dina_lrm.scaling.joined import score_to_file
 from dina_lrm.scaling.settings import Scoring
+from tests.pictures import write_grays
 from tests.unit.cli.fakes import BrightnessModel
 
 ROWS = [{"id": f"{n:03d}", "prompt": "gray, plain", "image": f"{n}.png"} for n in range(5)]
@@ -23,8 +23,7 @@ SCORES = [51 * n / 255 for n in range(5)]
 @pytest.fixture
 def folder(tmp_path):
     """0.png to 4.png."""
-    for n in range(5):
-        Image.new("RGB", (8, 8), (51 * n,) * 3).save(tmp_path / f"{n}.png")
+    write_grays(tmp_path, 5)
     return tmp_path
 
 

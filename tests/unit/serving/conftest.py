@@ -1,6 +1,5 @@
 """The bundled reward behind an app, and requests to it."""
 
-import io
 import json
 import threading
 import time
@@ -21,6 +20,7 @@ from dina_lrm.remote.protocol import CONTENT_TYPE, VERSION_HEADER
 from dina_lrm.serving.app import create_app
 from dina_lrm.serving.connections import uvicorn_config
 from dina_lrm.serving.settings import ServerSettings
+from tests.pictures import encoded
 
 HEADERS = {VERSION_HEADER: "1", "content-type": CONTENT_TYPE}
 PROMPTS = ["a red circle on a gray background", "a big blue square on a white background"]
@@ -106,9 +106,7 @@ def pictures() -> list[bytes]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 def form(request: dict[str, Any], **files: list[bytes]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from PIL import Image
 from dina_lrm.build.pairs import prepare_source
 from dina_lrm.data.comparisons import Comparison
 from dina_lrm.data.pairs import PreferencePair
+from tests.pictures import noise_picture
 from tests.tiny import PROMPT
 
 PROMPTS = ("a red circle", "a red square", "two blue circle")
@@ -19,8 +20,7 @@ PROMPTS = ("a red circle", "a red square", "two blue circle")
 def save(file: Path, size: tuple[int, int] = (32, 32), seed: int = 0) -> Path:
     """A picture of (width, height)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
+    noise_picture(seed, *size).save(file)
     return file
 
 

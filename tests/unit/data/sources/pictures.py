@@ -1,6 +1,5 @@
 """Small pictures, lists and tables as published sets have them."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 from dina_lrm.data.comparisons import Check, Comparison
 from dina_lrm.data.pairs import Reject
 from dina_lrm.data.sources.registry import read_source
+from tests import pictures
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -21,9 +21,7 @@ def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
 
 
 def encoded(seed: int, form: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed, size).save(buffer, form)
-    return buffer.getvalue()
+    return pictures.encoded(picture(seed, size), form)
 
 
 def write(root: Path, names: list[str]) -> None:

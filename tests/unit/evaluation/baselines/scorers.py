@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dina_lrm.evaluation.baselines import (
     Scorer,
 )
+from tests.pictures import noise_picture
 from tests.tiny import WORDS, randomize
 
 PROMPTS = ["a red circle", "a blue square above a large green triangle", "two small"]
@@ -22,8 +23,7 @@ SIZE = 28  # of the tiny CLIP's pictures
 
 
 def draw(height: int, width: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return noise_picture(seed, width, height)
 
 
 def tokenizer(

@@ -1,28 +1,24 @@
 """Items to label, and votes on them."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from fastapi.testclient import TestClient
 
+from dina_lrm.serving.labelling.app import Labelling, create_app
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import Vote, VoteStore
+from tests.pictures import noise_picture
+from tests.rows import write_json_lines
+from tests.unit.serving.labelling.page import HERE
 
 
 def write_picture(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> str:
     """A picture of noise; its name."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    noise_picture(seed, *size).save(path)
     return path.name
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def make_items(folder: Path, num_pairs: int) -> Path:
@@ -32,7 +28,7 @@ def make_items(folder: Path, num_pairs: int) -> Path:
         {"prompt": f"a red circle on a gray background {row}", "images": names[2 * row : 2 * row + 2]}
         for row in range(num_pairs)
     ]
-    return write_rows(folder / "items.jsonl", rows)
+    return write_json_lines(folder / "items.jsonl", rows)
 
 
 def make_vote(
@@ -69,3 +65,14 @@ def reopened(store: VoteStore) -> Iterator[Callable[[], VoteStore]]:
     yield reopen
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def labelling(items: Items, store: VoteStore) -> Labelling:
+    return Labelling(items, store, raters_per_pair=2)
+
+
+@pytest.fixture
+def client(labelling: Labelling) -> Iterator[TestClient]:
+    with TestClient(create_app(labelling, local_hosts=["127.0.0.1"]), base_url=HERE) as client:
+        yield client

@@ -1,10 +1,7 @@
-"""Every route: what a page gets, what is refused, and that two raters do not disturb each other."""
+"""Votes and results: what a page gets, what is refused, and that two raters do not disturb each other."""
 
-import io
 import logging
-import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,68 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.app import RESULTS_HEADER, Labelling, create_app
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
-from tests.unit.serving.labelling.conftest import make_items, write_picture, write_rows
-
-HERE = "http://127.0.0.1:8080"
-
-
-class Page:
-    """A rater's browser without the browser."""
-
-    def __init__(self, client: TestClient, rater: str) -> None:
-        self.client, self.rater = client, rater
-        self.number = 0
-        self.task = self.load()
-
-    def load(self) -> dict[str, Any]:
-        self.task = self.client.get("/api/next", params={"rater": self.rater}).json()
-        return self.task
-
-    def request(self, answer: str, **changed: Any) -> dict[str, Any]:
-        self.number += 1
-        pair = self.task["pair"]
-        return {
-            "items": self.task["items"],
-            "id": f"{zlib.crc32(self.rater.encode()):016x}{self.number:016x}",
-            "rater": self.rater,
-            "pair": pair["index"],
-            "left": pair["left"],
-            "choice": answer,
-            "seconds": 1.5,
-        } | changed
-
-    def send(self, request: dict[str, Any]) -> Any:
-        return self.client.post("/api/votes", json=request)
-
-    def choose(self, choice: str) -> dict[str, Any]:
-        reply = self.send(self.request(choice))
-        assert reply.status_code == 200, reply.text
-        self.task = reply.json()
-        return self.task
-
-    def undo(self) -> dict[str, Any]:
-        body = {"items": self.task["items"], "rater": self.rater, "vote": self.task["last_vote"]}
-        reply = self.client.post("/api/undo", json=body)
-        assert reply.status_code == 200, reply.text
-        self.task = reply.json()
-        return self.task
-
-
-@pytest.fixture
-def labelling(items: Items, store: VoteStore) -> Labelling:
-    return Labelling(items, store, raters_per_pair=2)
-
-
-@pytest.fixture
-def client(labelling: Labelling) -> Iterator[TestClient]:
-    with TestClient(create_app(labelling, local_hosts=["127.0.0.1"]), base_url=HERE) as client:
-        yield client
+from tests.unit.serving.labelling.conftest import make_items
+from tests.unit.serving.labelling.page import HERE, Page, figures
 
 
 def test_a_rater_sees_every_pair_once(client: TestClient, store: VoteStore) -> None:
@@ -274,80 +216,7 @@ def test_undo_of_a_vote_that_is_none(client: TestClient) -> None:
     assert reply.status_code == 409
 
 
-# --- pictures ----------------------------------------------------------------------------------------------
-
-
-def test_pictures_are_the_files_pixels(client: TestClient, items: Items) -> None:
-    for number, path in enumerate(items.pictures):
-        reply = client.get(f"/pictures/{number}")
-        assert reply.headers["content-type"] == "image/png"
-        with Image.open(io.BytesIO(reply.content)) as sent, Image.open(str(path)) as stored:
-            np.testing.assert_array_equal(np.asarray(sent), np.asarray(stored))
-
-
-def test_pictures_are_not_sent_again(client: TestClient) -> None:
-    etag = client.get("/pictures/0").headers["etag"]
-    assert client.get("/pictures/0", headers={"if-none-match": etag}).status_code == 304
-    assert client.get("/pictures/1", headers={"if-none-match": etag}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "place", ["12", "-1", "items.jsonl", "../items.jsonl", "%2e%2e%2fitems.jsonl", "0.png"]
-)
-def test_pictures_go_by_number_alone(client: TestClient, place: str) -> None:
-    reply = client.get(f"/pictures/{place}")
-    assert reply.status_code in (404, 422)
-    assert "prompt" not in reply.text
-
-
-def test_what_is_hidden_in_a_picture_is_not_passed_on(tmp_path: Path) -> None:
-    names = [write_picture(tmp_path / f"{name}.jpg", ord(name)) for name in "ab"]
-    for name in names:
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"<script>alert(1)</script>")
-    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": names}]))
-    store = VoteStore(tmp_path / "votes.sqlite")
-    sent = Labelling(items, store).picture(0)
-    store.close()
-    assert sent.startswith(b"\x89PNG")
-    assert b"script" not in sent
-
-
-def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
-    names = [write_picture(tmp_path / f"{name}.png", ord(name), size=(3000, 30)) for name in "ab"]
-    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": names}]))
-    store = VoteStore(tmp_path / "votes.sqlite")
-    with Image.open(io.BytesIO(Labelling(items, store).picture(0))) as sent:
-        assert sent.size == (2048, 20)
-    store.close()
-
-
-def test_a_pair_that_cannot_be_shown_is_left_out_and_told(
-    client: TestClient, items: Items, store: VoteStore
-) -> None:
-    bad = items.pictures[items.pairs[2].a]
-    assert isinstance(bad, Path)
-    bad.write_bytes(b"no picture")
-    page, seen = Page(client, "ada"), []
-    while page.task["pair"] is not None:
-        seen.append(page.task["pair"]["index"])
-        page.choose("left")
-    assert sorted(seen) == [0, 1, 3, 4, 5]
-    assert page.task["wanted"] == 10
-    assert client.get(f"/pictures/{items.pairs[2].a}").json() == {
-        "error": f"picture {items.pairs[2].a} cannot be shown"  # no name: it may be the answer
-    }
-    (told,) = figures(client, store)["unreadable"]
-    assert told["pair"] == 2
-    assert bad.name in told["reason"]
-
-
 # --- results -----------------------------------------------------------------------------------------------
-
-
-def figures(client: TestClient, store: VoteStore) -> dict[str, Any]:
-    reply = client.get("/api/results", headers={RESULTS_HEADER: store.results_key})
-    assert reply.status_code == 200, reply.text
-    return reply.json()
 
 
 def test_results(client: TestClient, store: VoteStore) -> None:
@@ -411,144 +280,7 @@ def test_every_request_is_written_down(client: TestClient, caplog: pytest.LogCap
     assert len({one["request_id"] for one in lines}) == 4
 
 
-# --- behind a proxy ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sent", ["/label", ""], ids=["with the prefix", "prefix stripped"])
-def test_behind_a_prefix(labelling: Labelling, sent: str) -> None:
-    app = create_app(labelling, token="secret", root_path="/label")
-    with TestClient(app, base_url="http://label.example.org", follow_redirects=False) as client:
-        form = client.get(f"{sent}/", headers={"accept": "text/html"})
-        assert 'action="/label/login"' in form.text
-        opened = client.post(f"{sent}/login", data={"token": "secret"})
-        assert opened.status_code == 303
-        assert opened.headers["location"] == "/label/"
-        assert "path=/label/;" in opened.headers["set-cookie"].lower()
-        cookie = {"cookie": opened.headers["set-cookie"].partition(";")[0]}
-        assert client.get(f"{sent}/login", headers=cookie).headers["location"] == "/label/"
-        assert "Which picture is better?" in client.get(f"{sent}/", headers=cookie).text
-        for path in ("/page.css", "/label.js", "/pictures/0", "/api/next?rater=ada", "/healthz"):
-            assert client.get(sent + path, headers=cookie).status_code == 200, path
-
-
-def test_addresses_in_the_pages_are_relative(client: TestClient) -> None:
-    for path in ("/", "/results", "/label.js", "/results.js"):
-        assert not re.findall(r"""(?:href=|src=|fetch\(|insist\()["'`]/""", client.get(path).text), path
-
-
-@pytest.mark.parametrize(
-    ("host", "origin", "status"),
-    [
-        ("label.example.org", "https://label.example.org", 200),
-        ("label.example.org", "https://label.example.org:8443", 200),  # nginx's $host has no port
-        ("127.0.0.1:8080", "https://label.example.org", 200),  # a proxy that sends a host of its own
-        ("label.example.org", "https://elsewhere.example", 403),
-        ("127.0.0.1:8080", "https://127.0.0.1:9999", 403),
-        ("elsewhere.example", "https://elsewhere.example", 403),
-    ],
-)
-def test_behind_a_proxy_with_a_name_of_its_own(
-    labelling: Labelling, host: str, origin: str, status: int
-) -> None:
-    app = create_app(labelling, hosts=["label.example.org"], local_hosts=["127.0.0.1"])
-    with TestClient(app, base_url=HERE) as client:
-        page = Page(client, "ada")
-        reply = client.post("/api/votes", json=page.request("left"), headers={"host": host, "origin": origin})
-        assert reply.status_code == status
-
-
 # --- who may come in ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"origin": "http://elsewhere.example"},
-        {"origin": "http://127.0.0.1:9999"},
-        {"origin": "null"},
-        {"sec-fetch-site": "cross-site"},
-        {"sec-fetch-site": "same-site"},
-    ],
-)
-def test_requests_from_other_sites_are_refused(
-    client: TestClient, store: VoteStore, headers: dict[str, str]
-) -> None:
-    page = Page(client, "ada")
-    reply = client.post("/api/votes", json=page.request("left"), headers=headers)
-    assert reply.status_code == 403
-    assert store.votes() == []
-
-
-@pytest.mark.parametrize("headers", [{"origin": HERE}, {"sec-fetch-site": "same-origin"}, {}])
-def test_our_own_page_and_programs_are_let_in(client: TestClient, headers: dict[str, str]) -> None:
-    page = Page(client, "ada")
-    assert client.post("/api/votes", json=page.request("left"), headers=headers).status_code == 200
-
-
-def test_a_name_of_another_site_for_this_address_is_refused(client: TestClient) -> None:
-    for host in ("elsewhere.example", "elsewhere.example:8080", "127.0.0.1.elsewhere.example", "[", ""):
-        assert client.get("/", headers={"host": host}).status_code == 403
-    assert client.get("/").status_code == 200
-
-
-def test_large_bodies_are_refused(client: TestClient) -> None:
-    reply = client.post("/api/votes", content=b" " * 20_000, headers={"content-type": "application/json"})
-    assert reply.status_code == 413
-
-
-def test_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
-    for path in ("/", "/results", "/page.css", "/label.js", "/results.js"):
-        reply = client.get(path)
-        assert reply.status_code == 200
-        assert "http://" not in reply.text
-        assert "https://" not in reply.text
-        assert "default-src 'none'" in reply.headers["content-security-policy"]
-        assert reply.headers["x-content-type-options"] == "nosniff"
-    for path in ("/docs", "/openapi.json", "/page/label.html", "/nothing"):
-        assert client.get(path).status_code == 404
-
-
-@pytest.fixture
-def guarded(labelling: Labelling) -> Iterator[TestClient]:
-    app = create_app(labelling, token="a secret ü")
-    with TestClient(app, base_url=HERE, follow_redirects=False) as client:
-        yield client
-
-
-def test_nothing_without_the_token(guarded: TestClient, store: VoteStore) -> None:
-    for path in ("/", "/results", "/label.js", "/pictures/0", "/api/next?rater=ada", "/api/results"):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"cookie": "dina_lrm_label=wrong"}):
-            assert guarded.get(path, headers=headers).status_code == 401, path
-    assert guarded.post("/api/votes", json={}).status_code == 401
-    page = guarded.get("/", headers={"accept": "text/html"})
-    assert page.status_code == 401
-    assert 'name="token"' in page.text
-    assert guarded.get("/page.css").status_code == 401  # the form has its style with it
-
-
-def test_the_token_opens_as_a_header(guarded: TestClient) -> None:
-    headers = {"authorization": "Bearer a secret ü".encode()}
-    assert guarded.get("/api/next?rater=ada", headers=headers).status_code == 200  # type: ignore[arg-type]
-
-
-def test_the_token_opens_in_a_form(guarded: TestClient) -> None:
-    wrong = guarded.post("/login", data={"token": "a secret"})
-    assert wrong.status_code == 401
-    assert "This is not the token." in wrong.text
-    assert "set-cookie" not in wrong.headers
-    right = guarded.post("/login", data={"token": "a secret ü"}, headers={"origin": HERE})
-    assert right.status_code == 303
-    assert "HttpOnly" in right.headers["set-cookie"]
-    assert "samesite=strict" in right.headers["set-cookie"].lower()
-    assert "secret" not in right.headers["set-cookie"]
-    assert guarded.get("/api/next?rater=ada").status_code == 200
-
-
-def test_the_form_is_refused_from_another_site(guarded: TestClient) -> None:
-    reply = guarded.post(
-        "/login", data={"token": "a secret ü"}, headers={"origin": "http://elsewhere.example"}
-    )
-    assert reply.status_code == 403
 
 
 def test_settings_out_of_range(items: Items, store: VoteStore) -> None:

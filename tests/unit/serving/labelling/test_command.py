@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from dina_lrm.cli.main import main
-from tests.unit.serving.labelling.conftest import make_items, write_rows
+from tests.rows import write_json_lines
+from tests.unit.serving.labelling.conftest import make_items
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     """Rows that give no pair are listed meanwhile."""
     path = make_items(tmp_path, 2)
     good = path.read_text()
-    write_rows(path, [{"prompt": "p", "images": ["absent.png", "0.png"]}])
+    write_json_lines(path, [{"prompt": "p", "images": ["absent.png", "0.png"]}])
     path.write_text(good + path.read_text())
     with running(tmp_path) as (process, address, link):
         assert httpx.get(f"{address}/api/next", params={"rater": "ada"}).json()["left"] == 2

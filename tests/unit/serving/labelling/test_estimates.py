@@ -10,7 +10,8 @@ from dina_lrm import RewardModel
 from dina_lrm.serving.labelling.estimates import Estimates, model_digest
 from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
-from tests.unit.serving.labelling.conftest import write_picture, write_rows
+from tests.rows import write_json_lines
+from tests.unit.serving.labelling.conftest import write_picture
 
 PROMPTS = ("a red circle on a gray background", "a blue square on a white background")
 
@@ -30,7 +31,7 @@ def scenes(tmp_path: Path) -> Items:
         }
         for row, prompt in enumerate(PROMPTS)
     ]
-    return read_items(write_rows(tmp_path / "scenes.jsonl", rows))
+    return read_items(write_json_lines(tmp_path / "scenes.jsonl", rows))
 
 
 def estimated(

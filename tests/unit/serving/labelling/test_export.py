@@ -18,7 +18,8 @@ from dina_lrm.serving.labelling.items import Items, read_items
 from dina_lrm.serving.labelling.store import VoteStore
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import change_attribute, sample_caption, sample_scene
-from tests.unit.serving.labelling.conftest import make_vote, write_picture, write_rows
+from tests.rows import write_json_lines
+from tests.unit.serving.labelling.conftest import make_vote, write_picture
 
 CHOICES = {"a": "left", "b": "right", "tie": "tie", "skip": "skip"}
 
@@ -76,7 +77,7 @@ def test_the_source_of_a_row_is_kept(tmp_path: Path) -> None:
     names = [write_picture(tmp_path / f"{name}.png", ord(name)) for name in "ab"]
     rows = [{"prompt": "p", "images": names, "source": "flux"}]
     store = VoteStore(tmp_path / "votes.sqlite")
-    store.bind(read_items(write_rows(tmp_path / "items.jsonl", rows)))
+    store.bind(read_items(write_json_lines(tmp_path / "items.jsonl", rows)))
     give(store, ["a"])
     store.close()
     export_votes(store.path, tmp_path / "rows.jsonl")
@@ -167,7 +168,7 @@ def test_labels_to_a_trained_reward(tmp_path: Path, capsys: pytest.CaptureFixtur
         for name, scene in zip(names, (spec, change_attribute(rng, spec)), strict=True):
             render(sample_scene(rng, scene)).save(tmp_path / name)
         rows.append({"prompt": spec.caption, "images": names})
-    items = read_items(write_rows(tmp_path / "items.jsonl", rows))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", rows))
     store = VoteStore(tmp_path / "votes.sqlite")
     store.bind(items)
     right = ["a" if "right" in str(items.pictures[pair.a]) else "b" for pair in items.pairs]

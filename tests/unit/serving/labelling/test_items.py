@@ -9,7 +9,8 @@ import pytest
 
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.serving.labelling.items import Items, read_items
-from tests.unit.serving.labelling.conftest import write_picture, write_rows
+from tests.rows import write_json_lines
+from tests.unit.serving.labelling.conftest import write_picture
 
 
 def names_of(items: Items) -> list[set[str]]:
@@ -24,7 +25,7 @@ def test_every_layout_of_rows(tmp_path: Path) -> None:
         {"prompt": "sides", "image_a": "a.png", "image_b": "b.png"},
         {"prompt": "voted", "chosen": "c.png", "rejected": "a.png"},
     ]
-    items = read_items(write_rows(tmp_path / "items.jsonl", rows))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", rows))
     assert [pair.prompt for pair in items.pairs] == ["three"] * 3 + ["sides", "voted"]
     assert {frozenset(names) for names in names_of(items)[:3]} == {
         frozenset({"a.png", "b.png"}),
@@ -44,7 +45,7 @@ def test_the_chosen_side_is_a_about_half_of_the_time(tmp_path: Path) -> None:
         for side in sides.values():
             (tmp_path / side).write_bytes(side.encode())
         rows.append({"prompt": "p", **sides})
-    items = read_items(write_rows(tmp_path / "items.jsonl", rows))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", rows))
     first = [str(items.pictures[pair.a]).endswith("chosen.png") for pair in items.pairs]
     assert 18 <= sum(first) <= 42  # a fair coin leaves this range once in 1,000
 
@@ -67,7 +68,7 @@ def test_bad_rows_are_told(tmp_path: Path, row: dict, reason: str) -> None:
     for name in "ab":
         write_picture(tmp_path / f"{name}.png", ord(name))
     rows = [row, {"prompt": "p", "images": ["a.png", "b.png"]}]
-    items = read_items(write_rows(tmp_path / "items.jsonl", rows))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", rows))
     assert len(items.pairs) == 1
     assert [reject.row for reject in items.rejects] == [0]
     assert reason in items.rejects[0].reason
@@ -78,7 +79,7 @@ def test_a_missing_picture_costs_its_own_pairs(tmp_path: Path) -> None:
         write_picture(tmp_path / f"{name}.png", ord(name))
     (tmp_path / "folder.png").mkdir()
     images = ["a.png", "absent.png", "b.png", "folder.png", "c.png"]
-    items = read_items(write_rows(tmp_path / "items.jsonl", [{"prompt": "p", "images": images}]))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", [{"prompt": "p", "images": images}]))
     assert sorted("".join(sorted(name[0] for name in two)) for two in names_of(items)) == ["ab", "ac", "bc"]
     assert [(reject.row, reject.prompt, reject.reason) for reject in items.rejects] == [
         (0, "p", "missing file: images[1] = absent.png"),
@@ -90,7 +91,7 @@ def test_a_pair_that_stands_twice_is_asked_once(tmp_path: Path) -> None:
     for name in "ab":
         write_picture(tmp_path / f"{name}.png", ord(name))
     rows = [{"prompt": "p", "images": order} for order in (["a.png", "b.png"], ["b.png", "a.png"])]
-    assert len(read_items(write_rows(tmp_path / "items.jsonl", rows)).pairs) == 1
+    assert len(read_items(write_json_lines(tmp_path / "items.jsonl", rows)).pairs) == 1
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -124,14 +125,16 @@ def test_the_fingerprint_follows_prompts_order_and_pictures(tmp_path: Path) -> N
         write_picture(tmp_path / f"{name}.png", ord(name))
     rows = [{"prompt": "p", "images": ["a.png", "b.png"]}, {"prompt": "q", "images": ["a.png", "c.png"]}]
     path = tmp_path / "items.jsonl"
-    first = read_items(write_rows(path, rows)).fingerprint
-    assert read_items(write_rows(path, [dict(reversed(row.items())) for row in rows])).fingerprint == first
+    first = read_items(write_json_lines(path, rows)).fingerprint
+    assert (
+        read_items(write_json_lines(path, [dict(reversed(row.items())) for row in rows])).fingerprint == first
+    )
     changed = [
-        read_items(write_rows(path, other)).fingerprint
+        read_items(write_json_lines(path, other)).fingerprint
         for other in (rows[::-1], rows[:1], [rows[0] | {"prompt": "other"}, rows[1]])
     ]
     write_picture(tmp_path / "c.png", 7, size=(80, 64))
-    changed.append(read_items(write_rows(path, rows)).fingerprint)
+    changed.append(read_items(write_json_lines(path, rows)).fingerprint)
     assert len({first, *changed}) == 5
 
 
@@ -140,7 +143,7 @@ def test_moving_the_folder_changes_nothing(tmp_path: Path) -> None:
     for name in "ab":
         write_picture(tmp_path / "old" / f"{name}.png", ord(name))
     rows = [{"prompt": "p", "images": ["a.png", "b.png"]}]
-    before = read_items(write_rows(tmp_path / "old" / "items.jsonl", rows)).fingerprint
+    before = read_items(write_json_lines(tmp_path / "old" / "items.jsonl", rows)).fingerprint
     (tmp_path / "old").rename(tmp_path / "new")
     assert read_items(tmp_path / "new" / "items.jsonl").fingerprint == before
 
@@ -168,6 +171,6 @@ def test_numbers_of_pictures_say_nothing_about_rows(tmp_path: Path) -> None:
         for name in names:
             (tmp_path / name).write_bytes(name.encode())
         rows.append({"prompt": str(number), "images": names})
-    items = read_items(write_rows(tmp_path / "items.jsonl", rows))
+    items = read_items(write_json_lines(tmp_path / "items.jsonl", rows))
     order = [int(Path(str(picture)).name.split("-")[0]) for picture in items.pictures]
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.35  # 3 standard errors of 80 numbers
