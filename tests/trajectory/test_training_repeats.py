@@ -15,8 +15,6 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training.trainer import StepMetrics, train
 from tests.trajectory.training_runs import CONFIG, assert_same, trained_values
 
-# --- what must not change the numbers
-
 
 def test_resumed_equals_uninterrupted_bit_for_bit(
     new_model: Callable[..., RewardModel],

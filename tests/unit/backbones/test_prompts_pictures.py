@@ -17,8 +17,6 @@ from tests.families import (
 from tests.pictures import noise_picture
 from tests.tiny import PROMPT
 
-# --- prompts and pictures
-
 
 def test_prompts_are_encoded_by_the_pipeline(family: str, folder: Path) -> None:
     model, pipeline = make_family_reward(folder), load_pipeline(folder)

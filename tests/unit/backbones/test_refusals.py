@@ -21,8 +21,6 @@ from tests.families import (
 )
 from tests.tiny import randomize_reward
 
-# --- refusals
-
 
 def test_latents_and_text_of_another_kind(family: str, folder: Path) -> None:
     model = make_family_reward(folder)

@@ -53,9 +53,6 @@ class Page:
         return self.task
 
 
-# --- results -----------------------------------------------------------------------------------------------
-
-
 def figures(client: TestClient, store: VoteStore) -> dict[str, Any]:
     reply = client.get("/api/results", headers={RESULTS_HEADER: store.results_key})
     assert reply.status_code == 200, reply.text

@@ -15,8 +15,6 @@ from tests.rows import write_json_lines
 from tests.unit.serving.labelling.conftest import write_picture
 from tests.unit.serving.labelling.page import Page, figures
 
-# --- pictures ----------------------------------------------------------------------------------------------
-
 
 def test_pictures_are_the_files_pixels(client: TestClient, items: Items) -> None:
     for number, path in enumerate(items.pictures):

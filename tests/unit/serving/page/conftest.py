@@ -1,5 +1,6 @@
 """The bundled reward and generator, one thread that may use them, and pictures as uploads."""
 
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from dina_lrm import RewardModel
@@ -19,7 +22,9 @@ from dina_lrm.shapes.scenes import parse_caption, sample_scene
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries, about themselves, while they are imported
-    import gradio  # noqa: F401
+    import gradio as gr
+
+    from dina_lrm.serving.page import build_page, mount_page
 
 PROMPT = "a red circle on a gray background"
 OTHER = "a blue square on a white background"
@@ -96,3 +101,39 @@ def bomb() -> bytes:
 
     header = struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+
+
+def built(reward: RewardModel, **options: Any) -> gr.Blocks:
+    """A page that was built within an event loop: outside, Gradio makes loops of its own, and leaves them."""
+
+    async def build() -> gr.Blocks:
+        return build_page(reward, **options)
+
+    return asyncio.run(build())
+
+
+@pytest.fixture(scope="module")
+def page(reward: RewardModel, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gr.Blocks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        yield built(reward, pipeline=pipeline, title="A <title>")
+
+
+def mounted(page: gr.Blocks) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/healthz")
+    def healthz() -> str:
+        return "mine"
+
+    async def mount() -> None:
+        mount_page(app, page)
+
+    asyncio.run(mount())
+    return app
+
+
+@pytest.fixture(scope="module")
+def client(page: gr.Blocks) -> Iterator[TestClient]:
+    with TestClient(mounted(page)) as client:
+        yield client
