@@ -152,7 +152,7 @@ def test_a_nan_reward_stops_the_run_and_keeps_the_checkpoint(tiny_pipeline: Path
         return found * float("nan") if calls > 3 else found
 
     config = small(ALGORITHMS["refl"], tmp_path, monitor=MonitorConfig(every=9, num_prompts=3, grid_size=2))
-    with pytest.raises(RewardError, match=r"4 of 4 pictures is not finite, first nan for prompt 'a "):
+    with pytest.raises(RewardError, match=r"4 of 4 pictures.* nan .*'a "):
         align(tiny_pipeline, config, fails_later)
     position = json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())
     assert position["step"] == 2
@@ -175,9 +175,7 @@ def test_a_gradient_that_explodes_changes_nothing(tiny_pipeline: Path, tmp_path:
         before[:] = weights(run)
         return algorithm_of(config)(run, step)
 
-    with pytest.raises(
-        AlignmentError, match=r"norm is .* in update 1, allowed up to gradient_limit = 100000"
-    ):
+    with pytest.raises(AlignmentError, match=r"update 1.* gradient_limit = 100000"):
         run.train(update)
     assert all(torch.equal(a, b) for a, b in zip(weights(run), before, strict=True))
     assert json.loads((tmp_path / "last" / "training_state" / "position.json").read_text())["step"] == 1
@@ -278,7 +276,7 @@ def test_settings_that_cannot_work_are_refused(tiny_pipeline: Path, tmp_path: Pa
     ):
         with pytest.raises(InvalidInputError, match=message):
             GrpoConfig(**{"sampler": CPS} | settings)
-    with pytest.raises(InvalidInputError, match="step-dpo compares stochastic steps"):
+    with pytest.raises(InvalidInputError, match=r"step-dpo.* stochastic"):
         StepDpoConfig(sampler=ODE)
     with pytest.raises(InvalidInputError, match=r"gradient_steps = 9, .* \[1, 4\]"):
         algorithm_of(ReflConfig(sampler=ODE, gradient_steps=9))
@@ -287,5 +285,5 @@ def test_settings_that_cannot_work_are_refused(tiny_pipeline: Path, tmp_path: Pa
     with pytest.raises(InvalidInputError, match=r"other settings: optimizer was .* seed was 0 and is 3"):
         align(tiny_pipeline, replace(config, resume=True, seed=3, optimizer=OptimizerConfig()))
     pipeline = load_pipeline(tiny_pipeline)
-    with pytest.raises(InvalidInputError, match="1 held-out prompts are trained on, such as 'a red circle'"):
+    with pytest.raises(InvalidInputError, match=r"1 held-out prompts.*'a red circle'"):
         Run(config, Policy(pipeline, lora_rank=2), lambda *_: torch.zeros(1), PROMPTS, ["a red circle", "x"])

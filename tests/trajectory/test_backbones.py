@@ -103,9 +103,9 @@ def test_gradient_checkpointing_changes_no_number(family: str, family_folders: A
 
 def test_pairs_of_another_family_are_refused(family_folders: Any) -> None:
     model = RewardModel.initialize(family_folders("sd3"), lora_rank=2)
-    with pytest.raises(InvalidInputError, match="latents have 4 channels, this sd3 backbone takes 16"):
+    with pytest.raises(InvalidInputError, match=r"4 channels.*sd3.* 16"):
         train(CONFIG, model, make_pairs("sd15"))
-    with pytest.raises(InvalidInputError, match="prompt_embeds have width 32, this sd3 backbone takes 64"):
+    with pytest.raises(InvalidInputError, match=r"width 32.*sd3.* 64"):
         train(CONFIG, model, make_pairs("qwen_image"))
 
 

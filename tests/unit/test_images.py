@@ -136,7 +136,7 @@ def test_what_is_no_file_is_never_opened(read: Any, tmp_path: Path) -> None:
 def test_sizes_are_told_as_width_x_height_of_a_named_picture(model: RewardModel, tmp_path: Path) -> None:
     Image.new("RGB", (40, 2)).save(tmp_path / "strip.png")
     good = Image.new("RGB", (16, 16))
-    with pytest.raises(InvalidInputError, match=r"^'.*strip.png' of 40x2 pixels is too small or too narrow"):
+    with pytest.raises(InvalidInputError, match=r"^'.*strip\.png' of 40x2 pixels .*small"):
         model.score(PROMPT, [good, tmp_path / "strip.png"])
     with Image.open(tmp_path / "strip.png") as image:
         with pytest.raises(InvalidInputError, match=r"^'.*strip.png' of 40x2 pixels"):
@@ -149,7 +149,7 @@ def test_sizes_are_told_as_width_x_height_of_a_named_picture(model: RewardModel,
 
 def test_what_is_no_picture_is_named(model: RewardModel) -> None:
     for images in (None, [None], 3.5, {"a": 1}):
-        with pytest.raises(InvalidInputError, match=r"^image 0 is a .*: give a path, bytes, an open binary"):
+        with pytest.raises(InvalidInputError, match=r"^image 0 is a .* path"):
             model.score(PROMPT, images)
     with pytest.raises(InvalidInputError, match=r"^image 1 is a NoneType"):
         model.compare(PROMPT, Image.new("RGB", (16, 16)), None)

@@ -112,7 +112,7 @@ def test_rewards_add_up_with_their_weights() -> None:
 
 
 def test_a_reward_that_is_not_a_number_names_the_prompt() -> None:
-    with pytest.raises(RewardError, match=r"1 of 2 pictures is not finite, first nan for prompt 'b'"):
+    with pytest.raises(RewardError, match=r"1 of 2 pictures.* nan .*'b'"):
         checked(torch.tensor([1.0, float("nan")]), ["a", "b"])
-    with pytest.raises(RewardError, match=r"gave \(3,\) scores for 2 pictures"):
+    with pytest.raises(RewardError, match=r"\(3,\) scores.* 2 pictures"):
         checked(torch.zeros(3), ["a", "b"])

@@ -139,7 +139,7 @@ def test_video_latents_and_pictures_as_one_frame(family_folders: Any) -> None:
         video = model.score_latents(family_latents("wan", 2, frames=3), conditioning, [0.2, 0.6], seed=0)
     assert torch.equal(flat, framed)
     assert video.shape == (2,)
-    with pytest.raises(InvalidInputError, match=r"latents have 70 frames: this backbone takes 1 to \d+"):
+    with pytest.raises(InvalidInputError, match=r"70 frames.* 1 to \d+"):
         model.score_latents(
             family_latents("wan", 1, 4, 4, frames=70), conditioning.index_select(torch.tensor([0]))
         )
@@ -193,7 +193,7 @@ def test_padding_changes_nothing_where_text_is_masked(family: str, folder: Path)
         torch.nn.functional.pad(mask, (0, 40)),
     )
     if family not in MASKED:
-        with pytest.raises(InvalidInputError, match="attends to all text tokens, padding included"):
+        with pytest.raises(InvalidInputError, match=r"text tokens.* padding"):
             model.score_latents(latents, padded, 0.4, seed=0)
         return
     expected = model.score_latents(latents, conditioning, 0.4, seed=0)

@@ -79,9 +79,7 @@ def test_videos_are_encoded_frame_by_frame_of_four(family_folders: Any) -> None:
     assert latents.shape[2] == 2
     assert model.score(PROMPT, [video]).scores.shape == (1,)
     assert model.decode_latents(latents).shape == (1, *video.shape)
-    with pytest.raises(
-        InvalidInputError, match="video 0 has 6 frames: this VAE takes one more than a multiple"
-    ):
+    with pytest.raises(InvalidInputError, match=r"video 0 has 6 frames.* multiple"):
         model.encode_images([torch.rand(3, 6, 32, 32)])
-    with pytest.raises(InvalidInputError, match="this backbone scores pictures only"):
+    with pytest.raises(InvalidInputError, match="pictures only"):
         make_family_reward(family_folders("sd15")).encode_images([video])

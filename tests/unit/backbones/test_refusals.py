@@ -42,7 +42,7 @@ def test_latents_and_text_of_another_kind(family: str, folder: Path) -> None:
             model.score_latents(latents, Conditioning(conditioning.prompt_embeds))
     with pytest.raises(InvalidInputError, match="attention_mask has shape"):
         model.score_latents(latents, Conditioning(*_parts(conditioning), torch.ones(2, 99)))
-    with pytest.raises(InvalidInputError, match="of another family: they come from AutoencoderKL other"):
+    with pytest.raises(InvalidInputError, match=r"another family.* AutoencoderKL other"):
         model.check_inputs(latents, conditioning, "AutoencoderKL other")
     if family != "wan":
         with pytest.raises(InvalidInputError, match="latents has shape"):
@@ -90,7 +90,7 @@ def test_missing_guidance(family_folders: Any, tmp_path: Path) -> None:
     model = make_family_reward(family_folders("flux"))
     model.config = replace(model.config, guidance=None)
     saved = model.save_pretrained(tmp_path / "reward")
-    with pytest.raises(InvalidInputError, match="must be told a guidance scale: set guidance"):
+    with pytest.raises(InvalidInputError, match=r"guidance scale.* set guidance"):
         RewardModel.from_pretrained(saved)
 
 
@@ -119,5 +119,5 @@ def test_relatives_that_are_not_supported(family_folders: Any, kind: str, change
 
 
 def test_an_unknown_class() -> None:
-    with pytest.raises(CheckpointError, match="no backbone reads a PixArtTransformer2DModel: known are SD3"):
+    with pytest.raises(CheckpointError, match=r"PixArtTransformer2DModel.* SD3"):
         read_architecture({"_class_name": "PixArtTransformer2DModel"})

@@ -210,7 +210,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         RewardModel.from_pretrained(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"/empty is no reward: it is empty. A reward is a folder with"):
+    with pytest.raises(CheckpointError, match=r"/empty is no reward.* empty"):
         RewardModel.from_pretrained(tmp_path / "empty")
 
 

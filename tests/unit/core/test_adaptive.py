@@ -136,5 +136,5 @@ def test_steins_draws_cover_whatever_the_spread() -> None:
     assert int(stein_draws(pool[:5], 1e-9, max_draws=64).max()) == 64
     assert int(stein_draws(pool[:5], 1e9, max_draws=64).max()) == 5
     for pilot, error in ((pool[:1], 0.1), (pool[:5], 0.0)):
-        with pytest.raises(ValueError, match="need 2 or more, and a positive one"):
+        with pytest.raises(ValueError, match=r"2 or more.* positive"):
             stein_draws(pilot, error, max_draws=64)

@@ -55,7 +55,7 @@ def test_the_order_of_levels_does_not_reach_an_attention(levels):
 
 @pytest.mark.parametrize("num_levels", [0, 4])
 def test_rows_must_divide_into_levels(levels, num_levels):
-    with pytest.raises(ValueError, match=f"6 rows do not divide into {num_levels}"):
+    with pytest.raises(ValueError, match=f"6 rows .*{num_levels}"):
         unfold_levels(torch.cat(levels), num_levels=num_levels)
 
 

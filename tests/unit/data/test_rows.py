@@ -92,7 +92,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
 def test_another_encoding_is_named(tmp_path: Path, name: str, encoding: str) -> None:
     content = write(tmp_path / name.removesuffix(".gz")).read_bytes().decode().encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(InvalidInputError, match=r"is UTF-16 or UTF-32: save it as UTF-8"):
+    with pytest.raises(InvalidInputError, match=r"UTF-16 .*UTF-8"):
         list(rows_of_file(tmp_path / name))
 
 
@@ -257,7 +257,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["r.txt", "r.parquet.gz", "r.gz", "r", "r.jsonl.zip"])
 def test_another_form_is_told_what_there_is(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
-    with pytest.raises(InvalidInputError, match=r"rows are \.jsonl, \.json \(a list\), \.csv or \.parquet;"):
+    with pytest.raises(InvalidInputError, match=r"\.jsonl, \.json .*\.csv .*\.parquet"):
         list(rows_of_file(tmp_path / name))
 
 

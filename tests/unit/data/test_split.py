@@ -112,7 +112,7 @@ def test_a_source_that_cannot_be_split(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="must be between 0 and 1"):
         source_parts("jsonl", file, fraction=1.5)
     file.write_text("no row\n")
-    with pytest.raises(InvalidInputError, match="no pair to split: none of 1 comparisons can be used"):
+    with pytest.raises(InvalidInputError, match=r"no pair to split.* 1 comparisons"):
         source_parts("jsonl", file, fraction=0.2)
 
 

@@ -105,8 +105,8 @@ def test_when_to_stop_by_hand() -> None:
 
 
 def test_too_few_pairs_are_refused(model: RewardModel, pairs: LatentPairs) -> None:
-    with pytest.raises(InvalidInputError, match="196 pairs of 49 prompts are too few"):
+    with pytest.raises(InvalidInputError, match="196 pairs of 49 prompts"):
         learn_levels(model, pairs.subset((pairs.prompt_index < 49).nonzero().flatten()))
     order = by_hand(torch.ones(4), torch.ones(4))
-    with pytest.raises(InvalidInputError, match=r"prompts do not show .* at most 0.5 %"):
+    with pytest.raises(InvalidInputError, match=r"at most 0\.5 %"):
         stopping_rule(order, torch.ones(2, 100), error=0.005)

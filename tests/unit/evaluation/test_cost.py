@@ -134,7 +134,7 @@ def test_lora_is_counted_as_merged(medium: RewardModel) -> None:
 def test_what_cannot_be_counted(medium: RewardModel, tiny_backbone: Path) -> None:
     with pytest.raises(InvalidInputError, match="meta"):
         score_flops(RewardModel.initialize(tiny_backbone), 64, 64)
-    with pytest.raises(InvalidInputError, match="exceed the position table: at most 768 a side"):
+    with pytest.raises(InvalidInputError, match=r"position table.* 768"):
         score_flops(medium, 8192, 512)
 
 

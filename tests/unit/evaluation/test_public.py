@@ -220,9 +220,7 @@ def test_progress_tells_what_was_there(tmp_path: Path) -> None:
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     part = PartFile(tmp_path / "scores.part.jsonl", {"seed": 0, "model": "a"})
     evaluate(Redness(), part=part)
-    with pytest.raises(
-        InvalidInputError, match=r"scores.part.jsonl is left from .* with another model, seed: "
-    ):
+    with pytest.raises(InvalidInputError, match=r"scores\.part\.jsonl .*another model, seed: "):
         evaluate(Redness(), part=PartFile(part.path, {"seed": 1, "model": "b"}))
     with pytest.raises(InvalidInputError, match="with another levels: "):
         evaluate(Redness(), part=PartFile(part.path, {**part.settings, "levels": [0.5]}))
@@ -284,5 +282,5 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
         return {"nan": torch.full((len(images),), float("nan"))}
 
     pictures = PictureScores(score, batch_size=1)
-    with pytest.raises(InvalidInputError, match="a score of nan is not finite, of prompt 'p'"):
+    with pytest.raises(InvalidInputError, match=r"nan .*'p'"):
         pictures.add("p", "a.png", bitmap(1))

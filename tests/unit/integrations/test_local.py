@@ -66,7 +66,7 @@ def test_autocast_of_the_trainer_does_not_reach_the_score(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_no_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInputError, match=r"device = 'cuda' cannot be used on this machine"):
+    with pytest.raises(InvalidInputError, match="device = 'cuda'"):
         local_reward("bundled")
 
 
@@ -79,7 +79,7 @@ def test_an_unknown_dtype_is_said(dtype: str) -> None:
 def test_scores_that_are_not_finite_are_errors() -> None:
     good = torch.tensor([1.0, -2.0])
     assert finite(good) is good
-    with pytest.raises(ScoringError, match=r"2 of 3 scores are not finite: nan at index 1"):
+    with pytest.raises(ScoringError, match=r"2 of 3 scores.* nan at index 1"):
         finite(torch.tensor([1.0, torch.nan, torch.inf]))
 
 

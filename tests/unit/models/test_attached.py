@@ -124,7 +124,7 @@ def test_fused_weights_are_refused_while_they_are_fused(
     with pytest.raises(InvalidInputError, match=r"has other base weights than the reward.*att"):
         other.attach(pipeline)
     for reward in (saved, frozen):
-        with pytest.raises(CheckpointError, match="another backbone: same shapes, different base weights"):
+        with pytest.raises(CheckpointError, match=r"another backbone.* base weights"):
             RewardModel.from_pretrained(reward, pipeline)
     assert torch.equal(picture_of(pipeline), fused)
     torch.testing.assert_close(score(other, family), expected, atol=0, rtol=0)
@@ -223,11 +223,9 @@ def test_offloaded_parts(family: str, pipeline: Any, model: RewardModel) -> None
         add_hook_to_module(part, ModelHook())
     torch.testing.assert_close(model.score(PROMPT, picture).scores, expected, atol=1e-5, rtol=0)
     add_encoder_lora(pipeline.text_encoder)
-    with pytest.raises(InvalidInputError, match=r"text_encoder has a LoRA \(style\) that cannot be left out"):
+    with pytest.raises(InvalidInputError, match=r"text_encoder .*LoRA \(style\)"):
         model.score("a blue circle", picture)
     model.detach()
     add_hook_to_module(pipeline.unet.down_blocks[0], ModelHook())
-    with pytest.raises(
-        InvalidInputError, match=r"forward pass of down_blocks.0 has been replaced, as offload"
-    ):
+    with pytest.raises(InvalidInputError, match=r"down_blocks\.0 .*replaced"):
         model.attach(pipeline)

@@ -158,7 +158,7 @@ def test_prompts_that_are_no_text(model: RewardModel) -> None:
 
 @pytest.mark.parametrize("prompts", [None, 3, b"a red circle", {"a": 1}])
 def test_prompts_that_are_neither_one_nor_many(prompts: object) -> None:
-    with pytest.raises(InvalidInputError, match=r"^prompts is a .*: give a string or a list of strings"):
+    with pytest.raises(InvalidInputError, match=r"^prompts is a .* string"):
         prompt_list(prompts)
     with pytest.raises(InvalidInputError, match=r"^prompt 1 is a "):
         check_prompts([PROMPT, prompts])  # pyright: ignore[reportArgumentType]
@@ -255,14 +255,14 @@ def test_pipeline_without_a_text_encoder(
 def test_pipeline_without_a_vae(tiny_pipeline: Path, tmp_path: Path) -> None:
     model = make_tiny_reward(copy_of(tiny_pipeline, tmp_path / "partial", without=("vae",)))
     assert len(model.encode_prompts(PROMPT)) == 1
-    with pytest.raises(MissingComponentError, match="has no vae"):
+    with pytest.raises(MissingComponentError, match="no vae"):
         model.encode_images(Image.new("RGB", (16, 16)))
 
 
 def test_pipeline_of_transformer_and_scheduler_alone(tiny_backbone: Path) -> None:
     model = make_tiny_reward(tiny_backbone)
     assert model.encoders is None
-    with pytest.raises(MissingComponentError, match="no text_encoder, so prompts cannot be encoded"):
+    with pytest.raises(MissingComponentError, match="no text_encoder"):
         model.score(PROMPT, Image.new("RGB", (16, 16)))
     with pytest.raises(MissingComponentError, match="no vae, so images cannot be encoded"):
         model.encode_images(Image.new("RGB", (16, 16)))

@@ -19,7 +19,7 @@ def test_dtypes_by_name(tiny_backbone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float23", "nn", "int8", torch.int64])
 def test_dtypes_that_cannot_be(dtype: torch.dtype | str) -> None:
-    with pytest.raises(InvalidInputError, match=r"dtype = .*: it must be one of float32, bfloat16, float16"):
+    with pytest.raises(InvalidInputError, match=r"dtype = .* float32, bfloat16, float16"):
         resolve_dtype(dtype)
     with pytest.raises(InvalidInputError, match="dtype = "):
         RewardModel.from_pretrained("bundled", dtype=dtype)
@@ -27,9 +27,7 @@ def test_dtypes_that_cannot_be(dtype: torch.dtype | str) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", ""])
 def test_devices_that_do_not_exist(device: str) -> None:
-    with pytest.raises(
-        InvalidInputError, match=rf"^device = '{device}' cannot be used on this machine \("
-    ) as e:
+    with pytest.raises(InvalidInputError, match=rf"^device = '{device}' ") as e:
         RewardModel.from_pretrained("bundled", device=device)
     assert "\n" not in str(e.value)
     with pytest.raises(InvalidInputError, match=r"^device = "):

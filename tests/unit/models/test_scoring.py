@@ -327,9 +327,9 @@ def test_arrays_of_levels_are_as_tensors(model: RewardModel) -> None:
     assert torch.equal(
         model.score_latents(*args, np.array(0.4), seed=0), model.score_latents(*args, 0.4, seed=0)
     )
-    with pytest.raises(InvalidInputError, match="for an ensemble give a list of numbers"):
+    with pytest.raises(InvalidInputError, match="list of numbers"):
         model.score_latents(*args, np.array([0.1, 0.4]), seed=0)
-    with pytest.raises(InvalidInputError, match="array of <U3: it must hold numbers"):
+    with pytest.raises(InvalidInputError, match=r"<U3.* numbers"):
         model.score_latents(*args, np.array(["0.4"] * 3), seed=0)
 
 

@@ -267,7 +267,7 @@ def test_cached_blocks_are_not_the_states_own(family_folders: Any) -> None:
     own = make_family_reward(family_folders("flux"), lora_rank=0)
     with torch.no_grad():
         torch.testing.assert_close(watch.steps[2].scores, own.score_state(*states[2]), atol=1e-5, rtol=0)
-    with pytest.raises(InvalidInputError, match=r"forward pass of transformer_blocks.0 has been replaced"):
+    with pytest.raises(InvalidInputError, match=r"transformer_blocks\.0 .*replaced"):
         own.attach(pipeline)
 
 
@@ -303,7 +303,7 @@ def test_a_watch_ends_with_its_context(family_folders: Any) -> None:
     with pytest.raises(InvalidInputError, match="use `with`"):
         watch(pipeline, 0, 0, {"latents": torch.zeros(1)})
     with model.watch(pipeline) as watch:
-        with pytest.raises(InvalidInputError, match="no network of the watched pipeline was called"):
+        with pytest.raises(InvalidInputError, match=r"no network .*called"):
             watch(pipeline, 0, 0, {"latents": torch.zeros(1)})
     with pytest.raises(InvalidInputError, match="live diffusers pipeline"):
         model.watch(Path("somewhere"))

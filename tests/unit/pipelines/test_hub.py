@@ -108,13 +108,13 @@ def test_uploading_without_a_token(
     hub: FakeHub, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match="needs a token with write access: log in with `hf auth login`"):
+    with pytest.raises(HubError, match=r"write access.* `hf auth login`"):
         make_tiny_reward(tiny_backbone).push_to_hub(NAME)
     assert not hub.repositories
 
 
 def test_uploading_with_a_token_that_is_not_accepted(hub: FakeHub, tiny_backbone: Path) -> None:
-    with pytest.raises(HubError, match=rf"uploading to '{NAME}' failed: {hub.url} does not accept the token"):
+    with pytest.raises(HubError, match=f"'{NAME}'.* {hub.url} .*token"):
         make_tiny_reward(tiny_backbone).push_to_hub(NAME, token="hf_wrong")
 
 

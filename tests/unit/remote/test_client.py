@@ -312,11 +312,11 @@ def test_the_server_says_what_the_library_says(call: Call, address: str, reward:
 
 
 def test_what_the_server_refuses(call: Call, address: str, waits: list[float]) -> None:
-    with pytest.raises(InvalidInputError, match="a bearer token is needed; give token="):
+    with pytest.raises(InvalidInputError, match=r"token.* token="):
         call(address, "score_latents", *rows(1))
-    with pytest.raises(InvalidInputError, match=r"prompt_embeds have width 12, this sd3 backbone takes"):
+    with pytest.raises(InvalidInputError, match=r"width 12.*sd3"):
         call(address, "score_latents", *rows(1), token="let me in")
-    with pytest.raises(InvalidInputError, match="5 in one request, at most 4 are taken"):
+    with pytest.raises(InvalidInputError, match=r"5 in one request.* 4"):
         call(address, "score_latents", *rows(5), token="let me in")
     assert waits == []
 

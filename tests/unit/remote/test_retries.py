@@ -56,9 +56,7 @@ def test_retry_after_is_the_least_wait_up_to_a_minute(call: Call, fake: Fake, wa
 
 def test_an_overloaded_server_is_given_up(call: Call, fake: Fake, waits: list[float]) -> None:
     fake.plan = [(503, {}, b'{"error": "queue is full"}')] * 9
-    with pytest.raises(
-        ScoringError, match=r"/v1/score gave no score in 4 attempts, at last: HTTP 503: queue is full"
-    ):
+    with pytest.raises(ScoringError, match=r"/v1/score .* 4 attempts.* HTTP 503: queue is full"):
         call(fake.url, "score_latents", *rows(1), max_retries=3)
     assert len(fake.requests) == 4
     assert len(waits) == 3
@@ -66,9 +64,7 @@ def test_an_overloaded_server_is_given_up(call: Call, fake: Fake, waits: list[fl
 
 def test_no_server(call: Call, waits: list[float]) -> None:
     port = free_port()
-    with pytest.raises(
-        ScoringError, match=f"127.0.0.1:{port}/v1/compare gave no score in 3 attempts.*Connect"
-    ):
+    with pytest.raises(ScoringError, match=f"127.0.0.1:{port}/v1/compare .* 3 attempts.*Connect"):
         call(f"http://127.0.0.1:{port}", "compare", "x", *pictures(2), max_retries=2)
     assert len(waits) == 2
 
@@ -76,7 +72,7 @@ def test_no_server(call: Call, waits: list[float]) -> None:
 def test_a_server_that_says_nothing(call: Call) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ScoringError, match="no score in 1 attempts, at last: ReadTimeout"):
+        with pytest.raises(ScoringError, match=r"1 attempts.* ReadTimeout"):
             call(url, "score_latents", *rows(1), timeout_seconds=0.1, max_retries=0)
 
 
@@ -108,7 +104,7 @@ def test_a_refused_part_is_named(call: Call, fake: Fake) -> None:
     latents, conditioning = rows(5)
     answer = ok({"protocol_version": "1", "raw_scores": [0.0, 1.0]})
     fake.plan = [answer, answer, (422, {}, b'{"error": "latents: too large"}')]
-    with pytest.raises(InvalidInputError, match="refuses the rows from 4: HTTP 422: latents: too large"):
+    with pytest.raises(InvalidInputError, match=r"rows from 4.* HTTP 422: latents: too large"):
         call(fake.url, "score_latents", latents, conditioning, max_rows=2)
 
 

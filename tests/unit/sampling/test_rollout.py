@@ -122,9 +122,9 @@ def test_ddim_with_eta_ends_somewhere_else(family_folders: Folders) -> None:
 def test_settings_that_cannot_be_are_refused(policy: Policy) -> None:
     with pytest.raises(InvalidInputError, match="1 seeds for 2 prompts"):
         rollout(policy, policy.encode(PROMPTS), [1], SamplerConfig())
-    with pytest.raises(InvalidInputError, match=r"window = \(2, 9\): must lie in the 4 steps"):
+    with pytest.raises(InvalidInputError, match=r"window = \(2, 9\).* 4 steps"):
         SamplerConfig(num_steps=4, window=(2, 9))
     with pytest.raises(InvalidInputError, match=r"guidance_scale = 0\.5"):
         SamplerConfig(guidance_scale=0.5)
-    with pytest.raises(InvalidInputError, match="height = 33: must be a multiple of 8 pixels"):
+    with pytest.raises(InvalidInputError, match=r"height = 33.* 8 pixels"):
         policy.latent_shape(33, 32)

@@ -144,7 +144,7 @@ def test_a_server_that_fails_ends_the_run_and_keeps_the_checkpoint(
     assert per_update == 6
     server.score = fails_later  # type: ignore[method-assign]
     settings: dict[str, Any] = {"output": str(tmp_path / "parts"), "num_steps": 3}
-    with pytest.raises(ScoringError, match="gave no score in 6 attempts, at last: HTTP 503: gone"):
+    with pytest.raises(ScoringError, match=r"6 attempts.* HTTP 503: gone"):
         align(DpoConfig, server.url, **settings)
     assert len(waits) == 5
     position = json.loads((tmp_path / "parts" / "last" / "training_state" / "position.json").read_text())
@@ -161,7 +161,7 @@ def test_a_server_is_asked_before_the_first_sample(
 ) -> None:
     server.replies = [(422, {}, b'{"error": "latents have 16 channels, this backbone takes 4"}')]
     monkeypatch.delattr("dina_lrm.alignment.run.sample")
-    with pytest.raises(InvalidInputError, match="refuses: HTTP 422: latents have 16 channels"):
+    with pytest.raises(InvalidInputError, match="HTTP 422: latents have 16 channels"):
         align(DpoConfig, server.url, output=str(tmp_path / "run"))
     ((_, tensors),) = server.requests
     assert tensors["latents"].shape == (1, 16, 8, 8)
@@ -189,12 +189,12 @@ def test_what_needs_a_reward_in_memory_is_refused_at_once(
 
 def test_ensembles_are_refused_at_once() -> None:
     reward = RewardConfig(models=(ADDRESS,), noise_levels=(0.2, 0.5))
-    with pytest.raises(InvalidInputError, match=f"{ADDRESS} is a server, which scores at one level"):
+    with pytest.raises(InvalidInputError, match=f"{ADDRESS} .*one level"):
         DpoConfig(reward=reward)
 
 
 def test_a_search_has_no_server(tiny_pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InvalidInputError, match=f"{ADDRESS} is a server, which has no gradient"):
+    with pytest.raises(InvalidInputError, match=f"{ADDRESS} .*no gradient"):
         latent_reward(ADDRESS, load_pipeline(tiny_pipeline))
     assert main(["search", "a red circle on a gray background", "--model", ADDRESS]) == 2
     assert ADDRESS in capsys.readouterr().err
@@ -208,9 +208,9 @@ def test_no_gradient_and_no_noisy_states(server: Server, tiny_pipeline: Path) ->
         remote = ServerReward(client, server.model.encode_prompts)
         torch.testing.assert_close(remote(latents, prompts, seeds), reward(latents, prompts, seeds))
         both = RewardSum((remote, reward), (1.0, 1.0))
-        with pytest.raises(InvalidInputError, match="is a server, whose scores have no gradient"):
+        with pytest.raises(InvalidInputError, match=r"server.* no gradient"):
             both(latents.clone().requires_grad_(), prompts, seeds)
-        with pytest.raises(InvalidInputError, match="ServerReward cannot score noisy states"):
+        with pytest.raises(InvalidInputError, match=r"ServerReward .*noisy states"):
             both.of_state(latents, prompts, torch.full((2,), 500.0))
 
 

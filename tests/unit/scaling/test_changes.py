@@ -72,7 +72,7 @@ def test_put_back_it_goes_on(ten):
     shutil.move(ten.parent / "4.png", ten.parent / "aside.png")
     (ten.parent / "4.png").write_bytes(png(1))
     (ten.parent / "5.png").write_bytes(png(1))
-    with pytest.raises(InvalidInputError, match=r"'4\.png' has changed.*, and 1 more are not as they were"):
+    with pytest.raises(InvalidInputError, match=r"'4\.png' .*changed.* 1 more"):
         score(ten, output)
     shutil.move(ten.parent / "aside.png", ten.parent / "4.png")
     (ten.parent / "5.png").write_bytes(png(50))
@@ -85,7 +85,7 @@ def test_rejects_are_tried_again(ten):
     assert score(ten, output).rejected == 1
     untouched = (output / "part-000000.parquet").stat().st_mtime_ns
     (ten.parent / "7.png").write_bytes(png(70))
-    with pytest.raises(InvalidInputError, match="--retry-rejects does those rows again"):
+    with pytest.raises(InvalidInputError, match="--retry-rejects"):
         score(ten, output)
     summary = score(ten, output, retry_rejects=True)
     assert (summary.rejected, summary.rejects, summary.parts_found) == (0, None, 3)
@@ -115,7 +115,7 @@ def test_a_change_beside_a_reject_is_no_mixture(ten):
     score(ten, ten.parent / "out", retry_rejects=True)
     assert read_parts(ten.parent / "out")["score"].to_pylist()[6] == pytest.approx(200 / 255)
     (ten.parent / "2.png").write_bytes(png(200))  # of a part without a reject
-    with pytest.raises(InvalidInputError, match=r"'2\.png' has changed.*made: put back"):
+    with pytest.raises(InvalidInputError, match=r"'2\.png' .*changed.* put back"):
         score(ten, ten.parent / "out", retry_rejects=True)
 
 
@@ -138,7 +138,7 @@ def test_pictures_inside_a_table_or_a_shard(tmp_path):
         before = source.read_bytes()
         assert before.count(png(4)) == 1
         source.write_bytes(before.replace(png(4), other))
-        with pytest.raises(InvalidInputError, match=rf"of rows 3 to 5 in '.*{source.name}' has changed"):
+        with pytest.raises(InvalidInputError, match=rf"rows 3 to 5 .*{source.name}' .*changed"):
             score(source, output)
         source.write_bytes(before)
         assert score(source, output).parts_found == 2

@@ -110,5 +110,5 @@ def test_every_shape_in_every_colour_is_recognised(shape, colour):
 
 
 def test_another_size_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"64x64 RGB pictures, not an array of shape \(32, 48, 3\)"):
+    with pytest.raises(ValueError, match=r"64x64 .*\(32, 48, 3\)"):
         read_picture(Image.new("RGB", (48, 32)))

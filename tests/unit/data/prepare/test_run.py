@@ -65,7 +65,7 @@ def test_bytes_do_not_depend_on_processes_or_interruptions(
         prepare_with_stop(root, again, tiny_pipeline)
     assert 0 < len(list((again / "pairs").glob("*.parquet"))) < 4
     (again / "pairs" / "part-00003.parquet.1.partial").write_bytes(b"half")
-    with pytest.raises(InvalidInputError, match="was not finished: run it again"):
+    with pytest.raises(InvalidInputError, match="not finished"):
         LatentShards.open(again)
     progress: list[tuple[str, int, int]] = []
     run(root, again, tiny_pipeline, on_progress=lambda *args: progress.append(args))
@@ -113,9 +113,7 @@ def test_a_source_that_changed_is_refused_by_name(
     if change == "new":
         settings["files"], told = {}, "is new"
     (root / "latents/prepare.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        InvalidInputError, match=rf"{name} {told} since .*latents was begun: prepare into another"
-    ):
+    with pytest.raises(InvalidInputError, match=f"{name} {told} .*latents.* another"):
         run(root, root / "latents", tiny_pipeline)
 
 
@@ -145,7 +143,7 @@ def test_a_picture_that_changed_is_refused_by_name(tiny_pipeline: Path, tmp_path
             save(file)
         case _:
             file.unlink()
-    with pytest.raises(InvalidInputError, match=rf"{name} changed since .*latents was begun: put back"):
+    with pytest.raises(InvalidInputError, match=f"{name} changed .*latents.* put back"):
         run(root, root / "latents", tiny_pipeline)
 
 
@@ -198,7 +196,7 @@ def test_a_full_disk_is_told_and_loses_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(preparing, "write_rejects", full)
-    with pytest.raises(OSError, match="make room and run the same command again"):
+    with pytest.raises(OSError, match="make room"):
         run(root, output, tiny_pipeline)
     assert digests(output)
 

@@ -92,7 +92,7 @@ def test_hpsv3_refuses_what_does_not_fit(hpsv3_folder: Path, tmp_path: Path) -> 
     state = published_hpsv3()
     with pytest.raises(CheckpointError, match=r"has no instruction\.txt"):
         load(state, None)
-    with pytest.raises(InvalidInputError, match=r"must hold <\|Reward\|> once, not 0x"):
+    with pytest.raises(InvalidInputError, match=r"<\|Reward\|> once.* 0x"):
         load(state, "{text_prompt}")
     with pytest.raises(CheckpointError, match=r"rm_head\) do not fit: 1 missing: 5\.bias"):
         load({name: value for name, value in state.items() if name != "rm_head.5.bias"})
@@ -103,7 +103,7 @@ def test_hpsv3_refuses_what_does_not_fit(hpsv3_folder: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="no token embeddings"):
         load({"rm_head.0.bias": torch.zeros(1024)})
     table = "model.language_model.embed_tokens.weight"
-    with pytest.raises(CheckpointError, match="tokenizer does not belong to the weights"):
+    with pytest.raises(CheckpointError, match=r"tokenizer .*weights"):
         load(state | {table: state[table][:-1].clone()})
 
 

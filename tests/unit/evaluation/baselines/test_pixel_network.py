@@ -56,9 +56,9 @@ def test_pixel_network_by_hand(pixel_folder: Path, images: list[Image.Image]) ->
 def test_pixel_network_refuses_what_is_not_there(
     clip_folder: Path, pixel_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"needs a folder that holds fusion\.json"):
+    with pytest.raises(CheckpointError, match=r"fusion\.json"):
         load_scorer("pixel-network", location=clip_folder)
-    with pytest.raises(CheckpointError, match=r"needs a folder that holds fusion\.json.* got None"):
+    with pytest.raises(CheckpointError, match=r"fusion\.json.* None"):
         load_scorer("pixel-network")
     shutil.copytree(pixel_folder, tmp_path / "copy")
     state = read_state(pixel_folder / "fusion.safetensors")

@@ -45,7 +45,7 @@ def test_bad_input_is_named(scorers: list[Any], tmp_path: Path, images: list[Ima
     for scorer in scorers:
         with pytest.raises(InvalidInputError, match="2 prompts for 3 images"):
             scorer.score(PROMPTS[:2], images)
-        with pytest.raises(InvalidInputError, match="prompt 1 must be a non-empty string, not '  '"):
+        with pytest.raises(InvalidInputError, match=r"prompt 1 .*'  '"):
             scorer.score(["red", "  "], images[:2])
         with pytest.raises(InvalidInputError, match="prompts must be a list"):
             scorer.score("red", images[:1])
@@ -142,7 +142,7 @@ def test_registry(clip_folder: Path, hpsv2_folder: Path, images: list[Image.Imag
         scorer = load_scorer(name, location=str(folder), batch_size=2)
         assert scorer.name == name
         assert scorer.score(PROMPTS, images).shape == (3,)
-    with pytest.raises(InvalidInputError, match="unknown scorer 'mps'; known: clip-score, pickscore"):
+    with pytest.raises(InvalidInputError, match=r"'mps'.* clip-score, pickscore"):
         load_scorer("mps")
 
 

@@ -127,7 +127,7 @@ def test_server_is_asked_again_when_it_is_busy_or_hangs_up(server: FakeServer) -
 
 def test_retries_end(server: FakeServer) -> None:
     server.plan = [(500, "out of memory")] * 9
-    with pytest.raises(MissingComponentError, match=r"in 3 attempts, last: HTTP 500 'out of memory'"):
+    with pytest.raises(MissingComponentError, match=r"3 attempts.* HTTP 500 'out of memory'"):
         asking(server, num_retries=2).score(["red"], [Image.new("RGB", (2, 2))])
     assert len(server.requests) == 3
 
@@ -140,7 +140,7 @@ def test_nobody_listens() -> None:
 
 def test_a_refusal_is_not_repeated(server: FakeServer) -> None:
     server.plan = [(404, "no such model")]
-    with pytest.raises(InvalidInputError, match="refused the request: HTTP 404 'no such model'"):
+    with pytest.raises(InvalidInputError, match="HTTP 404 'no such model'"):
         asking(server).score(["red"], [Image.new("RGB", (2, 2))])
     assert len(server.requests) == 1
 
@@ -196,9 +196,9 @@ def test_own_question(server: FakeServer) -> None:
 
 
 def test_server_settings_are_checked() -> None:
-    with pytest.raises(InvalidInputError, match="base_url must start with http"):
+    with pytest.raises(InvalidInputError, match=r"base_url .*http"):
         ServerScorer("file:///etc/passwd", "m", UNIFIED_REWARD)
-    with pytest.raises(InvalidInputError, match="concurrency = 0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match=r"concurrency = 0.* 1"):
         ServerScorer("http://a", "m", UNIFIED_REWARD, concurrency=0)
     with pytest.raises(InvalidInputError, match="unified-reward runs on a server"):
         load_scorer("unified-reward", model="m")
