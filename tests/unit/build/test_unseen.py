@@ -51,7 +51,8 @@ def test_damage_grows_with_its_strength_and_keeps_the_size(name: str) -> None:
 
 
 def test_the_judge_reads_other_styles() -> None:
-    """A scene that is drawn in another way still shows what its caption says: the style is not the content."""
+    """A scene that is drawn in another way still shows what its caption says: the style is not the
+    content."""
     rng = np.random.default_rng(0)
     specs = distinct_captions(rng, 100, "test")
     right = [
