@@ -41,8 +41,18 @@ CPS = replace(ODE, rule="cps", noise_level=0.5)
 ALGORITHMS: dict[str, AlignConfig] = {
     "refl": ReflConfig(sampler=ODE, gradient_steps=2, divergence_weight=0.1, pretraining_weight=0.1),
     "refl-random-stop": ReflConfig(sampler=ODE, random_stop=2),
+    "alignprop": ReflConfig(sampler=ODE, gradient_steps=4, random_gradient_steps=True),
     "grpo": GrpoConfig(sampler=CPS, group_size=4, divergence_weight=0.1),
-    "grpo-guard": GrpoConfig(sampler=replace(CPS, rule="sde"), group_size=4, normalise_ratio=True),
+    "grpo-guard": GrpoConfig(
+        sampler=replace(CPS, rule="sde"),
+        group_size=4,
+        normalise_ratio=True,
+        divide_by_dt=True,
+        divergence_weight=0.1,
+    ),
+    "grpo-public": GrpoConfig(
+        sampler=CPS, group_size=4, advantages="uncentred", log_probability="unscaled", clip_range=1e-4
+    ),
     "grpo-dense": GrpoConfig(sampler=CPS, group_size=4, dense=True, advantages="batch"),
     "dpo": DpoConfig(sampler=ODE, samples_per_prompt=3, repeats=2),
     "step-dpo": StepDpoConfig(sampler=CPS, branches=3),

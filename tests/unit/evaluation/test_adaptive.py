@@ -14,6 +14,7 @@ from dina_lrm.evaluation.adaptive import (
     joined_scores,
     learn_levels,
     measure_levels,
+    one_pair_a_prompt,
     order_levels,
     stopping_rule,
 )
@@ -110,3 +111,12 @@ def test_too_few_pairs_are_refused(model: RewardModel, pairs: LatentPairs) -> No
     order = by_hand(torch.ones(4), torch.ones(4))
     with pytest.raises(InvalidInputError, match=r"at most 0\.5 %"):
         stopping_rule(order, torch.ones(2, 100), error=0.005)
+
+
+def test_one_pair_of_each_prompt_is_asked(pairs: LatentPairs) -> None:
+    """Pairs of one prompt are not independent, so that all of them would promise more than they can."""
+    chosen = one_pair_a_prompt(pairs, seed=3)
+    prompts = pairs.prompt_index[chosen].tolist()
+    assert sorted(prompts) == sorted(set(pairs.prompt_index.tolist()))
+    assert one_pair_a_prompt(pairs, seed=3).tolist() == chosen.tolist()
+    assert one_pair_a_prompt(pairs, seed=4).tolist() != chosen.tolist()
