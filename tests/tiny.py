@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dina_lrm import Conditioning, RewardModel
+from dina_lrm.data.latents import LatentPairs
 
 WORDS = (
     "a an the red green blue gray white black yellow circle square triangle ellipse on above below left "
@@ -135,6 +136,28 @@ def tiny_conditioning(batch: int = 3, *, tokens: int = 5, seed: int = 0) -> Cond
     generator = torch.Generator().manual_seed(seed)
     embeds, pooled = (torch.randn(batch, *shape, generator=generator) for shape in ((tokens, 64), (64,)))
     return Conditioning(embeds, pooled)
+
+
+def preferred_pairs(latents: Tensor, conditioning: Conditioning) -> LatentPairs:
+    """Of latents i and i + n, the one with the higher mean in its first channel is preferred.
+
+    Rows of the conditioning are the prompts, which take turns.
+    """
+    num_pairs, num_prompts = len(latents) // 2, len(conditioning.prompt_embeds)
+    first, second = torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs
+    utility = latents[:, 0].flatten(1).mean(dim=1)
+    first_wins = utility[first] > utility[second]
+    return LatentPairs(
+        latents=latents,
+        prompts=[f"prompt {i}" for i in range(num_prompts)],
+        prompt_embeds=conditioning.prompt_embeds,
+        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
+        attention_mask=conditioning.attention_mask,
+        prompt_index=torch.arange(num_pairs) % num_prompts,
+        chosen=torch.where(first_wins, first, second),
+        rejected=torch.where(first_wins, second, first),
+        target=torch.ones(num_pairs),
+    )
 
 
 def _scheduler() -> Any:

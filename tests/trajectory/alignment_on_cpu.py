@@ -21,7 +21,7 @@ from dina_lrm.alignment.run import Run, Update
 from dina_lrm.build.alignment import algorithm_of
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.sampling.rewards import LatentReward
-from tests.trajectory.test_alignment import ALGORITHMS, PROMPTS, new_run, small
+from tests.trajectory.test_alignment import ALGORITHMS, first_latents, given_pairs, new_run, small
 
 RARELY = MonitorConfig(every=9, num_prompts=3, grid_size=2)
 RUNS: dict[str, AlignConfig] = {
@@ -61,28 +61,16 @@ def prompts_of_the_second_process(run: Run, step: int) -> set[str]:
     return set(prompts)
 
 
-def given_pairs(run: Run) -> LatentPairs:
+def divided_pairs(run: Run) -> LatentPairs:
     """Six pairs, of which two are ties and one is of divided votes."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (12, *run.policy.latent_shape(32, 32))
-    conditioning = run.policy.encode(PROMPTS)
-    return LatentPairs(
-        latents=torch.randn(shape, generator=generator),
-        chosen=torch.arange(6),
-        rejected=torch.arange(6, 12),
-        target=torch.tensor([1.0, 0.5, 0.8, 1.0, 0.5, 1.0]),
-        prompt_embeds=conditioning.prompt_embeds,
-        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-        prompts=PROMPTS,
-        prompt_index=torch.arange(6),
-    )
+    return given_pairs(run, first_latents(run), torch.tensor([1.0, 0.5, 0.8, 1.0, 0.5, 1.0]))
 
 
 def one_run(pipeline: Path, output: Path, name: str) -> dict[str, Any]:
     """A run of `RUNS`, or of one of them whose second process has nothing to learn ("flat-...")."""
     config = replace(RUNS[name.removeprefix("flat-")], output=str(output / name))
     run = new_run(pipeline, config)
-    algorithm: Update = Dpo(config, given_pairs(run)) if name == "dpo-given" else algorithm_of(config)  # type: ignore[arg-type]
+    algorithm: Update = Dpo(config, divided_pairs(run)) if name == "dpo-given" else algorithm_of(config)  # type: ignore[arg-type]
     if not name.startswith("flat-"):
         run.train(algorithm)
         return {}

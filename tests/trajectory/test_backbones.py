@@ -18,6 +18,7 @@ from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.trainer import train
 from tests.families import FAMILIES, family_conditioning, family_latents
+from tests.tiny import preferred_pairs
 
 CONFIG = TrainConfig(
     seed=0,
@@ -36,21 +37,7 @@ def make_pairs(family: str, num_pairs: int = 48, *, frames: int | None = None) -
     generator = torch.Generator().manual_seed(1)
     latents = family_latents(family, 2 * num_pairs, 8, 8, frames=frames, seed=1)
     latents[:, 0] += torch.randn(2 * num_pairs, *[1] * (latents.ndim - 2), generator=generator)
-    first, second = torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs
-    utility = latents[:, 0].flatten(1).mean(dim=1)
-    first_wins = utility[first] > utility[second]
-    conditioning = family_conditioning(family, 6)
-    return LatentPairs(
-        latents=latents,
-        prompts=[f"prompt {i}" for i in range(6)],
-        prompt_embeds=conditioning.prompt_embeds,
-        pooled_prompt_embeds=conditioning.pooled_prompt_embeds,
-        attention_mask=conditioning.attention_mask,
-        prompt_index=torch.arange(num_pairs) % 6,
-        chosen=torch.where(first_wins, first, second),
-        rejected=torch.where(first_wins, second, first),
-        target=torch.ones(num_pairs),
-    )
+    return preferred_pairs(latents, family_conditioning(family, 6))
 
 
 @pytest.mark.parametrize(("family", "frames"), [*((family, None) for family in FAMILIES), ("wan", 2)])

@@ -1,5 +1,7 @@
 """Thirty steps on a tiny random backbone, and what is read off a run."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import TrainConfig, ValidationConfig
 from dina_lrm.training.result import TrainResult
+from tests.tiny import preferred_pairs
 
 TEXT_TOKENS = 6
 
@@ -30,21 +33,10 @@ def make_pairs(num_pairs: int, seed: int) -> LatentPairs:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(2 * num_pairs, 16, 4, 4, generator=generator)
     latents[:, 0] += torch.randn(2 * num_pairs, generator=generator)[:, None, None]
-    first, second = torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs
-    utility = latents[:, 0].mean((1, 2))
-    first_wins = utility[first] > utility[second]
     num_prompts = 8
-    return LatentPairs(
-        latents=latents,
-        prompts=[f"prompt {i}" for i in range(num_prompts)],
-        prompt_embeds=torch.randn(num_prompts, TEXT_TOKENS, 64, generator=generator),
-        pooled_prompt_embeds=torch.randn(num_prompts, 64, generator=generator),
-        prompt_index=torch.arange(num_pairs) % num_prompts,
-        chosen=torch.where(first_wins, first, second),
-        rejected=torch.where(first_wins, second, first),
-        target=torch.ones(num_pairs),
-        bayes=torch.ones(num_pairs),
-    )
+    embeds = torch.randn(num_prompts, TEXT_TOKENS, 64, generator=generator)
+    pooled = torch.randn(num_prompts, 64, generator=generator)
+    return replace(preferred_pairs(latents, Conditioning(embeds, pooled)), bayes=torch.ones(num_pairs))
 
 
 def trained_values(model: RewardModel) -> dict[str, Tensor]:

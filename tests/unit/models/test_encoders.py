@@ -11,14 +11,13 @@ from PIL import Image
 
 from dina_lrm import InvalidInputError, RewardModel
 from dina_lrm.images import as_picture, as_pictures, fit
+from tests.families import load_pipeline
 from tests.tiny import MAX_TOKENS, PROMPT, TEXT_TOKENS, copy_of, make_tiny_reward
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline: Path):
-    from diffusers import StableDiffusion3Pipeline
-
-    return StableDiffusion3Pipeline.from_pretrained(tiny_pipeline)
+    return load_pipeline(tiny_pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +40,26 @@ def test_embeddings_are_the_pipelines_own(model: RewardModel, pipeline) -> None:
     assert torch.equal(conditioning.pooled_prompt_embeds, pooled)
 
 
-def test_a_prompt_is_encoded_once(tiny_pipeline: Path) -> None:
-    model = make_tiny_reward(tiny_pipeline)
-    first = model.encode_prompts([PROMPT, "a red square", PROMPT])
-    assert torch.equal(first.prompt_embeds[0], first.prompt_embeds[2])
+def encoded_batches(model: RewardModel) -> list[list[str]]:
+    """The prompts that the text encoders are given from now on, one list a call."""
     encoder = model.encoders.text
     original, calls = encoder.encode_batch, []
     encoder.encode_batch = lambda pipeline, prompts, device: (
         calls.append(list(prompts)),
         original(pipeline, prompts, device),
     )[1]
+    return calls
+
+
+def test_a_prompt_is_encoded_once(tiny_pipeline: Path) -> None:
+    model = make_tiny_reward(tiny_pipeline)
+    first = model.encode_prompts([PROMPT, "a red square", PROMPT])
+    assert torch.equal(first.prompt_embeds[0], first.prompt_embeds[2])
+    calls = encoded_batches(model)
     again = model.encode_prompts(["a red square", "a blue square"])
     assert calls == [["a blue square"]]
     torch.testing.assert_close(again.prompt_embeds[0], first.prompt_embeds[1], atol=0, rtol=0)
-    encoder.clear_cache()
+    model.encoders.text.clear_cache()
     model.encode_prompts(PROMPT)
     assert calls[-1] == [PROMPT]
 
@@ -64,10 +69,16 @@ def test_the_cache_forgets_the_least_recently_used(
 ) -> None:
     monkeypatch.setattr("dina_lrm.backbones.prompts.CACHED_PROMPTS", 2)
     model = make_tiny_reward(tiny_pipeline)
+    calls = encoded_batches(model)
     model.encode_prompts(["red", "green"])
     model.encode_prompts("red")
     model.encode_prompts("blue")
-    assert list(model.encoders.text._cache) == ["red", "blue"]
+    assert calls == [["red", "green"], ["blue"]]
+    for prompt in ("red", "blue"):
+        model.encode_prompts(prompt)
+    assert len(calls) == 2
+    model.encode_prompts("green")
+    assert calls[2:] == [["green"]]
 
 
 def test_t5_length(tiny_pipeline: Path) -> None:

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from dina_lrm import InvalidInputError, RewardModel
+from tests.families import load_pipeline
 from tests.tiny import PROMPT, make_tiny_reward, tiny_conditioning, tiny_latents
 
 
 @pytest.fixture
 def pipeline(tiny_pipeline: Path) -> Any:
-    from diffusers import StableDiffusion3Pipeline
-
-    return StableDiffusion3Pipeline.from_pretrained(tiny_pipeline)
+    return load_pipeline(tiny_pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -293,5 +292,5 @@ def test_attach_refuses_what_cannot_work(
     for layer in pipeline.transformer.modules():
         if hasattr(layer, "merged_adapters"):
             layer.merge(adapter_names=["policy"])
-    with pytest.raises(InvalidInputError, match=r"base weights .*changed.* unfuse"):
+    with pytest.raises(InvalidInputError, match=r"base weights .*changed.*unfuse"):
         score(model)

@@ -102,11 +102,11 @@ def test_a_draft_on_a_coarse_grid_chooses_who_is_sampled(policy: Policy, model: 
 
 def test_predicted_clean_latents_are_what_the_network_says(policy: Policy, model: RewardModel) -> None:
     """What is scored at a check is the denoiser's own prediction of the clean latent, at one low level."""
-    own, theirs, seeds = search._prepared(policy, model, PROMPT, 3, 0)
+    theirs = model.encode_prompts(PROMPT)
     shape = policy.latent_shape(32, 32)
     grid = policy.grid(6, shape)
-    state = search.first_noise(shape, seeds)
-    rows = search._rows(own, 3, state.device)
+    state = search.first_noise(shape, [1, 2, 3])
+    rows = policy.encode([PROMPT] * 3)
     with torch.no_grad():
         after = search.advance(policy, state, rows, grid, 0, SAMPLER)
         predicted = policy.predict(state, rows, grid.timesteps[0].expand(3))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,8 @@ def test_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
 
 
 def test_another_schema_version_is_refused(store: VoteStore) -> None:
-    store._database.execute("PRAGMA user_version = 7")
+    with closing(sqlite3.connect(store.path)) as database:
+        database.execute("PRAGMA user_version = 7")
     with pytest.raises(InvalidInputError, match=r"schema version 7.*reads 1"):
         VoteStore(store.path)
 
