@@ -93,7 +93,7 @@ def load_small_pipeline(device: str = "cpu") -> Any:
 
     pipeline: Any = load_pipeline(device=device)
     transformer: Any = SD3Transformer2DModel.from_pretrained(
-        small_pipeline_folder() / "transformer", torch_dtype=torch.float32, local_files_only=True
+        small_pipeline_folder() / "transformer", dtype=torch.float32, local_files_only=True
     )
     pipeline.register_modules(transformer=transformer.to(device))
     return pipeline

@@ -137,14 +137,13 @@ def perceived_variance(levels: Sequence[float], config: RewardModelConfig) -> fl
     logistic likelihood, which has no such v.
     """
     calibration, variance = config.calibration, training_variance(levels, config)
-    if calibration is None or variance is None:
+    if calibration is None:
         return variance
     calibrated = calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
     if sorted(calibration.noise_levels) == sorted(levels):
         return calibrated
     trained = training_variance(calibration.noise_levels, config)
-    assert trained is not None
-    return variance * calibrated / trained
+    return None if variance is None or trained is None else variance * calibrated / trained
 
 
 def training_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:

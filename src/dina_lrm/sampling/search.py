@@ -21,24 +21,22 @@ Own work; that latents are pruned by a reward at their noise level: LatSearch, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dina_lrm.core.conditioning import Conditioning
-from dina_lrm.core.likelihood import win_probability
 from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.sampling.callbacks import Guide, Pruner
+from dina_lrm.sampling.candidates import check_steps, gradient_step, score_predicted, to_drop
 from dina_lrm.sampling.policy import Grid, Policy
 from dina_lrm.sampling.rewards import checked
 from dina_lrm.sampling.rollout import SamplerConfig, advance, deterministic, first_noise, sample
 
 __all__ = ["Guide", "Pruner", "SearchResult", "best_of_n", "guided", "successive_halving"]
 
-SCORED_LEVEL = 0.4
-"""Noise level at which predicted clean latents are scored."""
 
 DRAFT_STEPS = 10
 """Steps of the grid that candidates are compared on."""
@@ -142,61 +140,6 @@ def best_of_n(
     return _finished(policy, model, clean, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
 
 
-def to_drop(model: RewardModel, scores: Tensor, sigma: float, confidence: float) -> Tensor:
-    """Which candidates (bool) to drop: the leader is preferred with at least `confidence` at noise level
-    `sigma`, by the reward's own likelihood; never more than half of them, the worst first.
-
-    A confidence of 0.5 drops just the worse half.
-    """
-    likelihood = model.config.likelihood
-    lead = (scores.max() - scores).double()
-    probability = win_probability(
-        lead,
-        torch.full_like(lead, sigma),
-        likelihood=likelihood.kind,
-        slope=likelihood.slope,
-        floor=likelihood.floor,
-    )
-    drop = torch.zeros_like(scores, dtype=torch.bool)
-    worst_first = scores.argsort(stable=True)[: len(scores) // 2]
-    drop[worst_first] = probability[worst_first] >= confidence
-    return drop
-
-
-def check_steps(num_steps: int, first: int | None, every: int | None) -> range:
-    """Steps after which candidates are compared: from a fifth of them on, every tenth, unless given."""
-    start = max(1, num_steps // 5) if first is None else first
-    stride = max(1, num_steps // 10) if every is None else every
-    if not 1 <= start <= num_steps or stride < 1:
-        raise InvalidInputError(
-            f"first_check = {start}, every = {stride}: must be in [1, {num_steps}], at least 1"
-        )
-    return range(start, num_steps, stride)
-
-
-def score_predicted(
-    model: RewardModel,
-    before: Tensor,
-    after: Tensor,
-    conditioning: Conditioning,
-    sigmas: tuple[float, float],
-    seed: int,
-    batch_size: int,
-) -> Tensor:
-    """Scores (batch,) of the clean latents that a step from `before` to `after` was led by.
-
-    Args:
-        sigmas: noise levels of the two states.
-        seed: of the noise that all are scored under.
-    """
-    parts: list[Tensor] = []
-    for start, end in zip(before.split(batch_size), after.split(batch_size), strict=True):
-        levels = [torch.full((len(start),), sigma, device=start.device) for sigma in sigmas]
-        clean = model.schedule.clean_between(start, end, *levels)
-        parts.append(model.score_latents(clean, conditioning, SCORED_LEVEL, seed=seed).float())
-    return torch.cat(parts)
-
-
 @torch.no_grad()
 def successive_halving(
     policy: Policy,
@@ -268,24 +211,6 @@ def draft_steps(num_steps: int, wanted: int | None = None) -> int:
     return steps
 
 
-def gradient_step(
-    model: RewardModel,
-    state: Tensor,
-    conditioning: Conditioning,
-    timestep: Tensor,
-    sigma: float,
-    strength: float,
-) -> Tensor:
-    """The state moved along the reward's gradient, by `strength` times sigma (root mean square)."""
-    with torch.enable_grad():
-        moved = state.detach().float().requires_grad_(True)
-        scores = model.score_state(moved, conditioning, timestep)
-        (gradient,) = torch.autograd.grad(scores.sum(), moved)
-    size = gradient.flatten(1).square().mean(dim=1).sqrt().clamp_min(1e-12)
-    step = strength * sigma / size.reshape(-1, *[1] * (state.ndim - 1))
-    return (state + step * gradient).to(state.dtype)
-
-
 @torch.no_grad()
 def guided(
     policy: Policy,
@@ -329,122 +254,3 @@ def guided(
             state = torch.cat(parts)
     alive = (samples,) * config.num_steps
     return _finished(policy, model, state, theirs, prompt, seed, kept=range(samples), cost=cost, alive=alive)
-
-
-# --- the same inside a diffusers pipeline ------------------------------------------------------------------
-
-
-class _Callback:
-    """What both callbacks know: the prompt, and the state and level that a pipeline is at after a step."""
-
-    def __init__(self, model: RewardModel, prompt: str) -> None:
-        self.model = model
-        self.conditioning = model.encode_prompts(prompt)
-
-    def tensor_inputs(self, pipeline: Any) -> list[str]:
-        """What to pass as `callback_on_step_end_tensor_inputs`: all that has a row per picture."""
-        return list(pipeline._callback_tensor_inputs)
-
-    def _next(self, pipeline: Any, step: int, latents: Tensor) -> tuple[Tensor, float, float] | None:
-        """After `step`: timestep (batch,), noise level, and what the latents are divided by to be a mixture
-        of clean latent and noise; None after the last step."""
-        if latents.ndim != 4:
-            raise InvalidInputError(
-                f"{type(pipeline).__name__} packs its latents {tuple(latents.shape)}: use "
-                f"dina_lrm.sampling.search with a Policy instead of a callback"
-            )
-        scheduler = pipeline.scheduler
-        if step + 1 >= len(scheduler.timesteps):
-            return None
-        timestep = scheduler.timesteps[step + 1].float().to(latents.device).expand(len(latents))
-        sigma = float(self.model.schedule.sigma_at(timestep[:1]))
-        # Schedulers of the Euler kind hold z0 + sigma / sqrt(1 - sigma^2) eps, of variance above one.
-        inflated = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.0
-        return timestep, sigma, (1 - sigma**2) ** -0.5 if inflated else 1.0
-
-
-class Pruner(_Callback):
-    """`callback_on_step_end` that drops candidates of one prompt, as `successive_halving` does.
-
-    What a step predicted is read off the states before and after it, which is exact for first-order samplers
-    without noise (flow-matching Euler, DDIM, Euler) and near for the others. The first comparison is after
-    the second step at the earliest.
-
-    Args:
-        steps: of the pipeline's call.
-        seed: of the noise that predicted clean latents are scored under.
-
-    Attributes:
-        kept: indices of the candidates that are still sampled.
-    """
-
-    def __init__(
-        self,
-        model: RewardModel,
-        prompt: str,
-        *,
-        steps: int,
-        confidence: float = 0.5,
-        first_check: int | None = None,
-        every: int | None = None,
-        seed: int = 0,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(model, prompt)
-        self.checks = check_steps(steps, first_check, every)
-        self.confidence, self.seed, self.batch_size = confidence, seed, batch_size
-        self.kept: list[int] = []
-        self._before: tuple[Tensor, float] | None = None
-
-    @torch.no_grad()
-    def __call__(
-        self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        latents = callback_kwargs["latents"]
-        if step == 0:
-            self.kept, self._before = list(range(len(latents))), None
-        following = self._next(pipeline, step, latents)
-        if following is None:
-            return callback_kwargs
-        _, sigma, scale = following
-        state, before = latents.float() / scale, self._before
-        self._before = state, sigma
-        if step + 1 not in self.checks or len(latents) < 2 or before is None:
-            return callback_kwargs
-        scores = score_predicted(
-            self.model, before[0], state, self.conditioning, (before[1], sigma), self.seed, self.batch_size
-        )
-        stay = ~to_drop(self.model, scores, sigma, self.confidence)
-        self._before = state[stay], sigma
-        self.kept = [index for index, good in zip(self.kept, stay.tolist(), strict=True) if good]
-        return {name: _of_kept(name, value, stay, len(latents)) for name, value in callback_kwargs.items()}
-
-
-def _of_kept(name: str, value: Any, stay: Tensor, count: int) -> Any:
-    """Rows of a tensor that belong to kept candidates; guided pipelines hold two halves."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if len(value) % count:
-        raise InvalidInputError(
-            f"{name} has {len(value)} rows for {count} pictures: which to keep is not known"
-        )
-    return value[stay.repeat(len(value) // count).to(value.device)]
-
-
-class Guide(_Callback):
-    """`callback_on_step_end` that moves states along the reward's gradient, as `guided` does."""
-
-    def __init__(
-        self, model: RewardModel, prompt: str, *, strength: float = 0.05, window: Sequence[float] = (0.2, 0.9)
-    ) -> None:
-        super().__init__(model, prompt)
-        self.strength, self.window = strength, tuple(window)
-
-    def __call__(self, pipeline: Any, step: int, _: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        latents = callback_kwargs["latents"]
-        following = self._next(pipeline, step, latents)
-        if following is None or not self.window[0] <= following[1] <= self.window[1]:
-            return callback_kwargs
-        timestep, sigma, scale = following
-        moved = gradient_step(self.model, latents / scale, self.conditioning, timestep, sigma, self.strength)
-        return {**callback_kwargs, "latents": moved * scale}

@@ -64,8 +64,13 @@ def test_scores_and_deviations_give_the_probability_of_compare(
     by_hand = norm.cdf((score_a - score_b) / (deviation_a**2 + deviation_b**2) ** 0.5)
     expected = bundled.compare(prompts[0], *files, noise_levels)
     assert by_hand == pytest.approx(expected, rel=1e-5)
-    if noise_levels == 0.4:  # not calibrated there: v = 2 sigma^2 + 0.05
-        assert deviation_a == pytest.approx((2 * 0.16 + 0.05) ** 0.5)
+    calibration = bundled.config.calibration
+    assert calibration is not None
+    if (
+        noise_levels == 0.4
+    ):  # not calibrated there: v = 2 sigma^2 + 0.05, times what calibration found elsewhere
+        factor = calibration.scale**2 / 2 / (2 * min(calibration.noise_levels) ** 2 + 0.05)
+        assert deviation_a == pytest.approx((factor * (2 * 0.16 + 0.05)) ** 0.5)
 
 
 def test_the_papers_reward_unless_another_is_named(

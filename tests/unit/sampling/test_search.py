@@ -12,7 +12,7 @@ from dina_lrm import RewardModel
 from dina_lrm.core.flow import clean_and_noise
 from dina_lrm.core.seeds import Stream, mix_seeds
 from dina_lrm.errors import InvalidInputError
-from dina_lrm.sampling import search
+from dina_lrm.sampling import candidates, search
 from dina_lrm.sampling.policy import Policy
 from dina_lrm.sampling.rollout import SamplerConfig
 from tests.families import load_pipeline, make_family_reward
@@ -111,8 +111,8 @@ def test_predicted_clean_latents_are_what_the_network_says(policy: Policy, model
         after = search.advance(policy, state, rows, grid, 0, SAMPLER)
         predicted = policy.predict(state, rows, grid.timesteps[0].expand(3))
         clean = clean_and_noise(state, predicted, grid.sigmas[0].expand(3)).clean
-        expected = model.score_latents(clean, theirs, search.SCORED_LEVEL, seed=0)
-        found = search.score_predicted(
+        expected = model.score_latents(clean, theirs, candidates.SCORED_LEVEL, seed=0)
+        found = candidates.score_predicted(
             model, state, after, theirs, (1.0, float(grid.sigmas[1])), 0, batch_size=2
         )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -121,11 +121,11 @@ def test_predicted_clean_latents_are_what_the_network_says(policy: Policy, model
 def test_who_is_dropped_follows_the_rewards_own_law(model: RewardModel) -> None:
     """v(0.5) = 2 * 0.25 + 0.05 = 0.55: a lead of x is certain with Phi(x / sqrt(1.1)); 0.9 needs 1.344."""
     scores = torch.tensor([0.0, -1.3, -1.4, -2.0])
-    assert search.to_drop(model, scores, 0.5, 0.9).tolist() == [False, False, True, True]
+    assert candidates.to_drop(model, scores, 0.5, 0.9).tolist() == [False, False, True, True]
     scores = torch.tensor([0.0, -0.1, -1.3, -1.4])
-    assert search.to_drop(model, scores, 0.5, 0.9).tolist() == [False, False, False, True]
+    assert candidates.to_drop(model, scores, 0.5, 0.9).tolist() == [False, False, False, True]
     # At sigma = 0, v = 0.05 and 0.9 needs 0.405, but never more than half of them go at once.
-    assert search.to_drop(model, scores, 0.0, 0.9).tolist() == [False, False, True, True]
+    assert candidates.to_drop(model, scores, 0.0, 0.9).tolist() == [False, False, True, True]
 
 
 def test_guidance_raises_the_reward(policy: Policy, model: RewardModel) -> None:
