@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import load_file
 
 from dina_lrm.build.pairs import prepare_source
@@ -32,6 +31,7 @@ from dina_lrm.training.loader import step_parts
 from dina_lrm.training.result import TrainResult
 from dina_lrm.training.step import PairScorer
 from dina_lrm.training.validation import levels_label, validation_margins
+from tests.pictures import noise_picture
 
 PROMPTS = ("a red circle", "a blue square", "two yellow triangle", "a small green ellipse")
 
@@ -40,15 +40,13 @@ PROMPTS = ("a red circle", "a blue square", "two yellow triangle", "a small gree
 def shards(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 pairs of two sizes; the brighter picture is preferred."""
     root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
     rows = []
     for index in range(60):
         size = (32, 32) if index % 3 else (48, 32)
         pair = []
-        for side, low in (("a", 128), ("b", 0)):
-            pixels = rng.integers(low, low + 128, (size[1], size[0], 3), dtype=np.uint8)
+        for place, (side, low) in enumerate((("a", 128), ("b", 0))):
             file = root / f"{index}{side}.png"
-            Image.fromarray(pixels).save(file)
+            noise_picture(2 * index + place, *size, low=low, high=low + 128).save(file)
             pair.append(file.name)
         rows.append({"prompt": PROMPTS[index % 4], "chosen": pair[0], "rejected": pair[1]})
     (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -5,9 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dina_lrm.build.pairs import raw_source
 from dina_lrm.build.training import reward_model, run_training
@@ -15,6 +13,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.runs.config import OptimizerConfig
 from dina_lrm.training.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
+from tests.pictures import noise_picture
 from tests.rows import write_json_lines
 
 
@@ -22,13 +21,13 @@ from tests.rows import write_json_lines
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bright pictures are preferred to dark ones; one row is unusable."""
     folder = tmp_path_factory.mktemp("rows")
-    rng = np.random.default_rng(0)
     lines = []
     for index in range(6):
-        for side, level in (("chosen", 200), ("rejected", 50)):
-            size = (32, 32 + 16 * (index % 2), 3)
-            pixels = rng.integers(level - 40, level + 40, size=size).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}-{side}.png")
+        for place, (side, level) in enumerate((("chosen", 200), ("rejected", 50))):
+            picture = noise_picture(
+                2 * index + place, 32 + 16 * (index % 2), 32, low=level - 40, high=level + 40
+            )
+            picture.save(folder / f"{index}-{side}.png")
         lines.append(
             {
                 "prompt": "a red circle" if index % 2 else "a blue square",
@@ -111,12 +110,11 @@ def _without_seconds(card: str) -> str:
 @pytest.mark.long
 def test_own_pairs_are_validated_on_a_part_of_them(tiny_pipeline: Path, tmp_path: Path) -> None:
     """A folder of pairs, no word about validation, no output."""
-    rng = np.random.default_rng(0)
     for index in range(10):
         (tmp_path / f"{index}.txt").write_text(f"prompt {index}")
-        for side in ("chosen", "rejected"):
-            pixels = rng.integers(0, 255, size=(32, 32 + 16 * (index % 2), 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"{index}.{side}.png")
+        for place, side in enumerate(("chosen", "rejected")):
+            picture = noise_picture(2 * index + place, 32 + 16 * (index % 2), 32)
+            picture.save(tmp_path / f"{index}.{side}.png")
     base = make_config(tiny_pipeline, tmp_path, tmp_path / "run")
     told: list[str] = []
     config = replace(base, data=DataConfig(train=str(tmp_path), validation_fraction=0.2), output=None)

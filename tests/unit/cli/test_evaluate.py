@@ -18,6 +18,7 @@ from dina_lrm.data.latents import LatentPairs
 from dina_lrm.errors import InvalidInputError
 from dina_lrm.evaluation.benchmarks import evaluate_latent_pairs
 from dina_lrm.evaluation.noise_sweep import Setting, score_pairs
+from tests.pictures import noise_picture
 from tests.tiny import make_tiny_reward
 
 NUM_ROWS = 10
@@ -128,13 +129,11 @@ def test_a_flag_that_would_be_ignored_is_refused(
 def prepared(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pairs of 6 prompts and two latent shapes; a picture is in several pairs."""
     folder = tmp_path_factory.mktemp("own")
-    rng = np.random.default_rng(0)
     rows = []
     for index in range(12):
-        size = (32, 48) if index % 2 else (32, 32)
+        size = (48, 32) if index % 2 else (32, 32)
         for name in range(3):
-            pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}-{name}.png")
+            noise_picture(3 * index + name, *size).save(folder / f"{index}-{name}.png")
         for chosen, rejected in ((0, 1), (0, 2)):
             names = {"chosen": f"{index}-{chosen}.png", "rejected": f"{index}-{rejected}.png"}
             rows.append(
