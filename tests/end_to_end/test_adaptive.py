@@ -33,10 +33,10 @@ def pairs(reward: Path, num: int) -> LatentPairs:
     wins = scores[first] > scores[second]
     return LatentPairs(
         latents=latents,
-        prompts=[f"p{index}" for index in range(20)],
-        prompt_embeds=embeds.repeat(20, 1, 1),
-        pooled_prompt_embeds=pooled.repeat(20, 1),
-        prompt_index=torch.arange(num) % 20,
+        prompts=[f"p{index}" for index in range(num)],
+        prompt_embeds=embeds.repeat(num, 1, 1),
+        pooled_prompt_embeds=pooled.repeat(num, 1),
+        prompt_index=torch.arange(num),
         chosen=torch.where(wins, first, second),
         rejected=torch.where(wins, second, first),
         target=torch.ones(num),

@@ -189,6 +189,7 @@ class _Run:
             if state.resume() and state.step > 0:
                 self.model.trained = True
         self.reporter.start(state.step)
+        steps_before = state.step
         if self.output is not None and self.is_main:
             atomic_write(self.output / "train_config.json", json.dumps(json_types(config), indent=2).encode())
 
@@ -242,7 +243,8 @@ class _Run:
                     if not last:
                         self._checkpoint()
                     break
-        return self._finish(stopped_by, state.seconds)
+        # A finished run that is given again has taken no longer for it.
+        return self._finish(stopped_by, state.seconds if state.step > steps_before else state.seconds_before)
 
     # --- one optimizer step
 
