@@ -61,7 +61,7 @@ class SamplerState:
 
 
 def sample_stepwise(
-    policy: Policy, prompt: str, *, seed: int, num_steps: int, guidance_scale: float, run: Executor
+    policy: Policy, prompt: str, *, seed: int, num_steps: int, guidance_scale: float | int, run: Executor
 ) -> Iterator[SamplerState]:
     """The states of one sampling without noise, as they come: those of the pipeline's own call.
 
@@ -73,7 +73,7 @@ def sample_stepwise(
     Raises:
         ScoringError: from `run`.
     """
-    config = SamplerConfig(num_steps=num_steps, guidance_scale=guidance_scale)
+    config = SamplerConfig(num_steps=num_steps, guidance_scale=float(guidance_scale))
     shape = policy.latent_shape()
     grid = policy.grid(num_steps, shape)
     conditioning = run(lambda: policy.encoders.encode_prompts([prompt], policy.device))
