@@ -17,16 +17,23 @@ import tyro
 from dina_lrm.build.pairs import shapes_pairs
 from dina_lrm.build.training import reward_model
 from dina_lrm.recipes import training as recipes
+from dina_lrm.shapes.pairs import PairKind
+from dina_lrm.shapes.scenes import Part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     output: Path
-    """Folder for SEED.safetensors."""
+    """Folder for KIND-SEED.safetensors."""
     seeds: tuple[int, ...]
     """Of the captions, pictures and votes of each file."""
     num_prompts: int = 3600
     """Captions in each file; six pairs come from each caption."""
+    kind: PairKind = "plain"
+    """Which pictures are compared (`dina_lrm.shapes.pairs`): plain, varied with more damage, renders without
+    generated ones."""
+    part: Part | None = "train"
+    """Which captions; None: any."""
     processes: int = 2
     """Files made at the same time."""
 
@@ -41,8 +48,10 @@ def make(options: Options, seed: int) -> str:
     """One file."""
     torch.set_num_threads(1)
     model = reward_model(recipes.shapes().model)  # its encoders are used, its weights are not
-    pairs = shapes_pairs(model, num_prompts=options.num_prompts, seed=seed)
-    path = options.output / f"{seed}.safetensors"
+    pairs = shapes_pairs(
+        model, num_prompts=options.num_prompts, seed=seed, part=options.part, kind=options.kind
+    )
+    path = options.output / f"{options.kind}-{seed}.safetensors"
     pairs.save(path)
     return f"{path}: {len(pairs)} pairs"
 

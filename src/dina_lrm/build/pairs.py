@@ -260,19 +260,23 @@ def shapes_pairs(
     num_prompts: int,
     seed: int,
     part: Literal["train", "validation", "test"] | None = None,
+    kind: Literal["plain", "varied", "renders"] = "plain",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentPairs:
     """Simulated pairs of the bundled domain, made with the bundled pipeline and encoded by `model`.
 
     Args:
         part: of the captions; None: all of them.
+        kind: of the pictures, see `shapes.pairs`.
     """
     # Here, since only this source loads the generator.
     from dina_lrm.shapes.pairs import make_shapes_pairs
     from dina_lrm.shapes.pipeline import load_pipeline
 
-    pipeline = load_pipeline(device=str(model.device))
-    made = make_shapes_pairs(pipeline, num_prompts=num_prompts, seed=seed, part=part, on_progress=on_progress)
+    pipeline = None if kind == "renders" else load_pipeline(device=str(model.device))
+    made = make_shapes_pairs(
+        pipeline, num_prompts=num_prompts, seed=seed, part=part, kind=kind, on_progress=on_progress
+    )
     return made.to_latents(model)
 
 

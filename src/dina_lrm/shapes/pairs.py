@@ -8,16 +8,20 @@ and damage:
 * `render`     of the caption
 * `corrupted`  a render that is blurred, noisy or faded to a random degree
 
+Pairs of the kind "varied" show more damage (`damage.VARIED`): up to three on `corrupted`, one on half of the
+renders and on a quarter of the generated pictures. Those of the kind "renders" are four renders with none, at
+most one, and twice one to three; they need no generator.
+
 All but `sample` show, half of the time, a caption that differs in one respect.
 All six pairs of a caption's candidates are compared. Captions, pictures and votes depend on the seed alone.
 Captions of one seed are distinct. Two seeds share some: there are only 216 captions of one object. Those of
 two parts (`scenes.caption_part`) never do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from diffusers import StableDiffusion3Pipeline
@@ -26,6 +30,7 @@ from PIL import Image
 from dina_lrm.data.encode import encode_pairs
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.data.pairs import PreferencePair
+from dina_lrm.shapes.damage import damage
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pipeline import generate
 from dina_lrm.shapes.raters import RaterPanel
@@ -38,6 +43,8 @@ from dina_lrm.shapes.scenes import (
     sample_caption,
     sample_scene,
 )
+
+PairKind = Literal["plain", "varied", "renders"]
 
 SAMPLE_SETTINGS = ((10, 2.5), (16, 4.0), (16, 6.0))
 DRAFT_SETTINGS = ((3, 1.0), (5, 1.0), (8, 1.0), (5, 3.0))
@@ -72,20 +79,22 @@ class ShapesPairs:
 
 
 def make_shapes_pairs(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: StableDiffusion3Pipeline | None,
     *,
     num_prompts: int,
     seed: int,
     part: Part | None = None,
+    kind: PairKind = "plain",
     panel: RaterPanel | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ShapesPairs:
     """Six voted pairs for each of `num_prompts` captions.
 
     Args:
-        pipeline: the generator whose pictures are compared.
+        pipeline: the generator whose pictures are compared; None for the kind "renders".
         seed: of captions, layouts, starting noise and votes.
         part: which captions (`scenes.caption_part`): those of two parts are never the same. None: any.
+        kind: which pictures are compared.
         panel: the raters; by default five of them.
         on_progress: called with (generated pictures, all pictures to generate).
     """
@@ -94,6 +103,23 @@ def make_shapes_pairs(
     panel = panel or RaterPanel()
     rng = np.random.default_rng(seed)
     specs = distinct_captions(rng, num_prompts, part)
+    candidates: list[Candidate] = []
+    if kind == "renders":
+        for index, spec in enumerate(specs):
+            pictures = {
+                f"render {place}": render(sample_scene(rng, spec if place == 0 else perhaps_wrong(rng, spec)))
+                for place in range(4)
+            }
+            if rng.random() < 0.5:
+                pictures["render 1"] = damage(pictures["render 1"], rng, most=1)
+            for place in (2, 3):
+                pictures[f"render {place}"] = damage(pictures[f"render {place}"], rng)
+            candidates += judged(spec, pictures)
+            if on_progress is not None:
+                on_progress(index + 1, num_prompts)
+        return vote(candidates, panel, rng)
+    if pipeline is None:
+        raise ValueError(f"pairs of the kind {kind!r} need a pipeline")
     seeds = rng.integers(2**31, size=(2, num_prompts))
     shown = [specs, [perhaps_wrong(rng, spec) for spec in specs]]
     drawn = [
@@ -102,18 +128,28 @@ def make_shapes_pairs(
         )
         for row, settings in enumerate((SAMPLE_SETTINGS, DRAFT_SETTINGS))
     ]
-    candidates: list[Candidate] = []
     for index, spec in enumerate(specs):
         pictures = {"sample": drawn[0][index], "draft": drawn[1][index]}
         pictures["render"] = render(sample_scene(rng, perhaps_wrong(rng, spec)))
-        corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
-        undamaged = render(sample_scene(rng, perhaps_wrong(rng, spec)))
-        pictures["corrupted"] = corrupt(undamaged, float(rng.uniform(0.1, 1.0)), rng)
-        candidates += [
-            Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
-            for origin, image in pictures.items()
-        ]
+        if kind == "varied":
+            pictures["corrupted"] = damage(render(sample_scene(rng, perhaps_wrong(rng, spec))), rng)
+            for origin, chance in (("sample", 0.25), ("draft", 0.25), ("render", 0.5)):
+                if rng.random() < chance:
+                    pictures[origin] = damage(pictures[origin], rng, most=1)
+        else:
+            corrupt = CORRUPTIONS[str(rng.choice(list(CORRUPTIONS)))]
+            undamaged = render(sample_scene(rng, perhaps_wrong(rng, spec)))
+            pictures["corrupted"] = corrupt(undamaged, float(rng.uniform(0.1, 1.0)), rng)
+        candidates += judged(spec, pictures)
     return vote(candidates, panel, rng)
+
+
+def judged(spec: CaptionSpec, pictures: Mapping[str, Image.Image]) -> list[Candidate]:
+    """Pictures of one caption, by where they come from, with the judge's utilities."""
+    return [
+        Candidate(caption=spec.caption, image=image, origin=origin, utility=judge(image, spec).utility)
+        for origin, image in pictures.items()
+    ]
 
 
 def vote(candidates: Sequence[Candidate], panel: RaterPanel, rng: np.random.Generator) -> ShapesPairs:
