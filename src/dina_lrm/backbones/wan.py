@@ -50,9 +50,7 @@ class WanArchitecture(TransformerArchitecture):
 
     def __post_init__(self) -> None:
         if self.image_dim is not None or self.added_kv_proj_dim is not None:
-            raise InvalidInputError(
-                "this Wan transformer is an image-to-video model: only the text-to-video models are supported"
-            )
+            raise InvalidInputError("an image-to-video Wan transformer: only text-to-video is supported")
 
     def position_tables(self) -> dict[str, nn.Module]:
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed

@@ -143,11 +143,8 @@ def print_recipes(*, to_stderr: bool) -> None:
     console.print("usage: dina-lrm train RECIPE [--output RUN] [overrides]\n", markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name in recipes.recipe_names():
-        summary = (
-            (inspect.getdoc(getattr(recipes, name.replace("-", "_"))) or "")
-            .split("\n\n")[0]
-            .replace("\n", " ")
-        )
+        text = inspect.getdoc(getattr(recipes, name.replace("-", "_"))) or ""
+        summary = " ".join(text.split("\n\n")[0].split())
         table.add_row(f"[bold]{name}[/]", escape(summary))
     console.print(table)
     console.print("\ndina-lrm train RECIPE --help lists every field, its meaning and the recipe's value.")

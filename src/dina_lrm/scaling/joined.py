@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,16 +96,15 @@ def _writer(path: Path, suffix: str) -> Iterator[Write]:
         with path.open("w", encoding="utf-8") as file:
             yield lambda table: file.writelines(_lines(table))
         return
+    parquet = partial(pyarrow.parquet.ParquetWriter, compression="zstd")
+    writer_of = pyarrow.csv.CSVWriter if suffix == ".csv" else parquet
     opened: list[Any] = []
 
     def write(table: pyarrow.Table) -> None:
         if suffix == ".csv":
             table = _flat(table)
         if not opened:
-            if suffix == ".csv":
-                opened.append(pyarrow.csv.CSVWriter(path, table.schema))
-            else:
-                opened.append(pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd"))
+            opened.append(writer_of(path, table.schema))
         opened[0].write_table(table)
 
     try:
@@ -144,9 +144,9 @@ def _flat(table: pyarrow.Table) -> pyarrow.Table:
     for place, field in enumerate(table.schema):
         if pyarrow.types.is_nested(field.type) or pyarrow.types.is_binary(field.type):
             cells = [_json_value(value) for value in table[place].to_pylist()]
+            as_is = (str, type(None))
             texts = [
-                cell if cell is None or isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)
-                for cell in cells
+                cell if isinstance(cell, as_is) else json.dumps(cell, ensure_ascii=False) for cell in cells
             ]
             table = table.set_column(place, field.name, pyarrow.array(texts, pyarrow.string()))
     return table

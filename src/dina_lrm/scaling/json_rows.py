@@ -90,12 +90,8 @@ def json_schema(kinds: dict[str, set[str]], task: Task) -> pyarrow.Schema:
     fields |= dict.fromkeys(task.columns, pyarrow.string())
     # Strings and JSON text are both stored as strings; the field's metadata tells them apart.
     return pyarrow.schema(
-        [
-            pyarrow.field(name, pyarrow.string(), metadata={"json": "1"})
-            if kind is None
-            else pyarrow.field(name, kind)
-            for name, kind in fields.items()
-        ]
+        pyarrow.field(name, kind or pyarrow.string(), metadata=None if kind else {"json": "1"})
+        for name, kind in fields.items()
     )
 
 

@@ -150,7 +150,9 @@ def _scramble(pixels: _Pixels, strength: float, rng: np.random.Generator) -> _Pi
     reach = 4.0 * strength
     rows, columns = np.indices(pixels.shape[:2])
     moved = [
-        np.clip(np.rint(place + rng.uniform(-reach, reach, size=place.shape)), 0, len(place) - 1).astype(int)
+        np.clip(np.rint(place + rng.uniform(-reach, reach, size=place.shape)), 0, pixels.shape[0] - 1).astype(
+            int
+        )
         for place in (rows, columns)
     ]
     return pixels[moved[0], moved[1]]

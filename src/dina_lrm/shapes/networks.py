@@ -92,8 +92,7 @@ def build_clip_text_encoder() -> CLIPTextModelWithProjection:
 
 
 def build_clip_image_encoder() -> CLIPVisionModelWithProjection:
-    """The image encoder that the CLIP text encoders are trained against; its projection is two halves, one
-    for each."""
+    """The image encoder of both CLIP text encoders; its projection is two halves, one for each."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=96,
@@ -129,8 +128,7 @@ def build_t5_encoder() -> T5EncoderModel:
 
 
 def build_transformer(num_layers: int = 6, num_heads: int = 3) -> SD3Transformer2DModel:
-    """The denoiser: an MMDiT of width 64 `num_heads` and `num_layers` blocks over 64 image tokens, with
-    SD3.5's query-key norm."""
+    """The denoiser: an MMDiT of width 64 `num_heads` over 64 image tokens, with SD3.5's query-key norm."""
     return SD3Transformer2DModel(
         sample_size=CANVAS // 4,
         patch_size=2,
