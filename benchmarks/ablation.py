@@ -41,8 +41,10 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PAPER = (0.2, 0.5, 0.7)
 GROWING = (0.4, 0.2, 0.6, 0.3, 0.5, 0.1, 0.7, 0.8, 0.9)
 """Its first k are the ensemble of k levels."""
+SHOWN = ((0.0,), (0.2,), (0.4,), (0.5,), (0.7,), PAPER)
+"""What every reward is scored at."""
 ENSEMBLES = (*((level,) for level in LEVELS), PAPER, *(GROWING[:count] for count in range(2, 10)))
-SHOWN = ("0", "0.2", "0.4", "0.5", "0.7", "0.2+0.5+0.7")
+"""What the rewards of `BASE` are scored at."""
 BASE = "calibrated"
 PAIRS_SEED, MEASURE_SEED, RESAMPLES = 9001, 0, 2000
 
@@ -63,7 +65,7 @@ class Options:
     test_prompts: int = 1000
     """Captions of each test set."""
     draws: int = 3
-    """Noise draws of every test picture."""
+    """Noise draws at level 0.4, of the rewards of the method."""
     processes: int = 2
     """Runs at the same time, each on one thread."""
 
@@ -129,14 +131,26 @@ def run(options: Options, job: tuple[str, int]) -> str:
             continue
         model = model or RewardModel.from_pretrained(folder).requires_grad_(False)
         pairs = LatentPairs.load(options.output / f"{part}.safetensors")
-        margins = []
-        for draw in range(options.draws):
-            scores = joined_scores(model, pairs, ENSEMBLES, seed=MEASURE_SEED + draw)
-            margins.append((scores.chosen - scores.rejected).numpy())
+        margins = margins_of(model, pairs, ensembles_of(name), MEASURE_SEED)
+        draws = [margins[ensembles_of(name).index((0.4,))]]
+        for draw in range(1, options.draws if name == BASE else 1):
+            draws += list(margins_of(model, pairs, ((0.4,),), MEASURE_SEED + draw))
         with file.with_suffix(".partial").open("wb") as stream:
-            np.savez_compressed(stream, margins=np.stack(margins).astype(np.float32))
+            np.savez_compressed(stream, margins=margins, draws=np.stack(draws))
         file.with_suffix(".partial").replace(file)
     return str(folder)
+
+
+def ensembles_of(name: str) -> tuple[tuple[float, ...], ...]:
+    return ENSEMBLES if name == BASE else SHOWN
+
+
+def margins_of(
+    model: RewardModel, pairs: LatentPairs, ensembles: Sequence[tuple[float, ...]], seed: int
+) -> np.ndarray:
+    """(ensemble, pair), float32."""
+    scores = joined_scores(model, pairs, ensembles, seed=seed)
+    return (scores.chosen - scores.rejected).float().numpy()
 
 
 def train_reward(options: Options, name: str, seed: int, folder: Path) -> None:
@@ -183,12 +197,12 @@ class Sums:
         self.reached: dict[tuple[str, str], np.ndarray] = {}
         for name in names:
             files = [options.output / f"{name}-{seed}" / f"{part}.npz" for seed in options.seeds]
-            margins = np.stack([np.load(file)["margins"] for file in files])  # (seed, draw, way, pair)
-            for way, levels in enumerate(ENSEMBLES):
-                self.add(name, label_of(levels), margins[:, 0, way], bayes)
-            way = ENSEMBLES.index((0.4,))
-            for draws in range(2, margins.shape[1] + 1):
-                self.add(name, f"0.4 x{draws}", margins[:, :draws, way].mean(axis=1), bayes)
+            margins = np.stack([np.load(file)["margins"] for file in files])  # (seed, ensemble, pair)
+            draws = np.stack([np.load(file)["draws"] for file in files])  # (seed, draw, pair)
+            for row, levels in enumerate(ensembles_of(name)):
+                self.add(name, label_of(levels), margins[:, row], bayes)
+            for count in range(2, draws.shape[1] + 1):
+                self.add(name, f"0.4 x{count}", draws[:, :count].mean(axis=1), bayes)
 
     def add(self, name: str, label: str, margins: np.ndarray, bayes: np.ndarray) -> None:
         self.reached[name, label] = np.stack(
@@ -204,6 +218,9 @@ class Sums:
 
 def label_of(levels: Sequence[float]) -> str:
     return "+".join(f"{level:g}" for level in levels)
+
+
+SHOWN_LABELS = tuple(label_of(levels) for levels in SHOWN)
 
 
 def summarize(options: Options, names: Sequence[str]) -> None:
@@ -222,8 +239,9 @@ def summarize(options: Options, names: Sequence[str]) -> None:
         )
         labels = dict.fromkeys(label for _, label in sums.reached)
         for label in labels:
-            shares = {name: sums.share(name, label, seeds, weights) for name in names}
-            for name in names:
+            scored = [name for name in names if (name, label) in sums.reached]
+            shares = {name: sums.share(name, label, seeds, weights) for name in scored}
+            for name in scored:
                 row: dict[str, Any] = {"set": part, "variant": name, "setting": label}
                 row["share"] = interval(shares[name])
                 row["by_seed"] = (sums.reached[name, label].sum(axis=1) / sums.possible.sum()).tolist()
@@ -231,7 +249,7 @@ def summarize(options: Options, names: Sequence[str]) -> None:
                     row["minus_calibrated"] = interval(shares[name] - shares[BASE])
                 row["minus_level_0"] = interval(shares[name] - sums.share(name, "0", seeds, weights))
                 rows.append(row)
-    compared = [row for row in rows if "minus_calibrated" in row and row["setting"] in SHOWN]
+    compared = [row for row in rows if "minus_calibrated" in row and row["setting"] in SHOWN_LABELS]
     holm(compared)
     error = float(np.median([row["minus_calibrated"]["error"] for row in compared])) if compared else None
     powers = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
@@ -284,7 +302,7 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence
     for part in SETS:
         yield from header(part)
         for name in names:
-            cells = [shown(found[part, name, label]["share"], "{:.1f}") for label in SHOWN]
+            cells = [shown(found[part, name, label]["share"], "{:.1f}") for label in SHOWN_LABELS]
             yield f"| {name} | " + " | ".join(cells) + " |"
     if about["smallest_detectable"] is not None:
         yield ""
@@ -298,12 +316,12 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence
                 "",
                 f"**{part}**",
                 "",
-                "| | " + " | ".join(SHOWN) + " |",
+                "| | " + " | ".join(SHOWN_LABELS) + " |",
                 "|---|" + "--:|" * len(SHOWN),
             )
             for name in names:
                 cells = []
-                for label in SHOWN:
+                for label in SHOWN_LABELS:
                     row = found[part, name, label]
                     if "minus_calibrated" in row:
                         cells.append(
@@ -334,7 +352,13 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence
 
 
 def header(part: str) -> Iterator[str]:
-    yield from ("", f"**{part}**", "", "| | " + " | ".join(SHOWN) + " |", "|---|" + "--:|" * len(SHOWN))
+    yield from (
+        "",
+        f"**{part}**",
+        "",
+        "| | " + " | ".join(SHOWN_LABELS) + " |",
+        "|---|" + "--:|" * len(SHOWN),
+    )
 
 
 def shown(value: dict[str, float], form: str) -> str:
