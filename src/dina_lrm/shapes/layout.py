@@ -88,5 +88,6 @@ def collect_tokens(transformer: Any) -> dict[str, Tensor]:
     def keep(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         seen["image"] = output[1]
 
-    transformer.transformer_blocks[ALIGNED_BLOCK - 1].register_forward_hook(keep)
+    blocks = transformer.transformer_blocks
+    blocks[min(ALIGNED_BLOCK, len(blocks) - 1) - 1].register_forward_hook(keep)
     return seen
