@@ -286,25 +286,27 @@ def assemble(
 ) -> Path:
     """Stage 5: the pipeline folder in bfloat16; `generator_folder` picks a kept checkpoint instead of the
     last."""
-    source = generator_folder or run.output / "generator"
+    source, clip = generator_folder or run.output / "generator", run.output / "clip"
     tokenizer: Any = networks.build_tokenizer()  # one word-level tokenizer in all three places
     half = torch.bfloat16
     pipeline = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel.from_pretrained(source / "transformer", dtype=half),
         scheduler=networks.build_scheduler(),
         vae=AutoencoderKL.from_pretrained(run.output / "vae" / "vae", dtype=half),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / "text_encoder"),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder", dtype=half),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(run.output / "clip" / "text_encoder_2"),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2", dtype=half),
         tokenizer_2=tokenizer,
         text_encoder_3=T5EncoderModel.from_pretrained(run.output / "text" / "text_encoder_3"),
         tokenizer_3=tokenizer,
     )
     folder = run.output / name
     pipeline.save_pretrained(folder)
-    for path in folder.glob("*/config.json"):  # diffusers records the path each part was loaded from
+    for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
+        config.pop("_name_or_path", None)  # diffusers records the path each part was loaded from
+        if "dtype" in config:  # a text encoder is loaded in the type that is stated, whatever it is stored in
+            config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
