@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 from dina_lrm.build import unseen
-from dina_lrm.build.unseen import DAMAGE, Unseen, make_unseen_pairs, render_in_style
+from dina_lrm.build.unseen import DAMAGE, Unseen, load_small_pipeline, make_unseen_pairs, render_in_style
 from dina_lrm.shapes.judge import judge
 from dina_lrm.shapes.pairs import distinct_captions
+from dina_lrm.shapes.pipeline import load_pipeline
 from dina_lrm.shapes.render import render
 from dina_lrm.shapes.scenes import caption_part, sample_scene
 
@@ -70,3 +71,20 @@ def test_a_style_is_not_that_of_training() -> None:
         assert isinstance(styled, Image.Image)
         difference = np.abs(np.asarray(styled, float) - np.asarray(render(scene), float)).mean()
         assert difference > 1.0
+
+
+def test_pictures_of_other_generators_follow_from_the_seed() -> None:
+    """Two of the smaller generator, two of the bundled one with noise at every step."""
+    first, again = (make_unseen_pairs("generators", num_prompts=2, seed=5) for _ in range(2))
+    assert [item.origin for item in first.candidates[:4]] == [f"generators {place}" for place in range(4)]
+    for mine, other in zip(first.candidates, again.candidates, strict=True):
+        assert mine.image.tobytes() == other.image.tobytes()
+    assert len({item.image.tobytes() for item in first.candidates}) == 8
+
+
+def test_the_smaller_generator_is_another_one() -> None:
+    small, bundled = (
+        sum(weight.numel() for weight in load().transformer.parameters())
+        for load in (load_small_pipeline, load_pipeline)
+    )
+    assert small < bundled / 4
