@@ -77,7 +77,7 @@ def measure(options: Options, part: Part) -> list[dict[str, Any]]:
     best, captions = np.maximum(bayes, 1 - bayes), pairs.prompt_index.numpy()
     right: dict[tuple[str, str], np.ndarray] = {}
     for name, model in models.items():
-        levels = model.noise_levels
+        levels = model.config.noise_levels
         ensembles = (levels, *((level,) for level in LEVELS))
         scores = joined_scores(model, pairs, ensembles, seed=options.noise_seed)
         for label, margin in zip(
@@ -87,7 +87,7 @@ def measure(options: Options, part: Part) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (name, label), values in right.items():
         row: dict[str, Any] = {"set": part, "model": name, "levels": label, "captions": pairs.num_prompts}
-        row["default"] = list(models[name].noise_levels)
+        row["default"] = list(models[name].config.noise_levels)
         row["pairs"], row["best_accuracy"] = len(pairs), float(best.mean())
         row["share"] = plain(cluster_bootstrap(values, captions, reference=best))
         if name != options.models[-1]:
