@@ -86,8 +86,35 @@ def variants() -> dict[str, TrainConfig]:
             constant, loss=replace(constant.loss, loss="log_likelihood")
         ),
         "Bradley-Terry, fidelity": replace(logistic, loss=replace(logistic.loss, loss="fidelity")),
+        "frozen backbone": replace(recipes.shapes_frozen(), ensemble_fraction=0.0),
         "levels concatenated": recipes.shapes(),
     }
+
+
+TRIO = "0.2+0.5+0.7"
+CLAIMS: dict[str, tuple[tuple[int, str, str], ...]] = {
+    "calibrated over constant variance": ((1, BASE, "0.4"), (-1, "constant variance", "0.4")),
+    "the same, three levels": ((1, BASE, TRIO), (-1, "constant variance", TRIO)),
+    "noise in training over sigma = 0": ((1, BASE, "0.4"), (-1, "sigma = 0", "0")),
+    "uniform sigma over sigma = 0.4": ((1, BASE, "0.4"), (-1, "sigma = 0.4", "0.4")),
+    "three levels over one": ((1, BASE, TRIO), (-1, BASE, "0.4")),
+    "the same, trained on several levels": (
+        (1, "levels concatenated", TRIO),
+        (-1, "levels concatenated", "0.4"),
+    ),
+    "gain of three levels, calibrated over constant variance": (
+        (1, BASE, TRIO),
+        (-1, BASE, "0.4"),
+        (-1, "constant variance", TRIO),
+        (1, "constant variance", "0.4"),
+    ),
+    "level 0.4 over level 0": ((1, BASE, "0.4"), (-1, BASE, "0")),
+    "level 0.4 over level 0.8": ((1, BASE, "0.4"), (-1, BASE, "0.8")),
+    "LoRA over a frozen backbone": ((1, BASE, "0.4"), (-1, "frozen backbone", "0.4")),
+    "Thurstone over Bradley-Terry": ((1, BASE, "0.4"), (-1, "Bradley-Terry, fidelity", "0.4")),
+    "fidelity over log-likelihood": ((1, BASE, "0.4"), (-1, "calibrated, log-likelihood", "0.4")),
+}
+"""Differences in the share of the possible, as (sign, variant, levels); fixed before anything was trained."""
 
 
 def main(options: Options) -> None:
@@ -228,6 +255,7 @@ def summarize(options: Options, names: Sequence[str]) -> None:
     count = len(options.seeds)
     seeds = np.concatenate([np.arange(count)[None], rng.integers(count, size=(RESAMPLES, count))])
     rows: list[dict[str, Any]] = []
+    claims: list[dict[str, Any]] = []
     for part in SETS:
         sums = Sums(options, names, part)
         captions = len(sums.possible)
@@ -249,23 +277,27 @@ def summarize(options: Options, names: Sequence[str]) -> None:
                     row["minus_calibrated"] = interval(shares[name] - shares[BASE])
                 row["minus_level_0"] = interval(shares[name] - sums.share(name, "0", seeds, weights))
                 rows.append(row)
-    compared = [row for row in rows if "minus_calibrated" in row and row["setting"] in SHOWN_LABELS]
-    holm(compared)
-    error = float(np.median([row["minus_calibrated"]["error"] for row in compared])) if compared else None
+        for claim, terms in CLAIMS.items():
+            if all(name in names for _, name, _ in terms):
+                shares = [sign * sums.share(name, label, seeds, weights) for sign, name, label in terms]
+                claims.append({"set": part, "claim": claim, "difference": interval(np.sum(shares, axis=0))})
+    holm(claims)
+    error = float(np.median([row["difference"]["error"] for row in claims])) if claims else None
     powers = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
     about = {
         "steps": options.num_steps,
         "batch_size": options.batch_size,
         "train_pairs": 6 * options.train_prompts,
         "captions": options.test_prompts,
-        "comparisons": len(compared),
+        "comparisons": len(claims),
         # Seen with a probability of 80 % at a two-sided 5 %, one comparison taken alone.
         "smallest_detectable": None if error is None else powers * error,
     }
     folder = options.results or options.output
-    text = "\n".join(table(about, rows, names)) + "\n"
+    text = "\n".join(table(about, rows, claims, names)) + "\n"
     print(text)
-    write_results(folder, "ablation", {**about, "rows": rows}, text, seeds=options.seeds)
+    content = {**about, "claims": claims, "rows": rows}
+    write_results(folder, "ablation", content, text, seeds=options.seeds)
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
@@ -283,7 +315,7 @@ def holm(rows: Sequence[dict[str, Any]]) -> None:
     """Which differences are there at 5 % over all comparisons together (Holm's step-down)."""
 
     def chance(row: dict[str, Any]) -> float:
-        difference = row["minus_calibrated"]
+        difference = row["difference"]
         return 2 * NormalDist().cdf(-abs(difference["value"]) / max(difference["error"], 1e-12))
 
     holds = True
@@ -292,7 +324,12 @@ def holm(rows: Sequence[dict[str, Any]]) -> None:
         row["certain"] = holds
 
 
-def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
+def table(
+    about: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    claims: Sequence[dict[str, Any]],
+    names: Sequence[str],
+) -> Iterator[str]:
     found = {(row["set"], row["variant"], row["setting"]): row for row in rows}
     yield (
         f"{about['train_pairs']} training pairs, {about['steps']} steps of {about['batch_size']}; "
@@ -304,31 +341,29 @@ def table(about: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence
         for name in names:
             cells = [shown(found[part, name, label]["share"], "{:.1f}") for label in SHOWN_LABELS]
             yield f"| {name} | " + " | ".join(cells) + " |"
-    if about["smallest_detectable"] is not None:
+    if claims:
         yield ""
         yield (
-            "Minus calibrated at the same setting, in points; * is a difference that stands after Holm's "
-            f"correction for all {about['comparisons']}. One of {100 * about['smallest_detectable']:.1f} "
-            "points would be seen four times in five, taken alone."
+            "Differences in points; * is one that stands after Holm's correction for all "
+            f"{about['comparisons']}. One of {100 * about['smallest_detectable']:.1f} points would be seen "
+            "four times in five, taken alone."
         )
-        for part in SETS:
-            yield from (
-                "",
-                f"**{part}**",
-                "",
-                "| | " + " | ".join(SHOWN_LABELS) + " |",
-                "|---|" + "--:|" * len(SHOWN),
-            )
-            for name in names:
-                cells = []
-                for label in SHOWN_LABELS:
-                    row = found[part, name, label]
-                    if "minus_calibrated" in row:
-                        cells.append(
-                            shown(row["minus_calibrated"], "{:+.1f}") + ("*" if row["certain"] else "")
-                        )
-                if cells:
-                    yield f"| {name} | " + " | ".join(cells) + " |"
+        yield from ("", "| | " + " | ".join(SETS) + " |", "|---|" + "--:|" * len(SETS))
+        for claim in dict.fromkeys(row["claim"] for row in claims):
+            cells = [
+                shown(row["difference"], "{:+.1f}") + ("*" if row["certain"] else "")
+                for row in claims
+                if row["claim"] == claim
+            ]
+            yield f"| {claim} | " + " | ".join(cells) + " |"
+    yield from ("", "Minus calibrated at the same levels, in points:")
+    for part in SETS:
+        yield from header(part)
+        for name in names:
+            differences = [found[part, name, label].get("minus_calibrated") for label in SHOWN_LABELS]
+            cells = [shown(difference, "{:+.1f}") for difference in differences if difference is not None]
+            if cells:
+                yield f"| {name} | " + " | ".join(cells) + " |"
     yield from ("", "Noise at scoring: minus level 0 of the same reward, in points:", "")
     more = (
         "0.4",

@@ -87,7 +87,7 @@ def small_pipeline_folder() -> Path:
 
 
 def load_small_pipeline(device: str = "cpu") -> Any:
-    """A generator of four blocks of width 128, trained apart from the bundled one on its latents and
+    """A generator of two blocks of width 128, trained apart from the bundled one on its latents and
     texts."""
     from diffusers import SD3Transformer2DModel
 
