@@ -17,6 +17,7 @@ from dina_lrm.files import json_types
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training.step import PairScorer, draw_step
 from dina_lrm.training.trainer import StepMetrics, train
+from dina_lrm.training.validation import levels_label
 from tests.trajectory.training_runs import CONFIG, assert_same, losses, make_pairs, margins, trained_values
 
 # --- a run learns, and ends in a usable model
@@ -54,13 +55,16 @@ def test_the_trained_model_has_defaults_from_validation_and_loads_again(
     assert set(result.validation) == {"0.2", "0.6", "0.2+0.6"}
     assert model.trained
     assert model.config.noise_levels == result.noise_levels
-    assert model.config.calibration is not None
-    assert model.config.calibration.scale == result.calibration_scale
+    default = model.config.calibration_at(model.config.noise_levels)
+    assert default is not None
+    assert default.scale == result.calibration_scale
+    fitted = {levels_label(one.noise_levels) for one in model.config.calibrations}
+    assert fitted == set(result.validation)
     best = max(result.validation.values())
     assert result.validation["+".join(f"{level:g}" for level in model.config.noise_levels)] == best
 
     loaded = RewardModel.from_pretrained(tmp_path / "run", pipeline=str(tiny_backbone))
-    assert loaded.config.calibration == model.config.calibration
+    assert loaded.config.calibrations == model.config.calibrations
     for levels in ([0.2], [0.2, 0.6]):
         assert torch.equal(
             margins(loaded, validation_pairs, levels), margins(model, validation_pairs, levels)
@@ -87,7 +91,7 @@ def test_validation_that_a_coin_could_reach_chooses_nothing(
     assert result.calibration_scale is None
     assert result.uncalibrated is not None
     assert "of 64 validation pairs right, which a coin may get too" in result.uncalibrated
-    assert (model.config.noise_levels, model.config.calibration) == (default, None)
+    assert (model.config.noise_levels, model.config.calibrations) == (default, ())
 
 
 def test_a_batch_larger_than_the_pairs_is_refused_by_name(

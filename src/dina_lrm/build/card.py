@@ -63,13 +63,14 @@ def _accuracy(levels: Levels, margins: ValidationMargins) -> str:
 
 def _calibration(model: RewardModelConfig, levels: Levels, margins: ValidationMargins) -> str:
     """The fitted scale and how far stated probabilities are from what came true, with it and without."""
-    assert model.calibration is not None
-    scale = model.calibration.scale
+    calibration = model.calibration_at(levels)
+    assert calibration is not None
+    scale = calibration.scale
 
     def error(scale: float) -> str:
         bins = reliability(margins.by_levels[levels].numpy(), margins.target.numpy(), scale=scale)
         return f"{100 * bins.expected_calibration_error:.1f} %"
 
     text = f"P(a preferred) = Phi(score difference / {scale:.4g}); expected calibration error {error(scale)}"
-    variance = perceived_variance(levels, replace(model, calibration=None))
+    variance = perceived_variance(levels, replace(model, calibrations=()))
     return text if variance is None else f"{text}, {error(math.sqrt(2 * variance))} without it"

@@ -59,7 +59,7 @@ class Calibration:
     """Scale fitted on held-out pairs: P(a preferred) = Phi((score_a - score_b) / scale)."""
 
     noise_levels: tuple[float, ...]
-    """Levels whose (ensemble) score the scale was fitted to; at other levels it is not used."""
+    """Levels whose (ensemble) score the scale was fitted to."""
     scale: float
     """Spread of a score difference, in score units."""
 
@@ -136,8 +136,8 @@ class RewardModelConfig:
     """Guidance scale that a guidance-distilled backbone (FLUX.1 [dev]) is told; None for all others."""
     add_noise: bool = True
     """False: latents enter clean while the backbone is still told the noise level (an ablation)."""
-    calibration: Calibration | None = None
-    """Fitted after training; `compare` uses it."""
+    calibrations: tuple[Calibration, ...] = ()
+    """Fitted after training, one for each level and ensemble that was validated; `compare` uses them."""
     adaptive: AdaptiveLevels | None = None
     """Learned after training by `dina-lrm evaluate --learn-levels`; adaptive `compare` and `rank` need it."""
     max_text_tokens: int | None = None
@@ -165,6 +165,11 @@ class RewardModelConfig:
             self.max_text_tokens,
             "at least 1",
         )
+
+    def calibration_at(self, levels: Iterable[float]) -> Calibration | None:
+        """The scale that was fitted at exactly these noise levels, in whatever order."""
+        wanted = sorted(levels)
+        return next((one for one in self.calibrations if sorted(one.noise_levels) == wanted), None)
 
     @property
     def adapts_last_text(self) -> bool:

@@ -30,7 +30,7 @@ HEAD_FILE = "reward_head.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
 ADAPTER_FOLDER = "backbone_adapter"
 OWNED = ("config.json", "README.md", HEAD_FILE, BACKBONE_FILE, ADAPTER_FOLDER, *published.OWNED)
-EDITABLE = ("backbone_id", "noise_levels", "calibration", "max_text_tokens", "likelihood")
+EDITABLE = ("backbone_id", "noise_levels", "calibrations", "max_text_tokens", "likelihood")
 """Settings of config.json that may be changed by hand: they say how to use the weights, not what they are."""
 LAYOUTS = ("dina", "published")
 A_REWARD = (

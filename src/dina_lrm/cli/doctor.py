@@ -191,7 +191,7 @@ def describe_model(model: Any, seconds: float) -> str:
     sizes = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items() if count)
     return (
         f"{config.backbone}, {config.num_blocks} blocks, {taps}, {config.tuning}; scored at {levels}; "
-        f"{'calibrated' if config.calibration else 'not calibrated'}; {sizes}; loaded in {seconds:.1f} s"
+        f"{'calibrated' if config.calibrations else 'not calibrated'}; {sizes}; loaded in {seconds:.1f} s"
     )
 
 

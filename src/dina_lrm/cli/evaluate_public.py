@@ -93,9 +93,8 @@ def reward_function(options: Evaluate) -> "tuple[ScoreFunction, float | None]":
         settings += [Setting(noise_levels=levels, combine=way) for way in ("tokens", "scores")]
     if options.num_draws > 1:
         settings.append(Setting(noise_levels=own.noise_levels, num_draws=options.num_draws))
-    stored = model.config.calibration
-    fits = stored is not None and sorted(stored.noise_levels) == sorted(own.noise_levels)
-    return reward_scores(model, settings, seed=options.seed), stored.scale if fits and stored else None
+    stored = model.config.calibration_at(own.noise_levels)
+    return reward_scores(model, settings, seed=options.seed), None if stored is None else stored.scale
 
 
 def scorer_function(

@@ -298,15 +298,10 @@ def noise_sweep(
             chosen=torch.stack([part.chosen for part in parts]).mean(dim=0),
             rejected=torch.stack([part.rejected for part in parts]).mean(dim=0),
         )
-    stored = model.config.calibration
     results = []
     for setting in settings:
-        own = (
-            stored is not None
-            and setting.combine == "tokens"
-            and set(stored.noise_levels) == set(setting.noise_levels)
-        )
-        scale = stored.scale if own and stored is not None else None
+        stored = model.config.calibration_at(setting.noise_levels) if setting.combine == "tokens" else None
+        scale = None if stored is None else stored.scale
         results.append(measure(setting, scores[setting.label], pairs, ties=ties, scale=scale))
     return results, {setting.label: scores[setting.label] for setting in settings}
 

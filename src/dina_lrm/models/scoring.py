@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dina_lrm.checkpoints.config import RewardModelConfig
+from dina_lrm.checkpoints.config import Calibration, RewardModelConfig
 from dina_lrm.core.likelihood import win_probability
 from dina_lrm.core.tensors import Score
 from dina_lrm.errors import InvalidInputError
@@ -131,19 +131,25 @@ def whole_number(value: Any, name: str, low: int, high: int | None = None) -> in
 def perceived_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:
     """v of P(a preferred to b) = Phi((score_a - score_b) / sqrt(2 v)), scores being read at these levels.
 
-    From the stored calibration for these levels if there is one. At other levels the training likelihood's
-    v, of an ensemble that of its smallest level, times what the calibration has found at its own levels:
-    margins of a trained reward are larger by about one factor at all of them (docs/method.md). None for a
-    logistic likelihood, which has no such v.
+    From the calibration stored for these levels if there is one. At others the training likelihood's v, times
+    what calibration has found beside it at the nearest level, or for an ensemble at the ensemble with the
+    nearest smallest level: margins of a trained reward are larger by much the same factor at all of them
+    (docs/method.md). None for a logistic likelihood without a calibration here, which has no such v.
     """
-    calibration, variance = config.calibration, training_variance(levels, config)
-    if calibration is None:
+    exact = config.calibration_at(levels)
+    if exact is not None:
+        return exact.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
+    variance = training_variance(levels, config)
+    if variance is None or not config.calibrations:
         return variance
-    calibrated = calibration.scale**2 / 2  # Phi(m / sqrt(2 v)) with 2 v = scale^2
-    if sorted(calibration.noise_levels) == sorted(levels):
-        return calibrated
-    trained = training_variance(calibration.noise_levels, config)
-    return None if variance is None or trained is None else variance * calibrated / trained
+
+    def distance(fitted: Calibration) -> tuple[bool, float]:
+        other_kind = (len(fitted.noise_levels) > 1) != (len(levels) > 1)
+        return other_kind, abs(min(fitted.noise_levels) - min(levels))
+
+    nearest = min(config.calibrations, key=distance)
+    trained = training_variance(nearest.noise_levels, config)
+    return None if trained is None else variance * nearest.scale**2 / (2 * trained)
 
 
 def training_variance(levels: Sequence[float], config: RewardModelConfig) -> float | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dina_lrm.checkpoints.config import Calibration
 from dina_lrm.core.calibration import better_than_chance, determined_scale
 from dina_lrm.runs.progress import StepMetrics
 from dina_lrm.training.validation import Levels, ValidationMargins
@@ -32,17 +33,23 @@ class TrainResult:
     history: list[StepMetrics]
 
 
-def calibrated(margins: ValidationMargins) -> tuple[Levels | None, float | None, str | None]:
-    """The best candidate, its scale, and why one of them is missing."""
+def calibrated(
+    margins: ValidationMargins,
+) -> tuple[Levels | None, tuple[Calibration, ...], str | None]:
+    """The best candidate; each candidate's scale, the best one's first; why one of the two is missing."""
     accuracies, target = margins.accuracy, margins.target
     levels = max(accuracies, key=lambda one: (accuracies[one], -len(one)))  # a tie: the cheaper
     counted = int((target != 0.5).sum())
     right = round(accuracies[levels] * counted) if counted else 0
     if not better_than_chance(right, counted):
         why = f"the best candidate has {right} of {counted} validation pairs right, which a coin may get too"
-        return None, None, f"{why}: no noise level was chosen and no calibration is stored"
-    scale = determined_scale(margins.by_levels[levels], target)
-    if scale is None:
-        why = f"{counted} validation pairs, {right} of them right, do not determine a scale of probabilities"
-        return levels, None, f"{why}: no calibration is stored"
-    return levels, scale, None
+        return None, (), f"{why}: no noise level was chosen and no calibration is stored"
+    fits = []
+    for one in (levels, *(one for one in accuracies if one != levels)):
+        scale = determined_scale(margins.by_levels[one], target)
+        if scale is not None:
+            fits.append(Calibration(noise_levels=one, scale=scale))
+        elif one == levels:
+            why = f"{counted} validation pairs, {right} of them right, do not determine a scale"
+            return levels, (), f"{why} of probabilities: no calibration is stored"
+    return levels, tuple(fits), None

@@ -28,7 +28,6 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor
 
-from dina_lrm.checkpoints.config import Calibration
 from dina_lrm.checkpoints.dina import OWNED, fill_checkpoint
 from dina_lrm.core.conditioning import Conditioning
 from dina_lrm.core.likelihood import pairwise_loss
@@ -221,7 +220,7 @@ class _Run:
                 state.step += 1
                 self.model.trained = True
                 # Both are of other weights.
-                self.model.config, self.model.card = replace(self.model.config, calibration=None), None
+                self.model.config, self.model.card = replace(self.model.config, calibrations=()), None
                 out_of_time = self._out_of_time()
                 last = out_of_time or state.step == config.num_steps
                 if state.step % config.log_every == 0 or last:
@@ -396,11 +395,11 @@ class _Run:
                 for shard, value in zip(state.shards(), weights, strict=True):
                     shard.copy_(value)
         margins = None if self.validation_pairs is None else self._margins(self.validation_pairs)
-        levels, scale, uncalibrated = (None, None, None) if margins is None else calibrated(margins)
+        levels, calibrations, uncalibrated = (None, (), None) if margins is None else calibrated(margins)
         self.model.config = replace(
             self.model.config,
             noise_levels=levels or self.model.config.noise_levels,
-            calibration=None if scale is None else Calibration(noise_levels=levels or (), scale=scale),
+            calibrations=calibrations,
         )
         self.model.eval()
         result = TrainResult(
@@ -410,7 +409,7 @@ class _Run:
             best_step=state.best_step,
             best_accuracy=state.best_accuracy,
             noise_levels=levels,
-            calibration_scale=scale,
+            calibration_scale=calibrations[0].scale if calibrations else None,
             uncalibrated=uncalibrated,
             validation={}
             if margins is None

@@ -60,7 +60,7 @@ def test_what_was_not_trained_stays_untrained(tiny_backbone: Path, tmp_path: Pat
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_calibration_and_defaults_are_kept(tiny_backbone: Path, tmp_path: Path, layout: str) -> None:
     model = make_tiny_reward(tiny_backbone, noise_levels=(0.2, 0.5))
-    model.config = replace(model.config, calibration=Calibration(noise_levels=(0.2, 0.5), scale=0.7))
+    model.config = replace(model.config, calibrations=(Calibration(noise_levels=(0.2, 0.5), scale=0.7),))
     model.save_pretrained(tmp_path / "reward", layout)
     assert RewardModel.from_pretrained(tmp_path / "reward").config == model.config
 

@@ -16,7 +16,7 @@ def test_round_trip_through_json() -> None:
         lora_alpha=128.0,
         head=HeadConfig(width=64, project_in=True),
         likelihood=LikelihoodConfig(kind="bradley_terry"),
-        calibration=Calibration(noise_levels=(0.2, 0.5), scale=1.5),
+        calibrations=(Calibration(noise_levels=(0.2, 0.5), scale=1.5),),
     )
     assert RewardModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -55,8 +55,8 @@ def test_values_that_cannot_be_meant(changes: dict, message: str) -> None:
         ({"image_taps": 3}, "must be a list"),
         ({"tuning": "some"}, "one of"),
         ({"logistic": "yes"}, "of type bool"),
-        ({"calibration": {"noise_levels": [0.4]}}, r"missing entries in model.calibration: \['scale'\]"),
-        ({"calibration": {"noise_levels": [0.4], "scale": -1}}, "above 0"),
+        ({"calibrations": [{"noise_levels": [0.4]}]}, r"missing entries in model.calibrations: \['scale'\]"),
+        ({"calibrations": [{"noise_levels": [0.4], "scale": -1}]}, "above 0"),
     ],
 )
 def test_dictionaries_are_read_strictly(changes: dict, message: str) -> None:

@@ -47,7 +47,7 @@ CONFIG = RewardModelConfig(
     image_taps=(1,),
     tuning="frozen",
     noise_levels=(0.4,),
-    calibration=Calibration(noise_levels=(0.4,), scale=0.5),
+    calibrations=(Calibration(noise_levels=(0.4,), scale=0.5),),
 )
 
 
@@ -159,7 +159,7 @@ def test_the_models_own_scale_is_tested_at_its_own_levels_only(model: KnownModel
     assert result.sweep[0] is result.default
     assert result.sweep[1].reliability.scale != 0.5
     refitted = evaluate_latent_pairs(
-        KnownModel(replace(CONFIG, calibration=None)), pairs, noise_levels=(), ensembles=()
+        KnownModel(replace(CONFIG, calibrations=())), pairs, noise_levels=(), ensembles=()
     ).default.reliability
     assert refitted.scale == pytest.approx(0.6 * 0.7, rel=0.3)  # margins shrink by 1 - sigma = 0.6
     assert refitted.log_loss == pytest.approx(result.default.reliability.log_loss, abs=0.02)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import Tensor
 from dina_lrm import InvalidInputError, LikelihoodConfig, RewardModel
 from dina_lrm.integrations import local
 from dina_lrm.integrations.hpsv3 import HPSv3RewardInferencer, HPSv3RewardInferencerV1
+from dina_lrm.models.scoring import perceived_variance
 
 BUNDLED: dict[str, Any] = {"checkpoint_path": "bundled", "device": "cpu"}
 
@@ -64,13 +66,8 @@ def test_scores_and_deviations_give_the_probability_of_compare(
     by_hand = norm.cdf((score_a - score_b) / (deviation_a**2 + deviation_b**2) ** 0.5)
     expected = bundled.compare(prompts[0], *files, noise_levels)
     assert by_hand == pytest.approx(expected, rel=1e-5)
-    calibration = bundled.config.calibration
-    assert calibration is not None
-    if (
-        noise_levels == 0.4
-    ):  # not calibrated there: v = 2 sigma^2 + 0.05, times what calibration found elsewhere
-        factor = calibration.scale**2 / 2 / (2 * min(calibration.noise_levels) ** 2 + 0.05)
-        assert deviation_a == pytest.approx((factor * (2 * 0.16 + 0.05)) ** 0.5)
+    levels = np.atleast_1d(bundled.config.noise_levels if noise_levels is None else noise_levels).tolist()
+    assert deviation_a**2 == pytest.approx(perceived_variance(levels, bundled.config))
 
 
 def test_the_papers_reward_unless_another_is_named(

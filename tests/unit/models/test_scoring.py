@@ -1,5 +1,6 @@
 """Scores: the same alone and in any batch, reproducible, differentiable, and refused where they would lie."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 
 from dina_lrm import Calibration, Conditioning, InvalidInputError, RewardModel, UntrainedModelError
+from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.core.noise import seeded_noise
 from dina_lrm.models.head import HeadTokens
+from dina_lrm.models.scoring import perceived_variance
 from tests.pictures import noise_picture
 from tests.tiny import PROMPT, make_tiny_reward, tiny_conditioning, tiny_latents, tiny_transformer_only
 
@@ -246,11 +249,9 @@ def test_compare_by_the_training_likelihood(complete: RewardModel) -> None:
 
 
 def test_compare_by_a_stored_calibration(tiny_pipeline: Path) -> None:
-    from dataclasses import replace
-
     model = make_tiny_reward(tiny_pipeline)
     plain = model.compare(PROMPT, picture(0), picture(1))
-    model.config = replace(model.config, calibration=Calibration(noise_levels=(0.4,), scale=0.25))
+    model.config = replace(model.config, calibrations=(Calibration(noise_levels=(0.4,), scale=0.25),))
     margin = model.score(PROMPT, [picture(0), picture(1)]).scores.diff().neg().item()
     by_hand = torch.special.ndtr(torch.tensor(margin / 0.25, dtype=torch.float64)).item()
     assert model.compare(PROMPT, picture(0), picture(1)) == pytest.approx(by_hand, abs=1e-6)
@@ -260,6 +261,29 @@ def test_compare_by_a_stored_calibration(tiny_pipeline: Path) -> None:
     elsewhere = torch.special.ndtr(torch.tensor(margin / scale, dtype=torch.float64)).item()
     assert model.compare(PROMPT, picture(0), picture(1), 0.2) == pytest.approx(elsewhere, abs=1e-6)
     assert plain != pytest.approx(by_hand, abs=1e-6)
+
+
+def test_elsewhere_the_nearest_calibration_of_the_same_kind_counts() -> None:
+    config = RewardModelConfig(
+        num_blocks=1,
+        image_taps=(1,),
+        lora_rank=1,
+        lora_alpha=1.0,
+        calibrations=(
+            Calibration(noise_levels=(0.2, 0.5, 0.7), scale=0.9),
+            Calibration(noise_levels=(0.1,), scale=0.5),
+            Calibration(noise_levels=(0.7,), scale=2.0),
+        ),
+    )
+
+    def v(sigma: float) -> float:
+        return 2 * sigma**2 + 0.05
+
+    assert perceived_variance([0.7, 0.2, 0.5], config) == pytest.approx(0.9**2 / 2)
+    assert perceived_variance([0.0], config) == pytest.approx(v(0.0) * 0.5**2 / (2 * v(0.1)))
+    assert perceived_variance([0.5], config) == pytest.approx(v(0.5) * 2.0**2 / (2 * v(0.7)))
+    assert perceived_variance([0.1, 0.7], config) == pytest.approx(v(0.1) * 0.9**2 / (2 * v(0.2)))
+    assert perceived_variance([0.1], replace(config, calibrations=())) == pytest.approx(v(0.1))
 
 
 # --- random weights never score by accident
