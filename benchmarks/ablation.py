@@ -64,6 +64,8 @@ class Options:
     """Captions of the training pairs, six pairs each."""
     test_prompts: int = 1000
     """Captions of each test set."""
+    scored_prompts: int = 600
+    """Of each test set, the first so many captions are scored, in bfloat16."""
     draws: int = 3
     """Noise draws at level 0.4, of the rewards of the method."""
     processes: int = 2
@@ -156,8 +158,8 @@ def run(options: Options, job: tuple[str, int]) -> str:
         file = folder / f"{part}.npz"
         if file.exists():
             continue
-        model = model or RewardModel.from_pretrained(folder).requires_grad_(False)
-        pairs = LatentPairs.load(options.output / f"{part}.safetensors")
+        model = model or RewardModel.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+        pairs = test_pairs(options, part)
         margins = margins_of(model, pairs, ensembles_of(name), MEASURE_SEED)
         draws = [margins[ensembles_of(name).index((0.4,))]]
         for draw in range(1, options.draws if name == BASE else 1):
@@ -166,6 +168,11 @@ def run(options: Options, job: tuple[str, int]) -> str:
             np.savez_compressed(stream, margins=margins, draws=np.stack(draws))
         file.with_suffix(".partial").replace(file)
     return str(folder)
+
+
+def test_pairs(options: Options, part: str) -> LatentPairs:
+    pairs = LatentPairs.load(options.output / f"{part}.safetensors")
+    return pairs.subset(torch.nonzero(pairs.prompt_index < options.scored_prompts).flatten())
 
 
 def ensembles_of(name: str) -> tuple[tuple[float, ...], ...]:
@@ -216,7 +223,7 @@ class Sums:
     """
 
     def __init__(self, options: Options, names: Sequence[str], part: str) -> None:
-        pairs = LatentPairs.load(options.output / f"{part}.safetensors")
+        pairs = test_pairs(options, part)
         assert pairs.bayes is not None
         bayes = pairs.bayes.double().numpy()
         _, self.caption = np.unique(pairs.prompt_index.numpy(), return_inverse=True)
@@ -288,7 +295,7 @@ def summarize(options: Options, names: Sequence[str]) -> None:
         "steps": options.num_steps,
         "batch_size": options.batch_size,
         "train_pairs": 6 * options.train_prompts,
-        "captions": options.test_prompts,
+        "captions": options.scored_prompts,
         "comparisons": len(claims),
         # Seen with a probability of 80 % at a two-sided 5 %, one comparison taken alone.
         "smallest_detectable": None if error is None else powers * error,
