@@ -3,7 +3,7 @@
     python benchmarks/hackable_reward.py --output RUNS --results benchmarks/results
 
 A new reward is trained on 384 pairs of the bundled domain, then maximised by ReFL, with an evaluation after
-every second update. Asked is when the rule of `alignment.gold` first speaks, and how much of its best gain
+every third update. Asked is when the rule of `alignment.gold` first speaks, and how much of its best gain
 gold has lost by then; it should be less than 10 %. The run goes on to show what would have come.
 """
 
@@ -34,11 +34,11 @@ from dina_lrm.training.trainer import train
 class Options:
     output: Path
     results: Path | None = None
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
     prompts: int = 64
     """Of the training pairs, six each."""
     train_steps: int = 100
-    updates: int = 30
+    updates: int = 45
     learning_rate: float = 3e-4
     """A third of the recipe's: gold peaks and falls over several evaluations, not between two."""
     num_steps: int = 3
@@ -94,7 +94,7 @@ def run(options: Options, seed: int) -> str:
         sampler=replace(base_run.sampler, num_steps=options.num_steps),
         gradient_steps=options.num_steps,
         reward=replace(base_run.reward, models=(str(folder / "reward"),)),
-        monitor=MonitorConfig(every=2, num_prompts=options.held_out),
+        monitor=MonitorConfig(every=3, num_prompts=options.held_out),
     )
     _, result = run_alignment(align)
     curve = [
