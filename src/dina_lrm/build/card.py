@@ -26,6 +26,8 @@ def training_card(
     """
     best = "" if result.best_step is None else f", best validation at step {result.best_step}"
     lines = ["## Training", "", *(f"- {line}" for line in pairs)]
+    if config.model.start_from is not None:
+        lines.append(f"- started from the weights of {config.model.start_from}")
     lines += [
         f"- {result.steps} steps of {config.batch_size} pairs in {result.seconds:.0f} s, stopped by "
         f"{result.stopped_by.replace('_', ' ')}{best}, the {config.keep} weights kept; seed {config.seed}",

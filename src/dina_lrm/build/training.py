@@ -5,6 +5,7 @@ Modules and functions elsewhere take plain values, so each can be used without a
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,19 @@ from dina_lrm.build.pairs import Log, RunPairs
 from dina_lrm.checkpoints.config import LikelihoodConfig
 from dina_lrm.core.precision import faster_precision
 from dina_lrm.core.seeds import Stream, mix_seeds
+from dina_lrm.errors import InvalidInputError
 from dina_lrm.models.reward_model import RewardModel
 from dina_lrm.training.config import ModelConfig, TrainConfig
 from dina_lrm.training.result import TrainResult
 from dina_lrm.training.trainer import StepMetrics, train
 
 __all__ = ["reward_model", "run_training"]
+
+KEPT = (
+    *("tuning", "num_blocks", "image_taps", "text_taps", "lora_rank", "lora_alpha", "head", "logistic"),
+    *("guidance", "max_text_tokens"),
+)
+"""Settings that a reward keeps when it is trained further."""
 
 
 def reward_model(
@@ -32,12 +40,19 @@ def reward_model(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> RewardModel:
-    """A new reward over `config.pipeline`; its untrained weights follow from `seed`.
+    """The reward that training starts with, over `config.pipeline`: that of `config.start_from`, or a new one
+    whose untrained weights follow from `seed`.
 
     Args:
+        likelihood: that it is to be trained with.
         pipeline: instead of `config.pipeline`, as `RewardModel.initialize` takes it.
         device, dtype: of the backbone.
+
+    Raises:
+        InvalidInputError: a setting differs from that of the reward to start from.
     """
+    if config.start_from is not None:
+        return _trained_further(config, likelihood, pipeline, device, dtype)
     return RewardModel.initialize(
         config.pipeline if pipeline is None else pipeline,
         device=device,
@@ -55,6 +70,34 @@ def reward_model(
         max_text_tokens=config.max_text_tokens,
         seed=mix_seeds(seed, Stream.FIRST_WEIGHTS),
     )
+
+
+def _trained_further(
+    config: ModelConfig,
+    likelihood: LikelihoodConfig | None,
+    pipeline: Any,
+    device: str | None,
+    dtype: torch.dtype | None,
+) -> RewardModel:
+    assert config.start_from is not None
+    model = RewardModel.from_pretrained(
+        config.start_from, config.pipeline if pipeline is None else pipeline, device=device, dtype=dtype
+    )
+    for name in KEPT:
+        wanted, there = getattr(config, name), getattr(model.config, name)
+        if name.endswith("_taps"):
+            wanted = tuple(sorted(wanted))
+        if name.startswith("lora_") and model.config.tuning != "lora":
+            continue
+        if wanted is None and name in ("guidance", "max_text_tokens"):
+            continue
+        if wanted != there:
+            raise InvalidInputError(
+                f"model.{name} = {wanted!r}, but the reward {config.start_from} has {there!r}, and keeps it"
+            )
+    if likelihood is not None:
+        model.config = replace(model.config, likelihood=likelihood)
+    return model
 
 
 def run_training(

@@ -34,6 +34,9 @@ class ModelConfig:
 
     pipeline: str = "bundled"
     """The generator whose backbone is used: "bundled", a folder in diffusers format, or a hub id."""
+    start_from: str | None = None
+    """A trained reward whose weights are trained further: "bundled", a folder or a hub id. It keeps its
+    blocks, taps, adapters and head: those settings must be the same. None: new weights, by the seed."""
     num_blocks: int = 6
     """Transformer blocks kept, counted from the first; the others are never loaded."""
     image_taps: tuple[int, ...] = (2, 4, 6)

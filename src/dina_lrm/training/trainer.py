@@ -219,8 +219,9 @@ class _Run:
                 norm = self._optimize(loader, window)
                 state.step += 1
                 self.model.trained = True
-                # Both are of other weights.
-                self.model.config, self.model.card = replace(self.model.config, calibrations=()), None
+                # All of them are of other weights.
+                self.model.config = replace(self.model.config, calibrations=(), adaptive=None)
+                self.model.card = None
                 out_of_time = self._out_of_time()
                 last = out_of_time or state.step == config.num_steps
                 if state.step % config.log_every == 0 or last:
