@@ -149,6 +149,10 @@ class NoiseSchedule:
             raise ValueError(
                 f"noise level {sigma[~valid][0].item()}: it must be in [0, 1] (0 clean, 1 pure noise)"
             )
+        return self.nearest(sigma)
+
+    def nearest(self, sigma: NoiseLevel) -> MatchedLevel:
+        """`match` of levels that are known to be in [0, 1]: nothing is read back from the device."""
         table = self.sigmas.to(sigma.device)
         index = (table - sigma.detach().to(torch.float32).unsqueeze(1)).abs().argmin(dim=1)
         return MatchedLevel(index, table[index], self.timesteps.to(sigma.device)[index])
@@ -211,7 +215,7 @@ class NoiseSchedule:
         signal = ((1 - level) * (1 + level)).sqrt()  # 1 - level is exact near 1, where 1 - level^2 cancels
         if self.signals is None or level.dtype != torch.float32:
             return signal
-        index = self.match(level).index  # in float32 an entry of the table gets the scheduler's own bits
+        index = self.nearest(level).index  # in float32 an entry of the table gets the scheduler's own bits
         sigmas, signals = self.sigmas.to(level.device), self.signals.to(level.device)
         return torch.where(sigmas[index] == level, signals[index], signal)
 

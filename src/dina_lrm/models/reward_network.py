@@ -208,7 +208,7 @@ class RewardNetwork(nn.Module):
         """
         self._settle_adapter()
         num_levels, batch = levels.shape
-        sigma = self.schedule.match(levels.flatten()).sigma
+        matched = self.schedule.nearest(levels.flatten())
         latents = latents.to(
             torch.promote_types(latents.dtype, torch.float32)
         )  # mixing is never in half precision
@@ -220,8 +220,10 @@ class RewardNetwork(nn.Module):
             sample = part % batch
             noisy = latents[sample]
             if self.config.add_noise:
-                noisy = self.schedule.add_noise(noisy, noise[sample], sigma[part])
-            features = self.backbone.features(noisy, conditioning.index_select(sample), sigma[part])
+                noisy = self.schedule.add_noise(noisy, noise[sample], matched.sigma[part])
+            features = self.backbone.features_at(
+                noisy, conditioning.index_select(sample), matched.timestep[part]
+            )
             parts.append(self.tokens(features))
         return HeadTokens.stack(parts)
 
