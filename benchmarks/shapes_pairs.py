@@ -34,6 +34,8 @@ class Options:
     generated ones."""
     part: Part | None = "train"
     """Which captions; None: any."""
+    num_raters: int = 5
+    """Votes for each pair, an odd number."""
     processes: int = 2
     """Files made at the same time."""
 
@@ -49,7 +51,12 @@ def make(options: Options, seed: int) -> str:
     torch.set_num_threads(1)
     model = reward_model(recipes.shapes().model)  # its encoders are used, its weights are not
     pairs = shapes_pairs(
-        model, num_prompts=options.num_prompts, seed=seed, part=options.part, kind=options.kind
+        model,
+        num_prompts=options.num_prompts,
+        seed=seed,
+        part=options.part,
+        kind=options.kind,
+        num_raters=options.num_raters,
     )
     path = options.output / f"{options.kind}-{seed}.safetensors"
     pairs.save(path)

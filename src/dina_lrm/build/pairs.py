@@ -261,6 +261,7 @@ def shapes_pairs(
     seed: int,
     part: Literal["train", "validation", "test"] | None = None,
     kind: Literal["plain", "varied", "renders"] = "plain",
+    num_raters: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentPairs:
     """Simulated pairs of the bundled domain, made with the bundled pipeline and encoded by `model`.
@@ -268,14 +269,22 @@ def shapes_pairs(
     Args:
         part: of the captions; None: all of them.
         kind: of the pictures, see `shapes.pairs`.
+        num_raters: votes for each pair, an odd number.
     """
     # Here, since only this source loads the generator.
     from dina_lrm.shapes.pairs import make_shapes_pairs
     from dina_lrm.shapes.pipeline import load_pipeline
+    from dina_lrm.shapes.raters import RaterPanel
 
     pipeline = None if kind == "renders" else load_pipeline(device=str(model.device))
     made = make_shapes_pairs(
-        pipeline, num_prompts=num_prompts, seed=seed, part=part, kind=kind, on_progress=on_progress
+        pipeline,
+        num_prompts=num_prompts,
+        seed=seed,
+        part=part,
+        kind=kind,
+        panel=RaterPanel(num_raters=num_raters),
+        on_progress=on_progress,
     )
     return made.to_latents(model)
 
