@@ -49,3 +49,30 @@ def test_results_are_written_in_one_way(file: Path) -> None:
     takes_results = "results: Path" in text and file.name not in READERS
     assert not takes_results or "write_results(" in text
     assert "options.results /" not in text.replace('file = options.results / "server_attacks.json"', "")
+
+
+@pytest.fixture
+def replication() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "replication.py")))
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((0.01, 0.02, -0.01, 0.0), "cannot be told here"),
+        ((0.01, "+", "+", 0.0), "holds on generators, on damage"),
+        (("-", "+", 0.0, 0.0), "holds on generators; fails in distribution"),
+        (("+", "+", "+", "+"), "holds everywhere"),
+    ],
+)
+def test_a_verdict_needs_a_difference_that_stands(
+    replication: SimpleNamespace, differences: tuple[float | str, ...], expected: str
+) -> None:
+    rows = [
+        {
+            "difference": {"value": {"+": 0.03, "-": -0.03}.get(str(one), one)},
+            "certain": isinstance(one, str),
+        }
+        for one in differences
+    ]
+    assert replication.verdict(rows) == expected
