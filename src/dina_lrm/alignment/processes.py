@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from dina_lrm.errors import RunError
+from dina_lrm.runs.distribution import on_cpu
 from dina_lrm.runs.interrupt import Interrupt
 
 __all__ = ["AlignmentError", "Processes"]
@@ -47,7 +48,7 @@ class Processes:
 
     def __init__(self, *, cpu: bool) -> None:
         waiting = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
-        self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=[waiting])
+        self._accelerator = Accelerator(cpu=on_cpu(cpu), kwargs_handlers=[waiting])
         self.count = self._accelerator.num_processes
         self.index = self._accelerator.process_index
         self.local_index = self._accelerator.local_process_index

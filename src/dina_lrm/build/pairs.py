@@ -31,6 +31,7 @@ from dina_lrm.errors import InvalidInputError
 from dina_lrm.files import content_digest, file_fault, recover_folder
 from dina_lrm.models.encoders import Encoders, pipeline_encoders
 from dina_lrm.models.reward_model import RewardModel
+from dina_lrm.runs.distribution import on_cpu
 from dina_lrm.runs.pace import WorkProgress
 from dina_lrm.training.config import TrainConfig
 from dina_lrm.training.trainer import check_batch_size
@@ -316,7 +317,7 @@ class RunPairs:
         self.train = config.data.train
         if self.train is None:
             raise InvalidInputError(f"give training pairs, --data.train PAIRS: {FORMS}")
-        self.processes = PartialState(cpu=config.cpu)
+        self.processes = PartialState(cpu=on_cpu(config.cpu))
         self.output = None if config.output is None else Path(config.output)
         raw = [source for source in (self.train, config.data.validation) if self._is_raw(source)]
         if self.output is not None:

@@ -4,12 +4,23 @@ Under FSDP2 the average of the weights and the best weights are kept as pieces t
 whole in the main process, so they neither show nor fix how many processes there were.
 """
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import os
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_xla_available
 from torch import nn
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["check_distribution", "drop_gathered", "treat_as_forward"]
+__all__ = ["check_distribution", "drop_gathered", "on_cpu", "treat_as_forward"]
+
+
+def on_cpu(cpu: bool) -> bool:
+    """Whether a run is to be told to accelerate as one on the CPU: where that is asked for, and where a
+    launcher started several processes on a machine without an accelerator. Accelerate would take those for
+    as many runs of their own, each of them writing into the same folder."""
+    launched = os.environ.get("LOCAL_RANK") is not None
+    return cpu or (launched and not torch.accelerator.is_available() and not is_torch_xla_available())
 
 
 def check_distribution(

@@ -38,7 +38,7 @@ from dina_lrm.data.shards.read import PairSet
 from dina_lrm.errors import InvalidInputError, RunError
 from dina_lrm.files import atomic_folder, atomic_write, json_types, recover_folder
 from dina_lrm.models.reward_model import RewardModel
-from dina_lrm.runs.distribution import check_distribution, drop_gathered, treat_as_forward
+from dina_lrm.runs.distribution import check_distribution, drop_gathered, on_cpu, treat_as_forward
 from dina_lrm.runs.interrupt import Interrupt, Interrupted
 from dina_lrm.runs.optimizer import adamw
 from dina_lrm.runs.progress import Reporter, StepMetrics, Window
@@ -115,7 +115,7 @@ class _Run:
     ) -> None:
         self.config, self.model, self.card = config, model, card
         self.accelerator = Accelerator(
-            cpu=config.cpu,
+            cpu=on_cpu(config.cpu),
             mixed_precision="no",  # `config.precision` decides, whatever accelerate is configured for
             gradient_accumulation_steps=config.accumulation_steps,
             step_scheduler_with_optimizer=False,
