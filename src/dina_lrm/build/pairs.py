@@ -311,13 +311,14 @@ class RunPairs:
     """The pairs of a run, wherever they come from."""
 
     def __init__(self, config: TrainConfig, stack: ExitStack, log: Log, console: Console) -> None:
-        self.config, self.log, self.console = config, log, console
+        self.config, self.console = config, console
         self.described: list[str] = []
         """Lines about the pairs, for the log and the model card."""
         self.train = config.data.train
         if self.train is None:
             raise InvalidInputError(f"give training pairs, --data.train PAIRS: {FORMS}")
         self.processes = PartialState(cpu=on_cpu(config.cpu))
+        self.log: Log = log if self.processes.is_main_process else lambda line: None  # one process speaks
         self.output = None if config.output is None else Path(config.output)
         raw = [source for source in (self.train, config.data.validation) if self._is_raw(source)]
         if self.output is not None:
@@ -335,7 +336,7 @@ class RunPairs:
             check_batch_size(config.batch_size, source_length(raw_source(Path(self.train)) or "", self.train))
         if config.resume and self.output is not None:
             begun = (self.output / "last").exists()
-            log(
+            self.log(
                 f"going on with {config.output}"
                 if begun
                 else f"no checkpoint in {config.output} yet: starting anew"

@@ -70,9 +70,13 @@ def run(config: "AlignConfig", *, as_json: bool) -> int:
         raise UsageError(f"{config.output!r} holds a run; go on with --resume, or choose another --output")
     from dina_lrm.alignment.gold import missing_since
     from dina_lrm.build.alignment import run_alignment
+    from dina_lrm.runs.distribution import is_first_process
 
-    log(f"watch it: {output / 'report.html'}")
+    if is_first_process():
+        log(f"watch it: {output / 'report.html'}")
     _, result = run_alignment(config, log=log)
+    if not is_first_process():
+        return 0
     if as_json:
         print_json(summary(config, result))
         return 0

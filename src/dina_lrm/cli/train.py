@@ -71,8 +71,11 @@ def resuming(command: str, arguments: Sequence[str]) -> str:
 def run(config: "TrainConfig", *, as_json: bool) -> int:
     refuse_to_overwrite(config)
     from dina_lrm.build.training import run_training
+    from dina_lrm.runs.distribution import is_first_process
 
     _, result = run_training(config, on_step=log_validation, log=log, console=stderr())
+    if not is_first_process():
+        return 0
     if as_json:
         print_json(summarize(config, result))
         return 0

@@ -12,7 +12,12 @@ from torch import nn
 
 from dina_lrm.errors import InvalidInputError
 
-__all__ = ["check_distribution", "drop_gathered", "on_cpu", "treat_as_forward"]
+__all__ = ["check_distribution", "drop_gathered", "is_first_process", "on_cpu", "treat_as_forward"]
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of a launcher's processes that reports; true of a process on its own."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def on_cpu(cpu: bool) -> bool:

@@ -1,11 +1,14 @@
 """`dina-lrm train`: what it says to type next."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dina_lrm.cli.train import resuming, unseen_pairs
+from dina_lrm.cli.train import resuming, run, unseen_pairs
+from dina_lrm.recipes import training as recipes
+from dina_lrm.training.result import TrainResult
 
 
 def test_the_command_that_goes_on_is_the_users_own() -> None:
@@ -31,3 +34,26 @@ def test_shapes_are_named_after_training_on_shapes_only(
         "rows.jsonl": "--benchmark jsonl --root TEST_ROWS",
     }
     assert {train: unseen_pairs(train) for train in hints} == hints
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
+def test_one_of_a_launchers_processes_reports(
+    rank: str, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = TrainResult(
+        steps=3,
+        seconds=1.0,
+        stopped_by="num_steps",
+        best_step=None,
+        best_accuracy=None,
+        noise_levels=(0.4,),
+        calibration_scale=None,
+        uncalibrated=None,
+        validation={"0.4": 0.7},
+        margins=None,
+        history=[],
+    )
+    monkeypatch.setattr("dina_lrm.build.training.run_training", lambda *_, **__: (None, result))
+    monkeypatch.setenv("RANK", rank)
+    assert run(replace(recipes.shapes_quick(), output=None), as_json=True) == 0
+    assert capsys.readouterr().out.count('"steps": 3') == said
