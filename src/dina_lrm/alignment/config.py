@@ -59,6 +59,8 @@ class RewardConfig:
     0.4 of a server."""
     share: bool = True
     """Rewards whose backbone is the policy's own use its weights in memory (`RewardModel.attach`)."""
+    compile: bool = False
+    """Compile the rewards' blocks and heads: the first update waits for it, the next ones are faster."""
 
     @property
     def servers(self) -> tuple[str, ...]:

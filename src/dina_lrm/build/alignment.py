@@ -134,11 +134,13 @@ def latent_reward(
     *,
     noise_levels: Sequence[float] = (),
     share: bool = True,
+    compile: bool = False,
     encoders: Encoders | None = None,
 ) -> LatentReward:
     """A reward for the pictures of a live pipeline; shares its transformer where it is its own backbone's.
 
     Args:
+        compile: blocks and head.
         encoders: of the pipeline; a reward that shares its transformer takes these, so that a prompt that the
             policy has encoded is not encoded again.
 
@@ -163,6 +165,8 @@ def latent_reward(
     else:
         model = RewardModel.from_pretrained(location, device=weight.device, dtype=weight.dtype)
         model.requires_grad_(False)
+    if compile:
+        model.compile()
     ours = pipeline_encoders(pipeline, dtype=torch.float32).latent_space
     if model.latent_space is not None and ours is not None and model.latent_space != ours:
         raise InvalidInputError(
@@ -265,6 +269,7 @@ def run_alignment(
                 pipeline,
                 noise_levels=config.reward.noise_levels,
                 share=config.reward.share,
+                compile=config.reward.compile,
                 encoders=policy.encoders,
             )
 

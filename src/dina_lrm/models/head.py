@@ -271,7 +271,7 @@ class RewardHead(nn.Module):
 
 def _mix_taps(taps: Sequence[Tensor], mix: nn.Linear) -> Tensor:
     """Compressed tokens of each tap to tokens of the head's width, by one Linear over all taps' channels."""
-    if len({tap.shape[1] for tap in taps}) == 1:
+    if all(tap.shape[1] == taps[0].shape[1] for tap in taps):
         return mix(torch.cat(list(taps), dim=-1))
     slices = mix.weight.split([tap.shape[-1] for tap in taps], dim=-1)
     mixed = [F.linear(tap, weight, mix.bias) for tap, weight in zip(taps, slices, strict=True)]

@@ -25,6 +25,8 @@ class ModelOptions:
     """cpu, cuda, cuda:1, mps and the like. By default the first GPU, and the CPU where there is none."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the backbone."""
+    compile: bool = False
+    """Compile blocks and head: the first score waits for it, the next ones are faster."""
 
     def load(self) -> "RewardModel":
         import torch
@@ -35,7 +37,7 @@ class ModelOptions:
         # Only what was asked for is passed on: the defaults belong to from_pretrained.
         options: dict[str, Any] = {} if self.pipeline is None else {"pipeline": self.pipeline}
         return RewardModel.from_pretrained(
-            self.model, device=device, dtype=getattr(torch, self.dtype), **options
+            self.model, device=device, dtype=getattr(torch, self.dtype), compile=self.compile, **options
         )
 
 

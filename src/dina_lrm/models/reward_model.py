@@ -66,6 +66,7 @@ class RewardModel(EncodedReward):
         dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        compile: bool = False,
     ) -> "RewardModel":
         """Load a trained reward, ready to score.
 
@@ -78,6 +79,7 @@ class RewardModel(EncodedReward):
             dtype: of the backbone and text encoders, or its name, such as "bfloat16"; float32 unless given
                 (for a live pipeline: its own). Head and LoRA are float32 at least.
             variant: of the pipeline's weight files, such as "fp16". revision: of a reward on the hub.
+            compile: score through `torch.compile`, see `RewardNetwork.compile`.
 
         Raises:
             CheckpointError: there is no reward there, or a damaged one, or one for another backbone.
@@ -96,7 +98,7 @@ class RewardModel(EncodedReward):
             model = cls(**parts, trained=checkpoint.trained)
             model.training_step, model.card = checkpoint.training_step, checkpoint.card
             model.load_checkpoint(checkpoint)
-            return model.eval()
+            return model.compile().eval() if compile else model.eval()
 
     @classmethod
     @without_inference_mode()

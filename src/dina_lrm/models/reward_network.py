@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, rows_for
+from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, call, rows_for
 from dina_lrm.backbones.lora import LoraAdapter
 from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.checkpoints.contents import Checkpoint
@@ -25,6 +25,7 @@ from dina_lrm.core.precision import without_inference_mode
 from dina_lrm.core.sharding import full_tensor
 from dina_lrm.core.tensors import Latents, Score, check_tensor
 from dina_lrm.errors import InvalidInputError, UntrainedModelError
+from dina_lrm.models.compiled import CompiledRegions
 from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
 from dina_lrm.models.scoring import (
     NoiseLevels,
@@ -89,6 +90,7 @@ class RewardNetwork(nn.Module):
         self.training_step: int | None = None
         self.card: str | None = None
         self._merging = True
+        self._compiled: CompiledRegions | None = None
         self.register_load_state_dict_pre_hook(_unmerge_first)
 
     # ------------------------------------------------------------------------------------- scoring
@@ -190,7 +192,11 @@ class RewardNetwork(nn.Module):
 
     def tokens(self, features: BackboneFeatures) -> HeadTokens:
         """What the head reads of one noise level's features."""
-        image, text = self.head.aggregate(features.image, features.text, features.temb)
+        read = features.image, features.text, features.temb
+        if self._compiled is None or self.training:
+            image, text = self.head.aggregate(*read)
+        else:
+            image, text = self._compiled.aggregate(self.head, *read)
         return HeadTokens(image, text, features.text_mask if text is not None else None)
 
     def noisy_tokens(
@@ -222,14 +228,21 @@ class RewardNetwork(nn.Module):
             if self.config.add_noise:
                 noisy = self.schedule.add_noise(noisy, noise[sample], matched.sigma[part])
             features = self.backbone.features_at(
-                noisy, conditioning.index_select(sample), matched.timestep[part]
+                noisy,
+                conditioning.index_select(sample),
+                matched.timestep[part],
+                run=call if self._compiled is None or self.training else self._compiled.run,
             )
             parts.append(self.tokens(features))
         return HeadTokens.stack(parts)
 
     def score_tokens(self, tokens: HeadTokens) -> Score:
         """Scores from tokens, those of several noise levels unfolded into one row; (batch,)."""
-        score = self.head.score_tokens(tokens.image, tokens.text, tokens.text_mask)
+        read = tokens.image, tokens.text, tokens.text_mask
+        if self._compiled is None or self.training:
+            score = self.head.score_tokens(*read)
+        else:
+            score = self._compiled.score_tokens(self.head, *read)
         return score if self.squash is None else self.squash(score)
 
     @in_turn
@@ -261,6 +274,16 @@ class RewardNetwork(nn.Module):
             for s in chunks
         )
         return torch.cat([self.score_tokens(joined.unfold(len(levels))) for joined in tokens])
+
+    @in_turn
+    def compile(self: NetworkT, backend: str = "inductor") -> NetworkT:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Score through `torch.compile` from now on, in eval mode: the same scores, up to rounding.
+
+        Compiled are the blocks, once for each kind, and the head; the first score of a size waits for that.
+        Training compiles by itself (`TrainConfig.compile`).
+        """
+        self._compiled = CompiledRegions(backend)
+        return self
 
     # ------------------------------------------------------------------------------------- weights
 

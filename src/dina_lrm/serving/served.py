@@ -33,7 +33,11 @@ def load_models(settings: ServerSettings) -> dict[str, RewardModel]:
     """The rewards that a server is to serve, by name."""
     return {
         name: ModelOptions(
-            model=location, pipeline=settings.pipeline, device=settings.device, dtype=settings.dtype
+            model=location,
+            pipeline=settings.pipeline,
+            device=settings.device,
+            dtype=settings.dtype,
+            compile=settings.compile,
         )
         .load()
         .requires_grad_(False)

@@ -63,6 +63,8 @@ class ServerSettings:
     """cpu, cuda, cuda:1, mps and the like. By default the first GPU, and the CPU where there is none."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the backbone."""
+    compile: bool = False
+    """Compile blocks and head: the first requests wait for it, the next ones are faster."""
 
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in, and then a token is wise."""
