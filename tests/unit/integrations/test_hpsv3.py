@@ -88,8 +88,8 @@ def test_a_logistic_reward_has_no_deviation(bundled: RewardModel, monkeypatch: p
     monkeypatch.setattr(bundled, "config", config)
     monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_, **__: bundled)
     try:
-        with pytest.raises(InvalidInputError, match=r"no calibration at noise levels \[0.4"):
-            HPSv3RewardInferencer(**BUNDLED, noise_levels=0.4)
+        with pytest.raises(InvalidInputError, match=r"no calibration at noise levels \[0.35"):
+            HPSv3RewardInferencer(**BUNDLED, noise_levels=0.35)
         HPSv3RewardInferencer(**BUNDLED)  # calibrated at its own levels
     finally:
         local._loaded.cache_clear()
