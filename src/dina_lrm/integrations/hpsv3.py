@@ -68,8 +68,9 @@ class Inferencer:
         reward = PUBLISHED_REWARD if checkpoint_path is None else checkpoint_path
         self._reward = local_reward(reward, pipeline=pipeline, device=device, dtype=dtype)
         config = self._reward.model.config
-        levels = resolve_levels(noise_levels, config.noise_levels, 1)[:, 0].double().tolist()
-        variance = perceived_variance([round(level, 6) for level in levels], config)
+        resolved = resolve_levels(noise_levels, config.noise_levels, 1)[:, 0].double().tolist()
+        levels = [round(level, 6) for level in resolved]  # as they were given, not as float32 has them
+        variance = perceived_variance(levels, config)
         if variance is None:
             raise InvalidInputError(
                 f"the reward {str(reward)!r} has a logistic likelihood and no calibration at noise levels "
