@@ -83,14 +83,14 @@ def test_a_comparison_stops_when_it_is_settled(model: RewardModel) -> None:
 def test_the_backbone_runs_once_a_view(model: RewardModel) -> None:
     with_plan(model, thresholds=(1e6, 1e6))
     levels: list[float] = []
-    features = model.backbone.features
+    features_at = model.backbone.features_at
 
-    def counted(latents: torch.Tensor, conditioning: Any, sigma: torch.Tensor) -> Any:
-        levels.extend(sigma.tolist())
-        return features(latents, conditioning, sigma)
+    def counted(latents: torch.Tensor, conditioning: Any, timestep: torch.Tensor, **options: Any) -> Any:
+        levels.extend(model.schedule.sigma_at(timestep).tolist())
+        return features_at(latents, conditioning, timestep, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.backbone, "features", counted)
+        patch.setattr(model.backbone, "features_at", counted)
         model.compare_adaptively(PROMPT, *pictures(2))
     wanted = [level for level in PLAN.noise_levels for _ in range(2)]
     assert levels == pytest.approx(wanted, abs=2e-3)  # the schedule's nearest entries
