@@ -35,7 +35,7 @@ class Claim:
 
     says: str
     """What the paper says, in our words."""
-    paper: tuple[float | None, float | None, float | None] | None
+    paper: tuple[float | None, ...] | None
     """Its difference on HPDv2, HPDv3 and GenAI-Bench, in points; None: it gives no such figure."""
     contrasts: tuple[str, ...]
     """Rows of ablation.json that test it; the first decides."""
