@@ -25,8 +25,16 @@ from dina_lrm.training.trainer import StepMetrics, train
 __all__ = ["reward_model", "run_training"]
 
 KEPT = (
-    *("tuning", "num_blocks", "image_taps", "text_taps", "lora_rank", "lora_alpha", "head", "logistic"),
-    *("guidance", "max_text_tokens"),
+    "tuning",
+    "num_blocks",
+    "image_taps",
+    "text_taps",
+    "lora_rank",
+    "lora_alpha",
+    "head",
+    "logistic",
+    "guidance",
+    "max_text_tokens",
 )
 """Settings that a reward keeps when it is trained further."""
 

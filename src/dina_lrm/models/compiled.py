@@ -12,40 +12,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from dina_lrm.models.head import RewardHead
-
-__all__ = ["CompiledRegions"]
+__all__ = ["Regions"]
 
 
-class CompiledRegions:
-    """Runs blocks and head compiled. Copies and pickles of it start anew, and find what torch has kept.
+class Regions:
+    """Runs blocks and head, compiled or as they are. What somebody else has put in the place of a method, by
+    hooks or on the instance (offloading, FSDP), is left alone. Copies and pickles compile anew, and find what
+    torch has kept.
 
     Args:
-        backend: of `torch.compile`.
+        backend: of `torch.compile`; None: nothing is compiled.
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
         self._regions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A `RunBlock`. A block whose call somebody else has changed (hooks, offloading) runs as it is."""
-        if "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks:
+        """A `RunBlock`."""
+        hooked = block._forward_hooks or block._forward_pre_hooks
+        if self.backend is None or hooked or "forward" in vars(block):
             return block(*args, **kwargs)
         return self._region(type(block).forward)(block, *args, **kwargs)
 
-    def aggregate(self, head: RewardHead, *args: Any) -> Any:
-        """`RewardHead.aggregate`."""
-        return self._region(RewardHead.aggregate)(head, *args)
-
-    def score_tokens(self, head: RewardHead, *args: Any) -> Any:
-        """`RewardHead.score_tokens`."""
-        return self._region(RewardHead.score_tokens)(head, *args)
+    def method(self, module: nn.Module, name: str, *args: Any) -> Any:
+        """`module.name(*args)`."""
+        if self.backend is None or name in vars(module):
+            return getattr(module, name)(*args)
+        return self._region(getattr(type(module), name))(module, *args)
 
     def _region(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if function not in self._regions:
+            assert self.backend is not None
             self._regions[function] = torch.compile(function, backend=self.backend)
         return self._regions[function]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledRegions, (self.backend,)
+        return Regions, (self.backend,)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, call, rows_for
+from dina_lrm.backbones.backbone import Backbone, BackboneFeatures, rows_for
 from dina_lrm.backbones.lora import LoraAdapter
 from dina_lrm.checkpoints.config import RewardModelConfig
 from dina_lrm.checkpoints.contents import Checkpoint
@@ -25,7 +25,7 @@ from dina_lrm.core.precision import without_inference_mode
 from dina_lrm.core.sharding import full_tensor
 from dina_lrm.core.tensors import Latents, Score, check_tensor
 from dina_lrm.errors import InvalidInputError, UntrainedModelError
-from dina_lrm.models.compiled import CompiledRegions
+from dina_lrm.models.compiled import Regions
 from dina_lrm.models.head import HeadTokens, LogisticSquash, RewardHead
 from dina_lrm.models.scoring import (
     NoiseLevels,
@@ -38,6 +38,7 @@ from dina_lrm.pipelines.threads import Turn, in_turn
 from dina_lrm.pipelines.weights import check_state
 
 HALF = (torch.float16, torch.bfloat16)
+PLAIN = Regions()
 
 NetworkT = TypeVar("NetworkT", bound="RewardNetwork")
 
@@ -90,7 +91,7 @@ class RewardNetwork(nn.Module):
         self.training_step: int | None = None
         self.card: str | None = None
         self._merging = True
-        self._compiled: CompiledRegions | None = None
+        self._compiled = Regions()
         self.register_load_state_dict_pre_hook(_unmerge_first)
 
     # ------------------------------------------------------------------------------------- scoring
@@ -193,10 +194,7 @@ class RewardNetwork(nn.Module):
     def tokens(self, features: BackboneFeatures) -> HeadTokens:
         """What the head reads of one noise level's features."""
         read = features.image, features.text, features.temb
-        if self._compiled is None or self.training:
-            image, text = self.head.aggregate(*read)
-        else:
-            image, text = self._compiled.aggregate(self.head, *read)
+        image, text = self._regions.method(self.head, "aggregate", *read)
         return HeadTokens(image, text, features.text_mask if text is not None else None)
 
     def noisy_tokens(
@@ -231,7 +229,7 @@ class RewardNetwork(nn.Module):
                 noisy,
                 conditioning.index_select(sample),
                 matched.timestep[part],
-                run=call if self._compiled is None or self.training else self._compiled.run,
+                run=self._regions.run,
             )
             parts.append(self.tokens(features))
         return HeadTokens.stack(parts)
@@ -239,10 +237,7 @@ class RewardNetwork(nn.Module):
     def score_tokens(self, tokens: HeadTokens) -> Score:
         """Scores from tokens, those of several noise levels unfolded into one row; (batch,)."""
         read = tokens.image, tokens.text, tokens.text_mask
-        if self._compiled is None or self.training:
-            score = self.head.score_tokens(*read)
-        else:
-            score = self._compiled.score_tokens(self.head, *read)
+        score = self._regions.method(self.head, "score_tokens", *read)
         return score if self.squash is None else self.squash(score)
 
     @in_turn
@@ -282,8 +277,12 @@ class RewardNetwork(nn.Module):
         Compiled are the blocks, once for each kind, and the head; the first score of a size waits for that.
         Training compiles by itself (`TrainConfig.compile`).
         """
-        self._compiled = CompiledRegions(backend)
+        self._compiled = Regions(backend)
         return self
+
+    @property
+    def _regions(self) -> Regions:
+        return PLAIN if self.training else self._compiled
 
     # ------------------------------------------------------------------------------------- weights
 
