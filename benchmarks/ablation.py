@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from record import write_results
+from record import shown, write_results
 
 from dina_lrm import RewardModel
 from dina_lrm.build.pairs import shapes_pairs, unseen_pairs
@@ -35,6 +35,7 @@ from dina_lrm.evaluation.metrics import expected_correctness
 from dina_lrm.recipes import training as recipes
 from dina_lrm.training.config import NoiseConfig, TrainConfig
 from dina_lrm.training.trainer import train
+from dina_lrm.training.validation import levels_label
 
 SETS = ("shapes", "generators", "damage", "style")
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -234,7 +235,7 @@ class Sums:
             margins = np.stack([np.load(file)["margins"] for file in files])  # (seed, ensemble, pair)
             draws = np.stack([np.load(file)["draws"] for file in files])  # (seed, draw, pair)
             for row, levels in enumerate(ensembles_of(name)):
-                self.add(name, label_of(levels), margins[:, row], bayes)
+                self.add(name, levels_label(levels), margins[:, row], bayes)
             for count in range(2, draws.shape[1] + 1):
                 self.add(name, f"0.4 x{count}", draws[:, :count].mean(axis=1), bayes)
 
@@ -250,11 +251,7 @@ class Sums:
         return (by_resample * weights).sum(axis=1) / (weights @ self.possible)
 
 
-def label_of(levels: Sequence[float]) -> str:
-    return "+".join(f"{level:g}" for level in levels)
-
-
-SHOWN_LABELS = tuple(label_of(levels) for levels in SHOWN)
+SHOWN_LABELS = tuple(map(levels_label, SHOWN))
 
 
 def summarize(options: Options, names: Sequence[str]) -> None:
@@ -376,7 +373,7 @@ def table(
         "0.4",
         "0.7",
         "0.2+0.5+0.7",
-        *(label_of(GROWING[:count]) for count in (3, 5, 9)),
+        *(levels_label(GROWING[:count]) for count in (3, 5, 9)),
         "0.4 x2",
         "0.4 x3",
     )
@@ -401,11 +398,6 @@ def header(part: str) -> Iterator[str]:
         "| | " + " | ".join(SHOWN_LABELS) + " |",
         "|---|" + "--:|" * len(SHOWN),
     )
-
-
-def shown(value: dict[str, float], form: str) -> str:
-    mean, low, high = (form.format(100 * value[name]) for name in ("value", "low", "high"))
-    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

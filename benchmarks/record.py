@@ -63,6 +63,12 @@ def write_results(
     atomic_write(folder / f"{name}.md", f"{text.rstrip()}\n\n{said}\n".encode())
 
 
+def shown(value: Mapping[str, float], form: str) -> str:
+    """A share and its interval, {"value", "low", "high"}, in %."""
+    mean, low, high = (form.format(100 * value[name]) for name in ("value", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
 def commit() -> str:
     """Of the checkout that the script lies in, with a note where tracked files differ from it; results of
     benchmarks do not count."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from record import shown
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "replication.md"
 
@@ -185,9 +187,8 @@ def claims(ablation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def difference(row: Mapping[str, Any]) -> str:
-    value = row["difference"]
-    shown = f"{100 * value['value']:+.1f} ({100 * value['low']:+.1f} to {100 * value['high']:+.1f})"
-    return f"**{shown}**" if row["certain"] else shown
+    text = shown(row["difference"], "{:+.1f}")
+    return f"**{text}**" if row["certain"] else text
 
 
 def points(values: Sequence[float | None] | None) -> str:
@@ -211,8 +212,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 def where(names: Sequence[str]) -> str:
     if len(names) == len(SETS):
         return "everywhere"
-    shown = [name if name.startswith("in ") else f"on {name}" for name in names]
-    return ", ".join(shown)
+    return ", ".join(name if name.startswith("in ") else f"on {name}" for name in names)
 
 
 # --- the tables --------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def shares(ablation: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|--:|" + "--:|" * (len(SETS) + 3)
     for name in names:
         for label in ("0", "0.4", "0.7", "0.2+0.5+0.7"):
-            cells = [percent(found[part, name, label]) for part in SETS]
+            cells = [shown(found[part, name, label], "{:.1f}") for part in SETS]
             yield f"| {name} | {label} | " + " | ".join([*cells, *paper_cells(name, label)]) + " |"
     yield "\nAll levels, ensembles of up to nine and repeated draws: `benchmarks/results/ablation.md`.\n"
 
@@ -244,10 +244,6 @@ def paper_cells(name: str, label: str) -> list[str]:
     elif name in PAPER_ROWS and label == ("0" if name == "sigma = 0" else "0.4"):
         values = PAPER_ROWS[name][1]
     return ["" if value is None else f"{value:.2f}" for value in values]
-
-
-def percent(value: Mapping[str, float]) -> str:
-    return f"{100 * value['value']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
 def shipped() -> Iterator[str]:

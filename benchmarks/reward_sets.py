@@ -16,13 +16,14 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 import tyro
-from record import write_results
+from record import shown, write_results
 
 from dina_lrm import RewardModel
 from dina_lrm.build.pairs import shapes_pairs, unseen_pairs
 from dina_lrm.data.latents import LatentPairs
 from dina_lrm.evaluation.adaptive import joined_scores
 from dina_lrm.evaluation.metrics import Interval, cluster_bootstrap, expected_correctness
+from dina_lrm.training.validation import levels_label
 
 Part = Literal["shapes", "generators", "damage", "style"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -114,7 +115,7 @@ def table(options: Options, rows: list[dict[str, Any]]) -> list[str]:
     for part in PARTS:
         for name in options.models:
             first = by[part, name, "default"]
-            levels = "+".join(f"{level:g}" for level in first["default"])
+            levels = levels_label(first["default"])
             cells = [shown(by[part, name, label]["share"], "{:.1f}") for label in labels]
             lines.append(f"| {part} | {first['pairs']} | {name} ({levels}) | " + " | ".join(cells) + " |")
     last = options.models[-1]
@@ -125,11 +126,6 @@ def table(options: Options, rows: list[dict[str, Any]]) -> list[str]:
             cells = [shown(by[part, name, label]["last_minus_this"], "{:+.1f}") for label in labels]
             lines.append(f"| {part} | " + " | ".join(cells) + " |")
     return lines
-
-
-def shown(value: dict[str, float], form: str) -> str:
-    mean, low, high = (form.format(100 * value[name]) for name in ("value", "low", "high"))
-    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

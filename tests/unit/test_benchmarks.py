@@ -52,7 +52,8 @@ def test_results_are_written_in_one_way(file: Path) -> None:
 
 
 @pytest.fixture
-def replication() -> SimpleNamespace:
+def replication(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(BENCHMARKS)  # where a script finds its neighbours
     return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "replication.py")))
 
 
